@@ -1,0 +1,50 @@
+"""Ground rules of every type that crosses a wire: camelCase outside, snake_case inside, unknown fields refused."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
+from pydantic.alias_generators import to_camel
+
+# Words that are written in capitals on the wire, where the generated alias would read "taskId".
+_CAPITALS = {"task_id": "taskID"}
+
+
+def wire_name(name: str) -> str:
+    """Give the wire name of a Python field: ``eval_steps`` becomes ``evalSteps``, ``task_id`` becomes ``taskID``."""
+    return _CAPITALS.get(name) or to_camel(name)
+
+
+class WireModel(BaseModel):
+    """An immutable value with camelCase names on the wire that refuses fields it does not know."""
+
+    model_config = ConfigDict(
+        alias_generator=wire_name,
+        populate_by_name=True,
+        extra="forbid",
+        frozen=True,
+        use_enum_values=False,
+        protected_namespaces=(),
+    )
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the JSON-ready form with wire names; fields that are ``None`` are left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _utc(value: datetime) -> datetime:
+    if value.tzinfo is None:
+        raise ValueError("needs a time zone, for example 2026-01-31T12:00:00Z")
+    return value.astimezone(UTC)
+
+
+def rfc3339(value: datetime) -> str:
+    """Format a time as Kubernetes does: UTC, ``Z``, microseconds only where there are any."""
+    text = value.astimezone(UTC).isoformat()
+    return text.replace("+00:00", "Z")
+
+
+Time = Annotated[datetime, AfterValidator(_utc), PlainSerializer(rfc3339, return_type=str)]
+"""A moment with a time zone, written in RFC 3339 with ``Z``."""

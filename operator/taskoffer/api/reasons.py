@@ -1,0 +1,141 @@
+"""Every reason that taskoffer gives, in one list.
+
+A reason is the machine-readable half of an answer; its message carries the numbers and the remedy. The same pair
+goes unchanged into the condition, the event and the metric label. The text behind each member is its documentation.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """CamelCase constants for conditions, events and metric labels; ``Reason.X.meaning`` explains each."""
+
+    meaning: str
+
+    def __new__(cls, value: str, meaning: str) -> Reason:
+        """Make a member from its wire value and the sentence that documents it."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
+
+    # Verdict: admit
+    ADMITTED = "Admitted", "The offer is accepted and its GPUs are booked."
+
+    # Verdict: wait (can be admitted later without a change of the offer)
+    WAITING_FOR_CAPACITY = "WaitingForCapacity", "No eligible node has enough free GPUs at the moment."
+    WAITING_FOR_LANE = "WaitingForLane", "The lane that serves this kind of task is fully booked."
+    WAITING_FOR_JOB_SLOT = "WaitingForJobSlot", "The policy's number of concurrent jobs is reached."
+    INVENTORY_NOT_READY = (
+        "InventoryNotReady",
+        "No Ready and schedulable node offers the resource that the policy names.",
+    )
+    POLICY_NOT_FOUND = (
+        "PolicyNotFound",
+        "The CapacityPolicy that the offer names, or a default one, does not exist.",
+    )
+    POLICY_NOT_READY = "PolicyNotReady", "The CapacityPolicy has no valid version yet."
+    SUSPENDED = "Suspended", "The offer's spec.active is false."
+    TERMINATING = "Terminating", "The offer is being deleted."
+
+    # Verdict: reject (can never be admitted as it stands)
+    TASK_TYPE_NOT_ACCEPTED = "TaskTypeNotAccepted", "The policy does not accept this task type."
+    TASK_TYPE_NOT_SERVED = "TaskTypeNotServed", "No trainer method serves this task type yet."
+    FEATURE_NOT_SERVED = "FeatureNotServed", "The offer asks for something that this version does not do yet."
+    MODEL_FAMILY_NOT_ACCEPTED = (
+        "ModelFamilyNotAccepted",
+        "The model belongs to no family that the policy accepts.",
+    )
+    PARAMETERS_UNKNOWN = "ParametersUnknown", "The model's size is neither given nor readable from its name."
+    MODEL_SIZE_NOT_ACCEPTED = (
+        "ModelSizeNotAccepted",
+        "No size class of the policy takes a model of this size.",
+    )
+    TIME_LIMIT_TOO_LONG = "TimeLimitTooLong", "The offer's time limit is longer than the policy takes."
+    SCORE_TOO_LOW = "ScoreTooLow", "The score does not pass the policy's threshold."
+    GPU_COUNT_NOT_ALLOWED = "GpuCountNotAllowed", "The number of GPUs is not one that the policy hands out."
+    NO_LANE = "NoLane", "The policy works with lanes and none takes this kind of task."
+    CAPACITY_FULL = "CapacityFull", "Capacity is full and the policy says to reject instead of queueing."
+    DUPLICATE_TASK = "DuplicateTask", "An older offer in the namespace carries the same task id."
+    EXPIRED = "Expired", "The offer was not decided in its favour before expiresAt or its deadline."
+    INVALID_OFFER = "InvalidOffer", "The stored offer does not fit the schema of this version."
+
+    # Finished
+    REJECTED = "Rejected", "The offer was refused; the Admitted condition says why."
+    SUCCEEDED = "Succeeded", "Training finished and its result passed verification."
+    FAILED = "Failed", "Training failed for good."
+    CANCELLED = "Cancelled", "The offer was made inactive after it was admitted."
+
+    # Evicted and requeued
+    POLICY_CHANGED = (
+        "PolicyChanged",
+        "The policy changed between decision and start; the offer is decided again.",
+    )
+    OVERBOOKED = (
+        "Overbooked",
+        "More was booked on a node than it has; the newest admission that has not started is revoked.",
+    )
+    START_TIMEOUT = "StartTimeout", "The pod did not start in time; the offer is decided again."
+
+    # TrainingJob
+    JOB_CREATED = "JobCreated", "The Job of an attempt was created."
+    RUNNING = "Running", "The training container runs."
+    PENDING = "Pending", "The training container has not started yet."
+    ATTEMPT_FAILED = "AttemptFailed", "An attempt ended without a result; another one follows."
+    ATTEMPTS_EXHAUSTED = "AttemptsExhausted", "The last attempt that the policy allows has failed."
+    NODE_LOST = "NodeLost", "The node of a running attempt is gone or not Ready."
+    DEADLINE_EXCEEDED = "DeadlineExceeded", "The deadline passed before training was done."
+    STOPPING = "Stopping", "The pods were asked to stop; their GPUs are free once they have ended."
+    NAME_CONFLICT = "NameConflict", "An object of the wanted name belongs to somebody else."
+    INVALID_JOB = "InvalidJob", "The stored TrainingJob does not fit the schema of this version."
+    RANK_CLAMPED = "RankClamped", "The LoRA rank was lowered to what is useful or allowed."
+
+    # CapacityPolicy
+    READY = "Ready", "The policy is valid and in force."
+    INVALID_POLICY = "InvalidPolicy", "The policy's spec is not valid; the last good version stays in force."
+    ALLOCATABLE_BELOW_BOOKED = (
+        "AllocatableBelowBooked",
+        "A node offers less than is booked on it; nothing more is admitted there.",
+    )
+    LINT_FINDINGS = "LintFindings", "The policy is in force, and its findings deserve a look."
+    NO_FINDINGS = "NoFindings", "The policy has no lint findings."
+
+
+ADMIT_REASONS = frozenset({Reason.ADMITTED})
+"""Reasons that come with the verdict Admit."""
+
+WAIT_REASONS = frozenset(
+    {
+        Reason.WAITING_FOR_CAPACITY,
+        Reason.WAITING_FOR_LANE,
+        Reason.WAITING_FOR_JOB_SLOT,
+        Reason.INVENTORY_NOT_READY,
+        Reason.POLICY_NOT_FOUND,
+        Reason.POLICY_NOT_READY,
+        Reason.SUSPENDED,
+        Reason.TERMINATING,
+    }
+)
+"""Reasons that come with the verdict Wait."""
+
+REJECT_REASONS = frozenset(
+    {
+        Reason.TASK_TYPE_NOT_ACCEPTED,
+        Reason.TASK_TYPE_NOT_SERVED,
+        Reason.FEATURE_NOT_SERVED,
+        Reason.MODEL_FAMILY_NOT_ACCEPTED,
+        Reason.PARAMETERS_UNKNOWN,
+        Reason.MODEL_SIZE_NOT_ACCEPTED,
+        Reason.TIME_LIMIT_TOO_LONG,
+        Reason.SCORE_TOO_LOW,
+        Reason.GPU_COUNT_NOT_ALLOWED,
+        Reason.NO_LANE,
+        Reason.CAPACITY_FULL,
+        Reason.DUPLICATE_TASK,
+        Reason.EXPIRED,
+        Reason.INVALID_OFFER,
+    }
+)
+"""Reasons that come with the verdict Reject."""

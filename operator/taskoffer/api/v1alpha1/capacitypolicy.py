@@ -1,0 +1,345 @@
+"""CapacityPolicy: every number that decides about offers.
+
+A policy says which nodes it hands out, what it accepts, how it scores, how many GPUs a task gets, and with which
+settings it trains. The presets in ``taskoffer.presets`` write the strategy documents down in this form.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from taskoffer.api.base import WireModel
+from taskoffer.api.contract import LoraSettings, TrainSettings
+from taskoffer.api.tasks import TaskType
+from taskoffer.api.v1alpha1.meta import (
+    ATOMIC_LIST,
+    ApiVersion,
+    Conditions,
+    DecimalString,
+    GpuCount,
+    Name,
+    ObjectMeta,
+    list_map,
+    rule,
+    rules,
+)
+from taskoffer.api.v1alpha1.taskoffer import Architecture
+from taskoffer.api.v1alpha1.trainingjob import AttemptLimits, PodSettings
+
+DEFAULT_POLICY_ANNOTATION = "taskoffer.dev/is-default-policy"
+"""A CapacityPolicy with this annotation set to "true" decides offers that name no policy."""
+
+Label = Annotated[str, StringConstraints(min_length=1, max_length=63)]
+Parameters = Annotated[int, Field(ge=0, le=10**15, json_schema_extra={"format": "int64"})]
+
+
+class NodeSelector(WireModel):
+    """Which nodes the policy hands out: all whose labels match."""
+
+    match_labels: Annotated[
+        dict[str, Annotated[str, StringConstraints(max_length=63)]], Field(max_length=16)
+    ] = Field(default_factory=dict, description="Labels that a node must carry with these values.")
+
+
+class ResourcePool(WireModel):
+    """An extended resource that the policy hands out in whole units."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(
+        description="Extended resource, for example nvidia.com/gpu."
+    )
+    counts: Annotated[tuple[GpuCount, ...], Field(min_length=1, max_length=4)] = Field(
+        description="Counts that a task may get.", json_schema_extra={"x-kubernetes-list-type": "set"}
+    )
+
+
+class FullMode(StrEnum):
+    """What happens to an offer that fits the policy but not the free capacity."""
+
+    WAIT = "Wait"
+    REJECT = "Reject"
+
+
+class TaskTypeRule(WireModel):
+    """How one task type is treated."""
+
+    name: TaskType = Field(description="The task type.")
+    accepted: bool = Field(description="Whether offers of this type are taken at all.")
+    weight: DecimalString = Field(description="Value of the TaskWeight term, 0 to 1.")
+    success_rate: DecimalString = Field(description="Value of the TaskSuccessRate term, 0 to 1.")
+    parameter_factor: DecimalString | None = Field(
+        None,
+        description="Factor on the model size when the GPU count is chosen (DPO holds more copies than instruct).",
+    )
+    lora_rank_factor: DecimalString | None = Field(None, description="Factor on the LoRA rank; default 1.")
+    learning_rate_factor: DecimalString | None = Field(
+        None, description="Factor on the learning rate; default 1."
+    )
+
+
+class FamilyRule(WireModel):
+    """A model family, recognised by the longest pattern that the model's name contains."""
+
+    name: Label = Field(description="Name of the family.")
+    patterns: Annotated[
+        tuple[
+            Annotated[str, StringConstraints(min_length=2, max_length=63, pattern=r"^[a-z0-9][a-z0-9._-]*$")],
+            ...,
+        ],
+        Field(min_length=1, max_length=16),
+    ] = Field(description="Lower-case parts of model names.", json_schema_extra=ATOMIC_LIST)
+    success_rate: DecimalString = Field(description="Value of the ModelPerformance term, 0 to 1.")
+
+
+class SizeClass(WireModel):
+    """A range of model sizes with its GPU count and its training settings. The lower bound is inclusive."""
+
+    name: Label = Field(description="Name of the class.")
+    min_parameters: Parameters = Field(description="Smallest model, inclusive.")
+    max_parameters: Parameters | None = Field(
+        None, description="First size that is too large; absent means no bound."
+    )
+    gpus: GpuCount = Field(description="GPUs for a model of this size.")
+    size_efficiency: DecimalString = Field(description="Value of the SizeEfficiency term, 0 to 1.")
+    lora: LoraSettings = Field(description="LoRA settings.")
+    train: TrainSettings = Field(description="Training settings.")
+
+
+class LaneRule(WireModel):
+    """What a lane takes and how many GPUs each task gets there. Absent lists match everything."""
+
+    task_types: Annotated[tuple[TaskType, ...], Field(max_length=5)] = Field(
+        (), description="Task types that the lane takes.", json_schema_extra={"x-kubernetes-list-type": "set"}
+    )
+    size_classes: Annotated[tuple[Label, ...], Field(max_length=16)] = Field(
+        (),
+        description="Size classes that the lane takes.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    architectures: Annotated[tuple[Architecture, ...], Field(max_length=2)] = Field(
+        (),
+        description="Image architectures that the lane takes.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    gpus_per_task: GpuCount = Field(description="GPUs that a task gets in this lane.")
+
+
+class Lane(WireModel):
+    """A share of the GPUs for some kinds of task. Lanes are counts: the device plugin picks the physical GPUs."""
+
+    name: Label = Field(description="Name of the lane.")
+    gpus: Annotated[int, Field(ge=1, le=4096)] = Field(description="GPUs of the lane, over all nodes.")
+    rules: Annotated[tuple[LaneRule, ...], Field(min_length=1, max_length=16)] = Field(
+        description="What the lane takes; the first rule that matches counts.", json_schema_extra=ATOMIC_LIST
+    )
+
+
+class TermName(StrEnum):
+    """The terms of a score. Each is a value from 0 to 1 that its weight scales."""
+
+    TASK_WEIGHT = "TaskWeight"
+    MODEL_PERFORMANCE = "ModelPerformance"
+    TASK_SUCCESS_RATE = "TaskSuccessRate"
+    TIME_EFFICIENCY = "TimeEfficiency"
+    SIZE_EFFICIENCY = "SizeEfficiency"
+    BONUS = "Bonus"
+
+
+class TermWeight(WireModel):
+    """The weight of a term, and for Bonus its value."""
+
+    name: TermName = Field(description="The term.")
+    weight: DecimalString = Field(description="Its weight.")
+    value: DecimalString | None = Field(None, description="Fixed value; only for Bonus, default 1.")
+
+
+class Scoring(WireModel):
+    """The score: the weighted sum of the terms, capped."""
+
+    terms: Annotated[tuple[TermWeight, ...], Field(min_length=1, max_length=6)] = Field(
+        description="The terms and their weights.", json_schema_extra=list_map("name")
+    )
+    cap: DecimalString | None = Field(
+        None, description="Highest score; what is above it shows as a negative Cap term."
+    )
+
+
+class Filters(WireModel):
+    """Bounds that an offer must keep. A bound that is absent does not bind."""
+
+    min_score: DecimalString | None = Field(None, description="The score must be greater than this.")
+    max_time_limit_seconds: Annotated[int, Field(ge=1, json_schema_extra={"format": "int64"})] | None = Field(
+        None, description="The time limit must be shorter than this."
+    )
+    max_concurrent_jobs: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        None, description="Admitted and unfinished offers at a time."
+    )
+    unknown_family: DecimalString | None = Field(
+        None, description="Success rate of models of no listed family; absent means that they are refused."
+    )
+    unknown_parameters: (
+        Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None
+    ) = Field(
+        None, description="Size to assume when it is unknown; absent means that such offers are refused."
+    )
+    on_full: FullMode | None = Field(
+        None, description="Wait (default) or Reject when the capacity is booked."
+    )
+
+
+class Retention(WireModel):
+    """How long decided objects are kept."""
+
+    finished_seconds: Annotated[int, Field(ge=0, json_schema_extra={"format": "int64"})] | None = Field(
+        None,
+        description="Seconds after which the Jobs of a finished TrainingJob are removed; absent keeps them.",
+    )
+
+
+class CapacityPolicySpec(WireModel):
+    """What is handed out, to whom, and how it is trained."""
+
+    model_config = {
+        **WireModel.model_config,
+        "json_schema_extra": rules(
+            rule(
+                "self.scoring.terms.all(t, !has(t.value) || t.name == 'Bonus')",
+                "scoring.terms[].value is only for the term Bonus: remove it from the others",
+            ),
+            rule(
+                "self.sizeClasses.all(c, !has(c.maxParameters) || c.maxParameters > c.minParameters)",
+                "sizeClasses[].maxParameters must be greater than minParameters",
+            ),
+        ),
+    }
+
+    node_selector: NodeSelector = Field(description="Nodes that the policy hands out.")
+    resources: Annotated[tuple[ResourcePool, ...], Field(min_length=1, max_length=1)] = Field(
+        description="Resources that the policy hands out.", json_schema_extra=list_map("name")
+    )
+    filters: Filters = Field(description="Bounds that an offer must keep.")
+    scoring: Scoring = Field(description="How offers are scored.")
+    task_types: Annotated[tuple[TaskTypeRule, ...], Field(min_length=1, max_length=5)] = Field(
+        description="Task types; one that is not listed is not accepted.", json_schema_extra=list_map("name")
+    )
+    families: Annotated[tuple[FamilyRule, ...], Field(max_length=64)] = Field(
+        (), description="Model families.", json_schema_extra=list_map("name")
+    )
+    size_classes: Annotated[tuple[SizeClass, ...], Field(min_length=1, max_length=16)] = Field(
+        description="Model sizes, from small to large.", json_schema_extra=list_map("name")
+    )
+    lanes: Annotated[tuple[Lane, ...], Field(max_length=16)] = Field(
+        (),
+        description="Shares of the GPUs; empty means that all tasks share all GPUs.",
+        json_schema_extra=list_map("name"),
+    )
+    pod_template: PodSettings = Field(description="What training pods get beside their GPUs.")
+    attempts: AttemptLimits = Field(default_factory=AttemptLimits, description="How often a job is tried.")
+    retention: Retention | None = Field(None, description="How long decided objects are kept.")
+
+    @model_validator(mode="after")
+    def _check_size_classes(self) -> CapacityPolicySpec:
+        previous: SizeClass | None = None
+        for size in self.size_classes:
+            if size.max_parameters is not None and size.max_parameters <= size.min_parameters:
+                raise ValueError(
+                    f"sizeClasses[{size.name}]: maxParameters must be greater than minParameters"
+                )
+            if previous is not None and (
+                previous.max_parameters is None or size.min_parameters < previous.max_parameters
+            ):
+                raise ValueError(
+                    f"sizeClasses[{size.name}] starts at {size.min_parameters}, inside {previous.name}: "
+                    "order the classes from small to large without overlap"
+                )
+            previous = size
+        return self
+
+    @model_validator(mode="after")
+    def _check_lanes(self) -> CapacityPolicySpec:
+        known = {size.name for size in self.size_classes}
+        for lane in self.lanes:
+            for item in lane.rules:
+                unknown = [name for name in item.size_classes if name not in known]
+                if unknown:
+                    raise ValueError(
+                        f"lanes[{lane.name}] names the unknown size class {unknown[0]}; known: {sorted(known)}"
+                    )
+                if item.gpus_per_task > lane.gpus:
+                    raise ValueError(
+                        f"lanes[{lane.name}] gives {item.gpus_per_task} GPUs per task but has only {lane.gpus}: "
+                        "raise gpus or lower gpusPerTask"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> CapacityPolicySpec:
+        allowed = set(self.resources[0].counts)
+        for size in self.size_classes:
+            if size.gpus not in allowed:
+                raise ValueError(
+                    f"sizeClasses[{size.name}].gpus is {size.gpus}; resources[0].counts allows {sorted(allowed)}"
+                )
+        return self
+
+
+class NodeCapacity(WireModel):
+    """GPUs of one node as the operator sees them."""
+
+    name: Name = Field(description="Node.")
+    allocatable: Annotated[int, Field(ge=0)] = Field(description="GPUs that the node offers.")
+    booked: Annotated[int, Field(ge=0)] = Field(description="GPUs that are booked or requested by pods.")
+    ready: bool = Field(description="Whether the node is Ready and schedulable.")
+
+
+class Capacity(WireModel):
+    """GPUs of all nodes of the policy."""
+
+    total: Annotated[int, Field(ge=0)] = Field(description="GPUs that Ready and schedulable nodes offer.")
+    used: Annotated[int, Field(ge=0)] = Field(description="GPUs that are booked or requested by pods.")
+    pending: Annotated[int, Field(ge=0)] = Field(description="Offers that wait.")
+    running: Annotated[int, Field(ge=0)] = Field(description="Offers that are admitted and not finished.")
+    nodes: Annotated[tuple[NodeCapacity, ...], Field(max_length=256)] = Field(
+        (), description="The nodes.", json_schema_extra=list_map("name")
+    )
+
+
+class LintFinding(WireModel):
+    """A defect of the policy that does not stop it from working."""
+
+    field: Annotated[str, StringConstraints(max_length=253)] = Field(
+        description="Field that the finding is about."
+    )
+    severity: Literal["Info", "Warning", "Error"] = Field(description="Info, Warning or Error.")
+    message: Annotated[str, StringConstraints(max_length=512)] = Field(
+        description="What is wrong, and the remedy."
+    )
+
+
+class CapacityPolicyStatus(WireModel):
+    """How the policy stands. The operator is its only writer."""
+
+    observed_generation: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="The metadata.generation seen."
+    )
+    conditions: Conditions = Field((), description="Ready and Linted.")
+    active_spec: CapacityPolicySpec | None = Field(None, description="The last valid spec: the one in force.")
+    active_generation: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Generation of activeSpec."
+    )
+    findings: Annotated[tuple[LintFinding, ...], Field(max_length=32)] = Field(
+        (), description="Lint findings.", json_schema_extra=ATOMIC_LIST
+    )
+    capacity: Capacity | None = Field(None, description="GPUs and offers.")
+
+
+class CapacityPolicy(WireModel):
+    """The rules by which offers are scored and GPUs are handed out."""
+
+    api_version: ApiVersion = "taskoffer.dev/v1alpha1"
+    kind: Literal["CapacityPolicy"] = "CapacityPolicy"
+    metadata: ObjectMeta
+    spec: CapacityPolicySpec
+    status: CapacityPolicyStatus = CapacityPolicyStatus()

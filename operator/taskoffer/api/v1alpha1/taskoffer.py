@@ -1,0 +1,411 @@
+"""TaskOffer: a training task that somebody offers, and the answer to it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from taskoffer.api.base import Time, WireModel
+from taskoffer.api.tasks import (
+    DATASET_OF_TASK,
+    ChatColumns,
+    DatasetType,
+    DPOColumns,
+    FileFormat,
+    GRPOColumns,
+    ImageColumns,
+    InstructColumns,
+    TaskType,
+)
+from taskoffer.api.v1alpha1.meta import (
+    ATOMIC_LIST,
+    ApiVersion,
+    Assignment,
+    ClaimPath,
+    Conditions,
+    DecimalString,
+    GpuCount,
+    Name,
+    ObjectMeta,
+    PolicyRef,
+    list_map,
+    rule,
+    rules,
+)
+
+_DATASET_MEMBERS = {t: t.value.lower() for t in DatasetType}
+
+
+class Architecture(StrEnum):
+    """Architecture of an image model."""
+
+    SDXL = "sdxl"
+    FLUX = "flux"
+
+
+class ClockMode(StrEnum):
+    """When the time limit starts to run."""
+
+    ABSOLUTE = "Absolute"
+    """At acceptance: queueing, download and upload count."""
+    TRAINING = "Training"
+    """When the training container starts."""
+
+
+class ModelSource(WireModel):
+    """Where the base model is."""
+
+    persistent_volume_claim: ClaimPath | None = Field(
+        None, description="Folder on a claim in the offer's namespace."
+    )
+
+
+class Model(WireModel):
+    """The base model of the task."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(
+        description="Public name of the base model, for example meta-llama/Llama-3.1-8B.",
+        json_schema_extra=rules(
+            rule("self.trim() != ''", "model.name must not be blank: give the base model's name")
+        ),
+    )
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
+        None, description="Branch, tag or commit of the base model."
+    )
+    parameters: Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None = Field(
+        None, description="Number of parameters. When absent it is read from the name (1.5B, 8x7B, 135M)."
+    )
+    architecture: Architecture | None = Field(None, description="sdxl or flux; only for the task type Image.")
+    yarn_factor: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8, 16, 32]})] | None = Field(
+        None, description="YaRN factor by which the context is stretched: 2, 4, 8, 16 or 32."
+    )
+    source: ModelSource | None = Field(None, description="Where the model lies; absent means the public hub.")
+
+
+class UrlSource(WireModel):
+    """Data behind a (presigned) address."""
+
+    url: Annotated[
+        str, StringConstraints(min_length=8, max_length=4096, pattern=r"^(https|http|s3)://.+")
+    ] = Field(description="https, http or s3 address.")
+    expires_at: Time | None = Field(None, description="When the address stops to work.")
+
+
+class HubSource(WireModel):
+    """Data set on the public hub."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(
+        description="Name on the hub."
+    )
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
+        None, description="Branch, tag or commit."
+    )
+    split: Annotated[str, StringConstraints(min_length=1, max_length=63)] | None = Field(
+        None, description="Split to read."
+    )
+
+
+class DatasetSource(WireModel):
+    """Where the data is: exactly one member."""
+
+    model_config = {
+        **WireModel.model_config,
+        "json_schema_extra": rules(
+            rule(
+                "[has(self.persistentVolumeClaim), has(self.url), has(self.hub)].filter(x, x).size() == 1",
+                "dataset.source needs exactly one of persistentVolumeClaim, url and hub",
+            )
+        ),
+    }
+
+    persistent_volume_claim: ClaimPath | None = Field(
+        None, description="File or folder on a claim of the namespace."
+    )
+    url: UrlSource | None = Field(None, description="A (presigned) address.")
+    hub: HubSource | None = Field(None, description="A data set on the public hub.")
+
+
+class Dataset(WireModel):
+    """The data of the task: its type and exactly the member of that type."""
+
+    model_config = {
+        **WireModel.model_config,
+        "json_schema_extra": rules(
+            *(
+                rule(
+                    f"has(self.{member}) == (self.type == '{kind.value}')",
+                    f"dataset.{member} must be set exactly when dataset.type is {kind.value}: "
+                    f"set dataset.type to {kind.value} or remove dataset.{member}",
+                )
+                for kind, member in _DATASET_MEMBERS.items()
+            )
+        ),
+    }
+
+    type: DatasetType = Field(description="Which of the members below is set.")
+    instruct: InstructColumns | None = Field(None, description="Columns of instruction data.")
+    chat: ChatColumns | None = Field(None, description="Columns of conversation data.")
+    dpo: DPOColumns | None = Field(None, description="Columns of preference data.")
+    grpo: GRPOColumns | None = Field(None, description="Columns and rewards of a reinforcement task.")
+    image: ImageColumns | None = Field(None, description="Picture data.")
+    rows: Annotated[int, Field(ge=1, le=10**12, json_schema_extra={"format": "int64"})] | None = Field(
+        None, description="Number of rows or picture pairs, where it is known."
+    )
+    size_bytes: Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None = Field(
+        None, description="Size of the data in bytes, where it is known."
+    )
+    file_format: FileFormat | None = Field(None, description="How the rows are stored; default jsonl.")
+    source: DatasetSource | None = Field(None, description="Where the data lies.")
+
+    @model_validator(mode="after")
+    def _check_member(self) -> Dataset:
+        wanted = _DATASET_MEMBERS[self.type]
+        present = [m for m in _DATASET_MEMBERS.values() if getattr(self, m) is not None]
+        if present != [wanted]:
+            raise ValueError(
+                f"type {self.type.value} needs exactly the member {wanted}, found {present or 'none'}"
+            )
+        return self
+
+
+class TrainerRepository(WireModel):
+    """A trainer that is built from source at a fixed commit."""
+
+    url: Annotated[str, StringConstraints(min_length=8, max_length=1024, pattern=r"^https://.+")] = Field(
+        description="https address of the repository."
+    )
+    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] = Field(
+        description="Full commit hash."
+    )
+
+
+class TrainerOverride(WireModel):
+    """A trainer other than the policy's: an image or a repository, not both."""
+
+    model_config = {
+        **WireModel.model_config,
+        "json_schema_extra": rules(
+            rule(
+                "has(self.image) != has(self.repository)", "trainer needs exactly one of image and repository"
+            )
+        ),
+    }
+
+    image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = Field(
+        None, description="Container image that follows the trainer contract."
+    )
+    repository: TrainerRepository | None = Field(
+        None, description="Source repository that is built at a commit."
+    )
+
+
+class Output(WireModel):
+    """Where the result goes."""
+
+    repository: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
+        None, description="Exact name of the repository that the result is submitted to."
+    )
+    subfolder: (
+        Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[^/.][^.]*$")] | None
+    ) = Field(None, description="Folder inside the repository.")
+    persistent_volume_claim: ClaimPath | None = Field(
+        None, description="Folder on a claim of the namespace; the adapter is written to <path>/<job name>."
+    )
+
+
+class Tracking(WireModel):
+    """Experiment tracking that the offerer asks for."""
+
+    mode: Literal["Disabled", "Offline", "Online"] = Field(description="Disabled, Offline or Online.")
+
+
+class Origin(WireModel):
+    """Where the offer comes from."""
+
+    market: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(
+        description="Name of the market."
+    )
+    hotkey: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
+        None, description="Identity of the offerer in that market."
+    )
+
+
+_IMMUTABLE = (
+    "taskID taskType model dataset timeLimitSeconds deadline clockMode policyName value trainer output gpuCount "
+    "klCoefficient extraDatasets tracking origin"
+).split()
+_REQUIRED = {"taskID", "taskType", "model", "dataset", "timeLimitSeconds"}
+
+
+def _unchanged(field: str, old: str = "oldSelf", new: str = "self") -> str:
+    if field in _REQUIRED:
+        return f"{new}.{field} == {old}.{field}"
+    return (
+        f"has({new}.{field}) == has({old}.{field}) && (!has({new}.{field}) || {new}.{field} == {old}.{field})"
+    )
+
+
+_SPEC_RULES = (
+    *(
+        rule(
+            f"self.taskType != '{task.value}' || self.dataset.type == '{kind.value}'",
+            f"a {task.value} task needs dataset.type {kind.value} with dataset.{_DATASET_MEMBERS[kind]}: "
+            "change dataset or taskType",
+        )
+        for task, kind in DATASET_OF_TASK.items()
+    ),
+    rule(
+        "has(self.model.architecture) == (self.taskType == 'Image')",
+        "model.architecture (sdxl or flux) must be set exactly when taskType is Image: set it or remove it",
+    ),
+    *(
+        rule(
+            _unchanged(field),
+            f"spec.{field} is immutable: create a new TaskOffer; only active, expiresAt and priorityClassName may change",
+        )
+        for field in _IMMUTABLE
+    ),
+)
+
+
+class TaskOfferSpec(WireModel):
+    """What is offered: a model, data, a kind of training and the time it may take."""
+
+    model_config = {**WireModel.model_config, "json_schema_extra": rules(*_SPEC_RULES)}
+
+    task_id: Annotated[
+        str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")
+    ] = Field(
+        description="Identity of the task in its market; unique in the namespace, the oldest offer wins."
+    )
+    task_type: TaskType = Field(description="InstructText, Chat, DPO, GRPO or Image.")
+    model: Model = Field(description="The base model.")
+    dataset: Dataset = Field(description="The data.")
+    time_limit_seconds: Annotated[
+        int,
+        Field(
+            le=31_536_000,
+            json_schema_extra={
+                "format": "int64",
+                **rules(
+                    rule(
+                        "self > 0", "timeLimitSeconds must be greater than 0: give the time limit in seconds"
+                    )
+                ),
+            },
+        ),
+    ] = Field(description="Seconds that the task may take, counted as clockMode says.")
+    deadline: Time | None = Field(None, description="Moment by which the result must be there in any case.")
+    clock_mode: ClockMode | None = Field(
+        None,
+        description="Absolute (default: from acceptance) or Training (from the start of the training container).",
+    )
+    expires_at: Time | None = Field(
+        None, description="An offer that is not admitted by then is refused as Expired."
+    )
+    priority_class_name: Name | None = Field(None, description="PriorityClass of the training pod.")
+    policy_name: Name | None = Field(
+        None, description="CapacityPolicy that decides; absent means the default one."
+    )
+    value: DecimalString | None = Field(
+        None, description="Worth of the task to the owner, as a decimal string."
+    )
+    gpu_count: GpuCount | None = Field(
+        None, description="GPUs to train on: 1, 2, 4 or 8; absent lets the policy choose."
+    )
+    trainer: TrainerOverride | None = Field(None, description="A trainer other than the policy's.")
+    output: Output | None = Field(None, description="Where the result goes.")
+    kl_coefficient: DecimalString | None = Field(
+        None, description="Weight of a KL term that keeps the model near its base."
+    )
+    extra_datasets: Annotated[tuple[HubSource, ...], Field(max_length=4)] | None = Field(
+        None, description="Further public data sets to train on.", json_schema_extra=ATOMIC_LIST
+    )
+    tracking: Tracking | None = Field(None, description="Experiment tracking.")
+    origin: Origin | None = Field(None, description="Where the offer comes from.")
+    active: bool | None = Field(
+        None, description="false pauses a waiting offer and cancels an admitted one; absent means true."
+    )
+
+    @model_validator(mode="after")
+    def _check_dataset_fits(self) -> TaskOfferSpec:
+        wanted = DATASET_OF_TASK[self.task_type]
+        if self.dataset.type is not wanted:
+            raise ValueError(
+                f"dataset.type {self.dataset.type.value} does not fit taskType {self.task_type.value}: it needs {wanted.value}"
+            )
+        return self
+
+    @property
+    def is_active(self) -> bool:
+        """Tell whether the offer may be decided and run."""
+        return self.active is not False
+
+
+class ExplanationItem(WireModel):
+    """One piece of the explanation of a decision."""
+
+    type: Literal["Term", "Estimate", "Constraint", "Counterfactual"] = Field(
+        description="A term of the score, an estimate, a constraint that binds, or what would have changed the verdict."
+    )
+    name: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(
+        description="Name of the piece."
+    )
+    value: Annotated[str, StringConstraints(max_length=64)] = Field("", description="Its value.")
+    message: Annotated[str, StringConstraints(max_length=400)] = Field(
+        "", description="How the value comes about."
+    )
+
+
+class Admission(WireModel):
+    """The commitment to train the offer. It is the only place where GPUs are booked."""
+
+    policy_ref: PolicyRef = Field(description="Policy version that the decision was made under.")
+    job_name: Name = Field(description="Name of the TrainingJob.")
+    decided_at: Time = Field(description="When the offer was admitted.")
+    deadline: Time | None = Field(
+        None, description="When the result must be there; absent until a Training clock starts."
+    )
+    assignments: Annotated[tuple[Assignment, ...], Field(min_length=1, max_length=8)] = Field(
+        description="The GPUs that are booked.", json_schema_extra=list_map("nodeName", "resourceName")
+    )
+
+
+class TaskOfferStatus(WireModel):
+    """The answer to an offer. The operator is its only writer."""
+
+    observed_generation: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="The metadata.generation that was decided."
+    )
+    conditions: Conditions = Field((), description="Admitted, Evicted and Finished.")
+    score: DecimalString | None = Field(None, description="Score as a decimal string.")
+    explanation: Annotated[tuple[ExplanationItem, ...], Field(max_length=16)] = Field(
+        (),
+        description="Score terms, estimates, the binding constraint and a counterfactual.",
+        json_schema_extra=ATOMIC_LIST,
+    )
+    admission: Admission | None = Field(None, description="The booking; absent until the offer is admitted.")
+
+
+class TaskOffer(WireModel):
+    """A training task that somebody offers, and the operator's answer to it."""
+
+    model_config = {
+        **WireModel.model_config,
+        "json_schema_extra": rules(
+            rule(
+                "!has(oldSelf.status) || !has(oldSelf.status.admission) || "
+                f"(({_unchanged('expiresAt', 'oldSelf.spec', 'self.spec')}) && "
+                f"({_unchanged('priorityClassName', 'oldSelf.spec', 'self.spec')}))",
+                "the offer is admitted: only spec.active may change; set spec.active to false to cancel it",
+            )
+        ),
+    }
+
+    api_version: ApiVersion = "taskoffer.dev/v1alpha1"
+    kind: Literal["TaskOffer"] = "TaskOffer"
+    metadata: ObjectMeta
+    spec: TaskOfferSpec
+    status: TaskOfferStatus = TaskOfferStatus()

@@ -1,0 +1,227 @@
+"""TrainingJob: the work that follows from an admitted offer. Only the operator creates it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from taskoffer.api.base import Time, WireModel
+from taskoffer.api.contract import Clamp, LoraSettings, Metric, TrainSettings
+from taskoffer.api.tasks import TaskType
+from taskoffer.api.v1alpha1.meta import (
+    ATOMIC_LIST,
+    UID,
+    ApiVersion,
+    Assignment,
+    Conditions,
+    GpuCount,
+    Name,
+    ObjectMeta,
+    PolicyRef,
+    QuantityString,
+    list_map,
+    rule,
+    rules,
+)
+from taskoffer.api.v1alpha1.taskoffer import ClockMode, Dataset, Model, Output
+
+
+class OfferRef(WireModel):
+    """The offer that the job was made from."""
+
+    name: Name = Field(description="Name of the TaskOffer in the job's namespace.")
+    uid: UID = Field(description="UID of the TaskOffer.")
+
+
+class Settings(WireModel):
+    """Settings of the training method."""
+
+    lora: LoraSettings = Field(description="LoRA adapter settings.")
+    train: TrainSettings = Field(description="Training settings.")
+
+
+class Toleration(WireModel):
+    """A taint that the training pod accepts."""
+
+    key: Annotated[str, StringConstraints(max_length=316)] | None = Field(None, description="Taint key.")
+    operator: Literal["Exists", "Equal"] | None = Field(None, description="Exists or Equal.")
+    value: Annotated[str, StringConstraints(max_length=63)] | None = Field(None, description="Taint value.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        None, description="Taint effect."
+    )
+
+
+class PodSettings(WireModel):
+    """What the training pod gets beside its GPUs; CPU, memory and shared memory are per GPU."""
+
+    image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] = Field(
+        description="Trainer image."
+    )
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
+        None, description="When the image is pulled."
+    )
+    image_pull_secrets: Annotated[tuple[Name, ...], Field(max_length=8)] = Field(
+        (), description="Names of pull secrets in the offer's namespace.", json_schema_extra=ATOMIC_LIST
+    )
+    cpu_per_gpu: QuantityString | None = Field(None, description="CPU request per GPU.")
+    memory_per_gpu: QuantityString | None = Field(None, description="Memory request and limit per GPU.")
+    shared_memory_per_gpu: QuantityString | None = Field(None, description="Size of /dev/shm per GPU.")
+    service_account_name: Name | None = Field(
+        None, description="ServiceAccount of the pod; its token is not mounted."
+    )
+    runtime_class_name: Name | None = Field(None, description="RuntimeClass of the pod.")
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(
+        (), description="Taints that the pod accepts.", json_schema_extra=ATOMIC_LIST
+    )
+    termination_grace_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(
+        120, description="Seconds between SIGTERM and SIGKILL; long enough for a step and a checkpoint."
+    )
+
+
+class AttemptLimits(WireModel):
+    """How often and how patiently a job is tried."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=20)] = Field(3, description="Attempts before the job fails.")
+    backoff_seconds: Annotated[int, Field(ge=0, le=86400)] = Field(
+        10, description="Pause before another attempt."
+    )
+    start_timeout_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(
+        900, description="Seconds within which the container must have started."
+    )
+
+
+class Run(WireModel):
+    """All that is needed to render the attempts of a job, pinned when the offer was admitted."""
+
+    task_id: Annotated[str, StringConstraints(max_length=128)] = Field(description="Identity of the task.")
+    task_type: TaskType = Field(description="Kind of training.")
+    gpus: GpuCount = Field(description="GPUs of the training pod.")
+    model: Model = Field(description="The base model.")
+    dataset: Dataset = Field(description="The data.")
+    output: Output | None = Field(None, description="Where the result goes.")
+    clock_mode: ClockMode = Field(ClockMode.ABSOLUTE, description="When the time limit starts to run.")
+    time_limit_seconds: Annotated[int, Field(ge=1, json_schema_extra={"format": "int64"})] = Field(
+        description="Seconds that the task may take."
+    )
+    priority_class_name: Name | None = Field(None, description="PriorityClass of the pod.")
+    policy_ref: PolicyRef = Field(description="Policy version that the settings come from.")
+    requested: Settings = Field(description="What the policy and the offer ask for.")
+    effective: Settings = Field(description="What is used after clamping.")
+    clamps: Annotated[tuple[Clamp, ...], Field(max_length=32)] = Field(
+        (), description="Settings that could not be taken literally.", json_schema_extra=ATOMIC_LIST
+    )
+    pod: PodSettings = Field(description="What the pod gets beside its GPUs.")
+    limits: AttemptLimits = Field(description="How often and how patiently the job is tried.")
+
+
+class TrainingJobSpec(WireModel):
+    """Work to do. Immutable."""
+
+    model_config = {
+        **WireModel.model_config,
+        "json_schema_extra": rules(
+            rule("self == oldSelf", "spec is immutable: a TrainingJob is never edited")
+        ),
+    }
+
+    offer_ref: OfferRef = Field(description="The offer that the job was made from.")
+    run: Run = Field(description="What to run.")
+
+
+class AttemptOutcome(StrEnum):
+    """How an attempt ended."""
+
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    STOPPED = "Stopped"
+    NODE_LOST = "NodeLost"
+    START_TIMEOUT = "StartTimeout"
+
+
+class Attempt(WireModel):
+    """One try: a batch/v1 Job of its own name on decided GPUs. It is written here before the Job is created."""
+
+    job_name: Name = Field(description="Name of the batch/v1 Job.")
+    assignments: Annotated[tuple[Assignment, ...], Field(min_length=1, max_length=8)] = Field(
+        description="GPUs of the attempt.", json_schema_extra=list_map("nodeName", "resourceName")
+    )
+    created_at: Time = Field(description="When the attempt was decided.")
+    deadline: Time | None = Field(None, description="When the result must be there.")
+    started_at: Time | None = Field(None, description="When the container started.")
+    finished_at: Time | None = Field(None, description="When the attempt was over.")
+    outcome: AttemptOutcome | None = Field(None, description="How it ended; absent while it runs.")
+    exit_code: int | None = Field(None, description="Exit code of the container.")
+    message: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
+        None, description="What the trainer or the log said at the end."
+    )
+
+
+class StepStatus(WireModel):
+    """One of the three steps of a job."""
+
+    name: Literal["Prepare", "Train", "Submit"] = Field(description="Prepare, Train or Submit.")
+    state: Literal["Pending", "Running", "Succeeded", "Failed"] = Field(description="Where the step is.")
+
+
+class TrainerStatus(WireModel):
+    """Progress in the field names of Kubeflow Trainer's TrainJob status."""
+
+    progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Share done, in percent."
+    )
+    estimated_remaining_seconds: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Seconds still to go."
+    )
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=256)] = Field(
+        (), description="Loss, step and other figures.", json_schema_extra=list_map("name")
+    )
+    last_updated_time: Time = Field(description="When the trainer wrote these figures.")
+
+
+class Result(WireModel):
+    """What came out, as verified by the trainer."""
+
+    adapter_path: Annotated[str, StringConstraints(max_length=2048)] | None = Field(
+        None, description="Folder of the adapter on the output claim."
+    )
+    sha256: Annotated[str, StringConstraints(max_length=64)] | None = Field(
+        None, description="SHA-256 of the adapter file."
+    )
+    eval_loss_before: Annotated[str, StringConstraints(max_length=32)] | None = Field(
+        None, description="Held-out loss of the base model."
+    )
+    eval_loss_after: Annotated[str, StringConstraints(max_length=32)] | None = Field(
+        None, description="Held-out loss with the adapter."
+    )
+
+
+class TrainingJobStatus(WireModel):
+    """Where the work is. The operator is its only writer."""
+
+    observed_generation: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="The metadata.generation seen."
+    )
+    conditions: Conditions = Field((), description="Running, Complete and Failed.")
+    attempts: Annotated[tuple[Attempt, ...], Field(max_length=20)] = Field(
+        (), description="The tries, oldest first.", json_schema_extra=list_map("jobName")
+    )
+    steps: Annotated[tuple[StepStatus, ...], Field(max_length=3)] = Field(
+        (), description="Prepare, Train and Submit.", json_schema_extra=list_map("name")
+    )
+    trainer_status: TrainerStatus | None = Field(None, description="Progress as the trainer reports it.")
+    clamps: Annotated[tuple[Clamp, ...], Field(max_length=64)] = Field(
+        (), description="Settings that could not be taken literally.", json_schema_extra=ATOMIC_LIST
+    )
+    result: Result | None = Field(None, description="What came out.")
+
+
+class TrainingJob(WireModel):
+    """The work that follows from an admitted offer."""
+
+    api_version: ApiVersion = "taskoffer.dev/v1alpha1"
+    kind: Literal["TrainingJob"] = "TrainingJob"
+    metadata: ObjectMeta
+    spec: TrainingJobSpec
+    status: TrainingJobStatus = TrainingJobStatus()

@@ -1,0 +1,1 @@
+"""The program inside the training pod: reads one RunConfig, trains, verifies, reports."""
