@@ -27,6 +27,7 @@ __all__ = [
     "CONFIG_PATH",
     "MAX_TERMINATION_BYTES",
     "PROGRESS_PORT",
+    "SERVED_TASK_TYPES",
     "TERMINATION_LOG",
     "ChatColumns",
     "Clamp",
@@ -48,6 +49,9 @@ __all__ = [
     "TrainSettings",
     "rank_cap",
 ]
+
+SERVED_TASK_TYPES: frozenset[TaskType] = frozenset({TaskType.INSTRUCT_TEXT})
+"""Task types that the trainer of this version has a method for."""
 
 CONFIG_PATH = "/etc/taskoffer/run.json"
 """Where the pod finds its RunConfig."""

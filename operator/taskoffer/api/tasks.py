@@ -124,7 +124,7 @@ class RewardFunction(WireModel):
     source: Annotated[str, StringConstraints(min_length=1, max_length=16384)] = Field(
         description="Python source text of a function that takes completions and returns a list of numbers."
     )
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", max_length=64)] | None = Field(
         None, description="SHA-256 of the source text; a source that does not match is refused."
     )
 

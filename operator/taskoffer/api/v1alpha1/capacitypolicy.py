@@ -207,10 +207,12 @@ class CapacityPolicySpec(WireModel):
             rule(
                 "self.scoring.terms.all(t, !has(t.value) || t.name == 'Bonus')",
                 "scoring.terms[].value is only for the term Bonus: remove it from the others",
+                field_path=".scoring.terms",
             ),
             rule(
                 "self.sizeClasses.all(c, !has(c.maxParameters) || c.maxParameters > c.minParameters)",
-                "sizeClasses[].maxParameters must be greater than minParameters",
+                "sizeClasses[].maxParameters must be greater than minParameters: raise it or remove it",
+                field_path=".sizeClasses",
             ),
         ),
     }

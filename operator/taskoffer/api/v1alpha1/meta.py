@@ -46,13 +46,25 @@ GpuCount = Annotated[
 """A number of whole GPUs: 1, 2, 4 or 8."""
 
 
-def rule(expression: str, message: str, *, field_path: str | None = None) -> dict[str, str]:
-    """Build one CEL rule of ``x-kubernetes-validations``; the message names the field and the remedy."""
-    made = {"rule": expression, "message": message}
+def rule(
+    expression: str, message: str, *, field_path: str | None = None, on_create: bool = False
+) -> dict[str, Any]:
+    """Build one CEL rule of ``x-kubernetes-validations``; the message names the field and the remedy.
+
+    Args:
+        expression: CEL expression that must be true.
+        message: What the person reads who broke the rule.
+        field_path: Field below the rule's own that the error is shown at, for example ``.model.architecture``.
+        on_create: Check new objects only. Meant for fields that never change: an object that was stored before the
+            rule existed can then still be cancelled and still gets its status.
+    """
+    made: dict[str, Any] = {"rule": expression, "message": message}
+    if on_create:
+        made |= {"rule": f"oldSelf.hasValue() || ({expression})", "optionalOldSelf": True}
     return made if field_path is None else {**made, "fieldPath": field_path}
 
 
-def rules(*made: dict[str, str]) -> dict[str, Any]:
+def rules(*made: dict[str, Any]) -> dict[str, Any]:
     """Attach CEL rules to a schema (for ``json_schema_extra``)."""
     return {"x-kubernetes-validations": list(made)}
 

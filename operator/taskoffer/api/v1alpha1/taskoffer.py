@@ -35,6 +35,10 @@ from taskoffer.api.v1alpha1.meta import (
     rules,
 )
 
+MAX_OFFER_NAME = 45
+"""Longest name of a TaskOffer. Its TrainingJob is named ``<offer>-<8 of the UID>``, a Job ``<that>-<attempt>`` and a
+pod ``<that>-<5>``, and names become pod label values, which end at 63: 45 + 9 + 3 + 6."""
+
 _DATASET_MEMBERS = {t: t.value.lower() for t in DatasetType}
 
 
@@ -115,7 +119,7 @@ class DatasetSource(WireModel):
         "json_schema_extra": rules(
             rule(
                 "[has(self.persistentVolumeClaim), has(self.url), has(self.hub)].filter(x, x).size() == 1",
-                "dataset.source needs exactly one of persistentVolumeClaim, url and hub",
+                "dataset.source needs exactly one of persistentVolumeClaim, url and hub: set one and remove the others",
             )
         ),
     }
@@ -176,7 +180,7 @@ class TrainerRepository(WireModel):
     url: Annotated[str, StringConstraints(min_length=8, max_length=1024, pattern=r"^https://.+")] = Field(
         description="https address of the repository."
     )
-    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] = Field(
+    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$", max_length=40)] = Field(
         description="Full commit hash."
     )
 
@@ -188,7 +192,8 @@ class TrainerOverride(WireModel):
         **WireModel.model_config,
         "json_schema_extra": rules(
             rule(
-                "has(self.image) != has(self.repository)", "trainer needs exactly one of image and repository"
+                "has(self.image) != has(self.repository)",
+                "trainer needs exactly one of image and repository: set one and remove the other",
             )
         ),
     }
@@ -251,19 +256,24 @@ _SPEC_RULES = (
     *(
         rule(
             f"self.taskType != '{task.value}' || self.dataset.type == '{kind.value}'",
-            f"a {task.value} task needs dataset.type {kind.value} with dataset.{_DATASET_MEMBERS[kind]}: "
-            "change dataset or taskType",
+            f"dataset.type must be {kind.value} for taskType {task.value}: set it together with "
+            f"dataset.{_DATASET_MEMBERS[kind]}, or change taskType",
+            field_path=".dataset.type",
+            on_create=True,
         )
         for task, kind in DATASET_OF_TASK.items()
     ),
     rule(
         "has(self.model.architecture) == (self.taskType == 'Image')",
         "model.architecture (sdxl or flux) must be set exactly when taskType is Image: set it or remove it",
+        field_path=".model",
+        on_create=True,
     ),
     *(
         rule(
             _unchanged(field),
-            f"spec.{field} is immutable: create a new TaskOffer; only active, expiresAt and priorityClassName may change",
+            f"{field} is immutable: create a new TaskOffer; only active, expiresAt and priorityClassName may change",
+            field_path=f".{field}",
         )
         for field in _IMMUTABLE
     ),
@@ -396,11 +406,18 @@ class TaskOffer(WireModel):
         **WireModel.model_config,
         "json_schema_extra": rules(
             rule(
+                f"self.metadata.name.size() <= {MAX_OFFER_NAME}",
+                f"metadata.name must be at most {MAX_OFFER_NAME} characters, because the names of its Jobs and pods "
+                "are made from it: choose a shorter name",
+                on_create=True,
+            ),
+            rule(
                 "!has(oldSelf.status) || !has(oldSelf.status.admission) || "
                 f"(({_unchanged('expiresAt', 'oldSelf.spec', 'self.spec')}) && "
                 f"({_unchanged('priorityClassName', 'oldSelf.spec', 'self.spec')}))",
                 "the offer is admitted: only spec.active may change; set spec.active to false to cancel it",
-            )
+                field_path=".spec",
+            ),
         ),
     }
 

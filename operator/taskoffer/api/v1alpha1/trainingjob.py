@@ -90,6 +90,9 @@ class AttemptLimits(WireModel):
     start_timeout_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(
         900, description="Seconds within which the container must have started."
     )
+    node_lost_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(
+        120, description="Seconds after which an attempt on a node that is gone or not Ready is given up."
+    )
 
 
 class Run(WireModel):
@@ -122,7 +125,10 @@ class TrainingJobSpec(WireModel):
     model_config = {
         **WireModel.model_config,
         "json_schema_extra": rules(
-            rule("self == oldSelf", "spec is immutable: a TrainingJob is never edited")
+            rule(
+                "self == oldSelf",
+                "spec is immutable: a TrainingJob is never edited; change the TaskOffer or delete it",
+            )
         ),
     }
 
@@ -141,7 +147,7 @@ class AttemptOutcome(StrEnum):
 
 
 class Attempt(WireModel):
-    """One try: a batch/v1 Job of its own name on decided GPUs. It is written here before the Job is created."""
+    """One try: a batch/v1 Job of its own name on decided GPUs, written here before the Job is created."""
 
     job_name: Name = Field(description="Name of the batch/v1 Job.")
     assignments: Annotated[tuple[Assignment, ...], Field(min_length=1, max_length=8)] = Field(

@@ -1,0 +1,94 @@
+"""The ledger: who holds which GPUs on which node.
+
+A holder is an offer, by its UID, or a foreign pod. One holder can show up in several ways at once: as an admission
+that is being written, as an admission on the offer, as a Job, and as pods. These are views of one booking, so a node
+is charged the maximum of them, not their sum. Pods of one holder on one node are different pods and add up.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Source = Literal["assumed", "admission", "job", "pod"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """GPUs on a node that one source says a holder has."""
+
+    holder: str
+    node: str
+    count: int
+    source: Source
+    policy: str | None = None
+    lane: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node as far as booking goes: what it offers and whether anything new may go there."""
+
+    name: str
+    allocatable: int
+    ready: bool
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Booked GPUs by node, by lane and by policy. ``book`` adds to it while a cycle decides."""
+
+    booked: dict[str, int]
+    lanes: dict[tuple[str, str], int]
+    holders: dict[str, set[str]]
+
+    def free(self, node: NodeView) -> int:
+        """Return what may still be booked on a node; 0 on one that is not Ready, negative when it is overbooked."""
+        return node.allocatable - self.booked.get(node.name, 0) if node.ready else 0
+
+    def book(self, holder: str, node: str, count: int, policy: str, lane: str | None) -> None:
+        """Add a new booking of a holder that has none."""
+        self.booked[node] = self.booked.get(node, 0) + count
+        self.holders.setdefault(policy, set()).add(holder)
+        if lane is not None:
+            self.lanes[policy, lane] = self.lanes.get((policy, lane), 0) + count
+
+    def lane_used(self, policy: str, lane: str) -> int:
+        """Return the GPUs that are booked in a lane of a policy."""
+        return self.lanes.get((policy, lane), 0)
+
+    def running(self, policy: str) -> int:
+        """Return how many holders a policy has."""
+        return len(self.holders.get(policy, ()))
+
+
+def open_ledger(claims: Iterable[Claim]) -> Ledger:
+    """Sum up claims: per holder and node the maximum over the sources, per source the sum."""
+    amounts: dict[tuple[str, str], dict[Source, int]] = defaultdict(dict)
+    lane_of: dict[tuple[str, str], tuple[str, str]] = {}
+    holders: dict[str, set[str]] = defaultdict(set)
+    for claim in claims:
+        place = (claim.holder, claim.node)
+        by_source = amounts[place]
+        by_source[claim.source] = by_source.get(claim.source, 0) + claim.count
+        if claim.policy is not None:
+            holders[claim.policy].add(claim.holder)
+            if claim.lane is not None:
+                lane_of[place] = (claim.policy, claim.lane)
+    booked: dict[str, int] = defaultdict(int)
+    lanes: dict[tuple[str, str], int] = defaultdict(int)
+    for place, by_source in amounts.items():
+        charge = max(by_source.values())
+        booked[place[1]] += charge
+        if place in lane_of:
+            lanes[lane_of[place]] += charge
+    return Ledger(dict(booked), dict(lanes), dict(holders))
+
+
+def best_fit(nodes: Iterable[NodeView], ledger: Ledger, count: int) -> NodeView | None:
+    """Return the node that fits ``count`` GPUs and keeps the least free, so that large gaps stay whole; ties by name."""
+    fitting = [(ledger.free(node), node.name, node) for node in nodes if ledger.free(node) >= count]
+    return min(fitting)[2] if fitting else None

@@ -1,0 +1,61 @@
+"""What a model's name and the policy say about it: family, number of parameters, size class."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+
+from taskoffer.api.v1alpha1.capacitypolicy import FamilyRule, SizeClass
+from taskoffer.api.v1alpha1.taskoffer import Model
+
+# 8x7B before 7B, so that a mixture of experts is not read as one expert. The number must not continue a word or a
+# version (the 3.1 of Llama-3.1-8B carries no unit and so does not match).
+_SIZE = re.compile(r"(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
+_UNIT = {"b": 10**9, "m": 10**6}
+
+
+def family_of(model_name: str, families: Sequence[FamilyRule]) -> FamilyRule | None:
+    """Return the family whose pattern is the longest one contained in the model's name, or None.
+
+    The longest match makes ``codellama`` win over ``llama``. Of equally long patterns the first family counts.
+    """
+    name = model_name.lower()
+    best: tuple[int, FamilyRule] | None = None
+    for family in families:
+        for pattern in family.patterns:
+            if pattern in name and (best is None or len(pattern) > best[0]):
+                best = (len(pattern), family)
+    return best[1] if best else None
+
+
+def parameters_in_name(model_name: str) -> int | None:
+    """Read the number of parameters from a model name: 0.5b, 1.5B, 135M and 8x7B are understood; else None.
+
+    When a name carries several sizes the last one counts, as in ``Llama-3-8B-distill-1.5B``.
+    """
+    found = _SIZE.findall(model_name.rsplit("/", 1)[-1])
+    if not found:
+        return None
+    experts, number, unit = found[-1]
+    return int(Decimal(number) * _UNIT[unit.lower()] * int(experts or 1)) or None
+
+
+def parameters_of(model: Model, unknown: int | None) -> int | None:
+    """Return the model's size: what the offer says, else what the name says, else ``unknown``."""
+    return model.parameters or parameters_in_name(model.name) or unknown
+
+
+def size_class_of(parameters: int, classes: Sequence[SizeClass]) -> SizeClass | None:
+    """Return the class that the size falls into; the lower bound is inclusive, the upper one is not."""
+    for size in classes:
+        if size.min_parameters <= parameters and (size.max_parameters is None or parameters < size.max_parameters):
+            return size
+    return None
+
+
+def billions(parameters: int) -> str:
+    """Write a size for people: 8030000000 becomes 8.03B, 135000000 becomes 135M."""
+    if parameters >= 10**9:
+        return f"{parameters / 10**9:.4g}B"
+    return f"{parameters / 10**6:.4g}M" if parameters >= 10**6 else f"{parameters / 10**3:.4g}k"
