@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Write crds/*.yaml from the pydantic types in ``taskoffer.api``.
 
-Kubernetes takes *structural* schemas only: no ``$ref``, no ``anyOf`` with ``null``, every level typed. This script
-turns pydantic's JSON Schema into that form. It refuses what it does not understand instead of dropping it, so that a
-constraint in Python can never silently be missing on the API server.
+Kubernetes takes *structural* schemas only: no ``$ref``, no ``anyOf`` with ``null``, every level typed. This
+script turns pydantic's JSON Schema into that form. It refuses what it does not understand instead of dropping
+it, so that a constraint in Python can never silently be missing on the API server.
 
 Three decisions are made here for all kinds:
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from taskoffer.api.base import WireModel
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicy
 from taskoffer.api.v1alpha1.meta import CATEGORY, GROUP, VERSION
@@ -36,8 +37,9 @@ CRDS = Path(__file__).resolve().parent.parent / "crds"
 Schema = dict[str, Any]
 
 _KEPT = frozenset(
-    "type description format enum pattern minLength maxLength minItems maxItems minProperties maxProperties "
-    "minimum maximum x-kubernetes-list-type x-kubernetes-list-map-keys".split()
+    ("type", "description", "format", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems")
+    + ("minProperties", "maxProperties", "minimum", "maximum")
+    + ("x-kubernetes-list-type", "x-kubernetes-list-map-keys")
 )
 _DROPPED = frozenset({"title", "default", "$defs"})
 _NUMBER_FORMAT = {"integer": "int64", "number": "double"}
@@ -197,7 +199,7 @@ class Structural:
                 made["items"] = self._convert(value, f"{path}[]", with_rules=with_rules, seen=seen)
                 made.setdefault("x-kubernetes-list-type", "atomic")
             elif key == "additionalProperties":
-                # False is what the server does anyway: it prunes unknown fields or, under strict validation, refuses.
+                # False is what the server does anyway: it prunes unknown fields or, when strict, refuses them.
                 if isinstance(value, dict):
                     made[key] = self._convert(value, f"{path}{{}}", with_rules=with_rules, seen=seen)
                 elif value is not False:
@@ -265,7 +267,7 @@ def build(kind: Kind) -> Schema:
     """Return the CustomResourceDefinition of a kind.
 
     Raises:
-        UnsupportedSchemaError: when a type uses something that has no structural form; the message names the field.
+        UnsupportedSchemaError: when a type uses something that has no structural form; it names the field.
     """
     name = kind.model.__name__
     return {
