@@ -36,11 +36,10 @@ CRDS = Path(__file__).resolve().parent.parent / "crds"
 
 Schema = dict[str, Any]
 
-_KEPT = frozenset(
-    ("type", "description", "format", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems")
-    + ("minProperties", "maxProperties", "minimum", "maximum")
-    + ("x-kubernetes-list-type", "x-kubernetes-list-map-keys")
-)
+_TEXT_BOUNDS = ("pattern", "minLength", "maxLength")
+_COUNT_BOUNDS = ("minItems", "maxItems", "minProperties", "maxProperties", "minimum", "maximum")
+_LIST_KINDS = ("x-kubernetes-list-type", "x-kubernetes-list-map-keys")
+_KEPT = frozenset({"type", "description", "format", "enum", *_TEXT_BOUNDS, *_COUNT_BOUNDS, *_LIST_KINDS})
 _DROPPED = frozenset({"title", "default", "$defs"})
 _NUMBER_FORMAT = {"integer": "int64", "number": "double"}
 _RULES = "x-kubernetes-validations"
@@ -199,7 +198,7 @@ class Structural:
                 made["items"] = self._convert(value, f"{path}[]", with_rules=with_rules, seen=seen)
                 made.setdefault("x-kubernetes-list-type", "atomic")
             elif key == "additionalProperties":
-                # False is what the server does anyway: it prunes unknown fields or, when strict, refuses them.
+                # False is what the server does anyway: it prunes unknown fields, or refuses them.
                 if isinstance(value, dict):
                     made[key] = self._convert(value, f"{path}{{}}", with_rules=with_rules, seen=seen)
                 elif value is not False:

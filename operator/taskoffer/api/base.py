@@ -1,11 +1,11 @@
-"""Ground rules of every type that crosses a wire: camelCase outside, snake_case inside, unknown fields refused."""
+"""Ground rules of every type on a wire: camelCase outside, snake_case inside, unknown fields refused."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 from pydantic.alias_generators import to_camel
 
 # Words that are written in capitals on the wire, where the generated alias would read "taskId".
@@ -13,7 +13,7 @@ _CAPITALS = {"task_id": "taskID"}
 
 
 def wire_name(name: str) -> str:
-    """Give the wire name of a Python field: ``eval_steps`` becomes ``evalSteps``, ``task_id`` becomes ``taskID``."""
+    """Give the wire name of a field: ``eval_steps`` becomes ``evalSteps``, ``task_id`` becomes ``taskID``."""
     return _CAPITALS.get(name) or to_camel(name)
 
 
@@ -32,6 +32,17 @@ class WireModel(BaseModel):
     def to_wire(self) -> dict[str, Any]:
         """Return the JSON-ready form with wire names; fields that are ``None`` are left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def spelled(pattern: str, remedy: str) -> Any:
+    """Constrain a text (in ``Annotated``) to a pattern, with a sentence for those whose text does not match.
+
+    The API server's own message for a pattern is the bare expression, so a CEL rule with the sentence goes
+    beside it into the schema. The pattern must mean the same in Python, Rust's regex and RE2, and hold no
+    quotes.
+    """
+    check: dict[str, Any] = {"rule": f"self.matches(r'{pattern}')", "message": remedy}
+    return Field(pattern=pattern, json_schema_extra={"x-kubernetes-validations": [check]})
 
 
 def _utc(value: datetime) -> datetime:

@@ -1,8 +1,9 @@
-"""The contract between the operator and the trainer, and the only module of the operator that the trainer imports.
+"""The contract between operator and trainer, and the only module of the operator that the trainer imports.
 
-The operator renders one :class:`RunConfig` per attempt into a file in the pod. The trainer answers on its own port
-with a :class:`ProgressReport`, leaves a :class:`Termination` behind when it ends, and ends with an :class:`ExitCode`.
-Adding a field with a default keeps both sides compatible; anything else needs a new ``version``.
+The operator renders one :class:`RunConfig` per attempt into a file in the pod. The trainer answers on its own
+port with a :class:`ProgressReport`, leaves a :class:`Termination` behind when it ends, and ends with an
+:class:`ExitCode`. Adding a field with a default keeps both sides compatible; anything else needs a new
+``version``.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ CONFIG_PATH = "/etc/taskoffer/run.json"
 """Where the pod finds its RunConfig."""
 
 PROGRESS_PORT = 9500
-"""TCP port on which rank 0 serves ``GET /progress`` (ProgressReport as JSON), ``/metrics`` and ``/healthz``."""
+"""TCP port where rank 0 serves ``GET /progress`` (ProgressReport as JSON), ``/metrics`` and ``/healthz``."""
 
 TERMINATION_LOG = "/dev/termination-log"
 """File whose content the kubelet copies into the container status when the container ends."""
@@ -67,9 +68,10 @@ MAX_TERMINATION_BYTES = 4096
 
 
 class ExitCode(IntEnum):
-    """How a training container ends. Only the retryable codes are worth another attempt with the same settings.
+    """How a training container ends. Only retryable codes are worth another attempt with the same settings.
 
-    The split of retryable (130, 137, 138, 143) and permanent codes is Kubeflow Trainer's; 64 to 70 are sysexits.h.
+    The split of retryable (130, 137, 138, 143) and permanent codes is Kubeflow Trainer's; 64 to 70 are
+    sysexits.h.
     """
 
     DONE = 0
@@ -100,8 +102,8 @@ class ExitCode(IntEnum):
 def rank_cap(in_features: int, out_features: int) -> int:
     """Return the largest useful LoRA rank of a linear layer: floor(0.5 * in * out / (in + out)), at least 1.
 
-    At rank in*out/(in+out) the two adapter matrices have as many parameters as the layer itself; half of that is
-    the point where LoRA still saves something. Both the operator and the trainer apply this one function.
+    At rank in*out/(in+out) the two adapter matrices have as many parameters as the layer itself; half of that
+    is the point where LoRA still saves something. Both the operator and the trainer apply this one function.
 
     Raises:
         ValueError: when a dimension is not positive.
@@ -146,8 +148,8 @@ class LoraSettings(WireModel):
 class TrainSettings(WireModel):
     """Training settings, named as in transformers' TrainingArguments and TRL's SFTConfig.
 
-    ``per_device_train_batch_size`` is the micro-batch. The global batch, the number of rows that an optimizer step
-    learns from, is ``per_device_train_batch_size * gradient_accumulation_steps * GPUs``.
+    ``per_device_train_batch_size`` is the micro-batch. The global batch, the number of rows that an optimizer
+    step learns from, is ``per_device_train_batch_size * gradient_accumulation_steps * GPUs``.
     """
 
     num_train_epochs: Annotated[float, Field(gt=0, le=1000)] = Field(1.0, description="Passes over the data.")
@@ -263,8 +265,8 @@ class Metric(WireModel):
 class ProgressReport(WireModel):
     """What the trainer says of itself at ``GET /progress``.
 
-    ``progress_percentage``, ``estimated_remaining_seconds``, ``metrics`` and ``last_updated_time`` carry Kubeflow
-    Trainer's field names and go into ``TrainingJob.status.trainerStatus`` as they are.
+    ``progress_percentage``, ``estimated_remaining_seconds``, ``metrics`` and ``last_updated_time`` carry
+    Kubeflow Trainer's field names and go into ``TrainingJob.status.trainerStatus`` as they are.
     """
 
     job_name: str

@@ -1,7 +1,8 @@
 """Every reason that taskoffer gives, in one list.
 
-A reason is the machine-readable half of an answer; its message carries the numbers and the remedy. The same pair
-goes unchanged into the condition, the event and the metric label. The text behind each member is its documentation.
+A reason is the machine-readable half of an answer; its message carries the numbers and the remedy. The same
+pair goes unchanged into the condition, the event and the metric label. The text behind each member is its
+documentation.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Reason(StrEnum):
         member.meaning = meaning
         return member
 
-    # Verdict: admit
+    # The offer is admitted.
     ADMITTED = "Admitted", "The offer is accepted and its GPUs are booked."
 
     # Verdict: wait (can be admitted later without a change of the offer)

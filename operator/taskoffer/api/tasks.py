@@ -1,7 +1,7 @@
 """What a training task is about: its type and the description of its data.
 
-The members and their defaults follow the dataset descriptors of the historic task market (instruct, chat, DPO,
-GRPO and image requests), so that an offer from there translates field by field.
+The members and their defaults follow the dataset descriptors of the historic task market (instruct, chat,
+DPO, GRPO and image requests), so that an offer from there translates field by field.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from taskoffer.api.base import WireModel
+from taskoffer.api.base import WireModel, spelled
 
 Column = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 Format = Annotated[str, StringConstraints(max_length=4096)]
@@ -63,7 +63,7 @@ class InstructColumns(WireModel):
     field_input: Column | None = Field(None, description="Column with additional input for the instruction.")
     field_output: Column | None = Field(
         None,
-        description="Column with the wanted answer. When it is absent, the instruction column is trained as plain text.",
+        description="Column with the wanted answer; absent trains the instruction column as plain text.",
     )
     field_system: Column | None = Field(
         None, description="Column with a system prompt of its own for each row."
@@ -74,7 +74,7 @@ class InstructColumns(WireModel):
     )
     format: Format | None = Field(
         None,
-        description="Template of the user message with {instruction} and {input}; default joins both with a newline.",
+        description="Template of the user message with {instruction} and {input}; default joins both.",
     )
     no_input_format: Format | None = Field(
         None, description="Template of the user message for rows without input; {instruction} is replaced."
@@ -113,20 +113,29 @@ class DPOColumns(WireModel):
 
 
 class RewardFunction(WireModel):
-    """One reward of a GRPO task. Its source text is foreign code and runs only in the sandboxed training pod."""
+    """One reward of a GRPO task. Its source is foreign code and runs only in the sandboxed training pod."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(
         description="Name of the reward."
     )
-    weight: Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?$", max_length=16)] = Field(
+    weight: Annotated[
+        str,
+        StringConstraints(max_length=16),
+        spelled(r"^\d+(\.\d+)?$", "weight must be a decimal number in a string: write for example '0.5'"),
+    ] = Field(
         "1", description="Weight of the reward as a decimal string; weights are normalised to a sum of 1."
     )
     source: Annotated[str, StringConstraints(min_length=1, max_length=16384)] = Field(
         description="Python source text of a function that takes completions and returns a list of numbers."
     )
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$", max_length=64)] | None = Field(
-        None, description="SHA-256 of the source text; a source that does not match is refused."
-    )
+    sha256: (
+        Annotated[
+            str,
+            StringConstraints(max_length=64),
+            spelled(r"^[0-9a-f]{64}$", "sha256 must be 64 hexadecimal digits: write what sha256sum prints"),
+        ]
+        | None
+    ) = Field(None, description="SHA-256 of the source text; a source that does not match is refused.")
 
 
 class GRPOColumns(WireModel):

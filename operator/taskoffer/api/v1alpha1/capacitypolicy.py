@@ -1,7 +1,7 @@
 """CapacityPolicy: every number that decides about offers.
 
-A policy says which nodes it hands out, what it accepts, how it scores, how many GPUs a task gets, and with which
-settings it trains. The presets in ``taskoffer.presets`` write the strategy documents down in this form.
+A policy says which nodes it hands out, what it accepts, how it scores, how many GPUs a task gets, and with
+which settings it trains. The presets in ``taskoffer.presets`` write the strategy documents down in this form.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from taskoffer.api.base import WireModel
+from taskoffer.api.base import WireModel, spelled
 from taskoffer.api.contract import LoraSettings, TrainSettings
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.meta import (
@@ -71,7 +71,7 @@ class TaskTypeRule(WireModel):
     success_rate: DecimalString = Field(description="Value of the TaskSuccessRate term, 0 to 1.")
     parameter_factor: DecimalString | None = Field(
         None,
-        description="Factor on the model size when the GPU count is chosen (DPO holds more copies than instruct).",
+        description="Factor on the model size when GPUs are chosen (DPO holds more copies than instruct).",
     )
     lora_rank_factor: DecimalString | None = Field(None, description="Factor on the LoRA rank; default 1.")
     learning_rate_factor: DecimalString | None = Field(
@@ -85,7 +85,14 @@ class FamilyRule(WireModel):
     name: Label = Field(description="Name of the family.")
     patterns: Annotated[
         tuple[
-            Annotated[str, StringConstraints(min_length=2, max_length=63, pattern=r"^[a-z0-9][a-z0-9._-]*$")],
+            Annotated[
+                str,
+                StringConstraints(min_length=2, max_length=63),
+                spelled(
+                    r"^[a-z0-9][a-z0-9._-]*$",
+                    "must be a lower-case part of a model's name: use letters, digits, '.', '_' and '-'",
+                ),
+            ],
             ...,
         ],
         Field(min_length=1, max_length=16),
@@ -127,7 +134,7 @@ class LaneRule(WireModel):
 
 
 class Lane(WireModel):
-    """A share of the GPUs for some kinds of task. Lanes are counts: the device plugin picks the physical GPUs."""
+    """A share of the GPUs for some kinds of task. Lanes are counts: the device plugin picks the GPUs."""
 
     name: Label = Field(description="Name of the lane.")
     gpus: Annotated[int, Field(ge=1, le=4096)] = Field(description="GPUs of the lane, over all nodes.")
@@ -201,9 +208,8 @@ class Retention(WireModel):
 class CapacityPolicySpec(WireModel):
     """What is handed out, to whom, and how it is trained."""
 
-    model_config = {
-        **WireModel.model_config,
-        "json_schema_extra": rules(
+    model_config = ConfigDict(
+        json_schema_extra=rules(
             rule(
                 "self.scoring.terms.all(t, !has(t.value) || t.name == 'Bonus')",
                 "scoring.terms[].value is only for the term Bonus: remove it from the others",
@@ -214,8 +220,8 @@ class CapacityPolicySpec(WireModel):
                 "sizeClasses[].maxParameters must be greater than minParameters: raise it or remove it",
                 field_path=".sizeClasses",
             ),
-        ),
-    }
+        )
+    )
 
     node_selector: NodeSelector = Field(description="Nodes that the policy hands out.")
     resources: Annotated[tuple[ResourcePool, ...], Field(min_length=1, max_length=1)] = Field(
@@ -267,12 +273,13 @@ class CapacityPolicySpec(WireModel):
                 unknown = [name for name in item.size_classes if name not in known]
                 if unknown:
                     raise ValueError(
-                        f"lanes[{lane.name}] names the unknown size class {unknown[0]}; known: {sorted(known)}"
+                        f"lanes[{lane.name}] names the unknown size class {unknown[0]}; "
+                        f"known: {sorted(known)}"
                     )
                 if item.gpus_per_task > lane.gpus:
                     raise ValueError(
-                        f"lanes[{lane.name}] gives {item.gpus_per_task} GPUs per task but has only {lane.gpus}: "
-                        "raise gpus or lower gpusPerTask"
+                        f"lanes[{lane.name}] gives {item.gpus_per_task} GPUs per task but has only "
+                        f"{lane.gpus}: raise gpus or lower gpusPerTask"
                     )
         return self
 
@@ -282,7 +289,8 @@ class CapacityPolicySpec(WireModel):
         for size in self.size_classes:
             if size.gpus not in allowed:
                 raise ValueError(
-                    f"sizeClasses[{size.name}].gpus is {size.gpus}; resources[0].counts allows {sorted(allowed)}"
+                    f"sizeClasses[{size.name}].gpus is {size.gpus}; "
+                    f"resources[0].counts allows {sorted(allowed)}"
                 )
         return self
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
-from taskoffer.api.base import Time, WireModel
+from taskoffer.api.base import Time, WireModel, spelled
 
 GROUP = "taskoffer.dev"
 VERSION = "v1alpha1"
@@ -18,18 +18,37 @@ GPU_COUNTS = (1, 2, 4, 8)
 """GPU counts that the schema knows; a policy allows some of them."""
 
 Name = Annotated[
-    str, StringConstraints(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+    str,
+    StringConstraints(min_length=1, max_length=253),
+    spelled(
+        r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
+        "must be an object's name: use lower-case letters, digits, '-' and '.', "
+        "with a letter or digit at both ends",
+    ),
 ]
 """An object name (RFC 1123 subdomain)."""
 
 UID = Annotated[str, StringConstraints(min_length=1, max_length=64)]
-DecimalString = Annotated[str, StringConstraints(max_length=16, pattern=r"^\d{1,8}(\.\d{1,6})?$")]
+DecimalString = Annotated[
+    str,
+    StringConstraints(max_length=16),
+    spelled(
+        r"^\d{1,8}(\.\d{1,6})?$",
+        "must be a decimal number in a string, with at most 8 digits before and 6 after the point: "
+        "write for example '0.35'",
+    ),
+]
 """A non-negative decimal number written as a string, as in ``0.35``."""
 
 ShortText = Annotated[str, StringConstraints(max_length=253)]
 Message = Annotated[str, StringConstraints(max_length=1024)]
 QuantityString = Annotated[
-    str, StringConstraints(max_length=32, pattern=r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")
+    str,
+    StringConstraints(max_length=32),
+    spelled(
+        r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$",
+        "must be a quantity in a string: write for example '110Gi' or '500m'",
+    ),
 ]
 """A Kubernetes quantity, as in ``110Gi`` or ``500m``."""
 
@@ -54,9 +73,9 @@ def rule(
     Args:
         expression: CEL expression that must be true.
         message: What the person reads who broke the rule.
-        field_path: Field below the rule's own that the error is shown at, for example ``.model.architecture``.
-        on_create: Check new objects only. Meant for fields that never change: an object that was stored before the
-            rule existed can then still be cancelled and still gets its status.
+        field_path: Field below the rule's own where the error is shown, for example ``.model.architecture``.
+        on_create: Check new objects only. Meant for fields that never change: an object that was stored before
+            the rule existed can then still be cancelled and still gets its status.
     """
     made: dict[str, Any] = {"rule": expression, "message": message}
     if on_create:
@@ -70,7 +89,7 @@ def rules(*made: dict[str, Any]) -> dict[str, Any]:
 
 
 def list_map(*keys: str) -> dict[str, Any]:
-    """Mark a list as a map with these keys (for ``json_schema_extra``), so that several writers can merge it."""
+    """Mark a list as a map with these keys (for ``json_schema_extra``), for several writers."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
 
 
@@ -136,7 +155,8 @@ class ClaimPath(WireModel):
         "",
         description="Path on the volume, relative to its root and without '..'; empty means the root.",
         json_schema_extra=rules(
-            rule("!self.split('/').exists(p, p == '..')", "path must stay on the volume: remove '..'")
+            rule("!self.startsWith('/')", "path is relative to the volume's root: remove the leading '/'"),
+            rule("!self.split('/').exists(p, p == '..')", "path must stay on the volume: remove '..'"),
         ),
     )
 
@@ -144,7 +164,7 @@ class ClaimPath(WireModel):
 class ObjectMeta(WireModel):
     """The part of an object's metadata that decisions read; other fields are ignored."""
 
-    model_config = {**WireModel.model_config, "extra": "ignore"}
+    model_config = ConfigDict(extra="ignore")
 
     name: str
     namespace: str | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from taskoffer.api.base import Time, WireModel
+from taskoffer.api.base import Time, WireModel, spelled
 from taskoffer.api.tasks import (
     DATASET_OF_TASK,
     ChatColumns,
@@ -36,8 +36,8 @@ from taskoffer.api.v1alpha1.meta import (
 )
 
 MAX_OFFER_NAME = 45
-"""Longest name of a TaskOffer. Its TrainingJob is named ``<offer>-<8 of the UID>``, a Job ``<that>-<attempt>`` and a
-pod ``<that>-<5>``, and names become pod label values, which end at 63: 45 + 9 + 3 + 6."""
+"""Longest name of a TaskOffer. Its TrainingJob is ``<offer>-<8 of the UID>``, a Job ``<that>-<attempt>``
+and a pod ``<that>-<5>``; names become label values, which end at 63 characters: 45 + 9 + 3 + 6."""
 
 _DATASET_MEMBERS = {t: t.value.lower() for t in DatasetType}
 
@@ -92,7 +92,9 @@ class UrlSource(WireModel):
     """Data behind a (presigned) address."""
 
     url: Annotated[
-        str, StringConstraints(min_length=8, max_length=4096, pattern=r"^(https|http|s3)://.+")
+        str,
+        StringConstraints(min_length=8, max_length=4096),
+        spelled(r"^(https|http|s3)://.+", "url must be an address: begin it with https://, http:// or s3://"),
     ] = Field(description="https, http or s3 address.")
     expires_at: Time | None = Field(None, description="When the address stops to work.")
 
@@ -114,15 +116,15 @@ class HubSource(WireModel):
 class DatasetSource(WireModel):
     """Where the data is: exactly one member."""
 
-    model_config = {
-        **WireModel.model_config,
-        "json_schema_extra": rules(
+    model_config = ConfigDict(
+        json_schema_extra=rules(
             rule(
                 "[has(self.persistentVolumeClaim), has(self.url), has(self.hub)].filter(x, x).size() == 1",
-                "dataset.source needs exactly one of persistentVolumeClaim, url and hub: set one and remove the others",
+                "dataset.source needs exactly one of persistentVolumeClaim, url and hub: "
+                "set one and remove the others",
             )
-        ),
-    }
+        )
+    )
 
     persistent_volume_claim: ClaimPath | None = Field(
         None, description="File or folder on a claim of the namespace."
@@ -134,9 +136,8 @@ class DatasetSource(WireModel):
 class Dataset(WireModel):
     """The data of the task: its type and exactly the member of that type."""
 
-    model_config = {
-        **WireModel.model_config,
-        "json_schema_extra": rules(
+    model_config = ConfigDict(
+        json_schema_extra=rules(
             *(
                 rule(
                     f"has(self.{member}) == (self.type == '{kind.value}')",
@@ -145,8 +146,8 @@ class Dataset(WireModel):
                 )
                 for kind, member in _DATASET_MEMBERS.items()
             )
-        ),
-    }
+        )
+    )
 
     type: DatasetType = Field(description="Which of the members below is set.")
     instruct: InstructColumns | None = Field(None, description="Columns of instruction data.")
@@ -177,26 +178,31 @@ class Dataset(WireModel):
 class TrainerRepository(WireModel):
     """A trainer that is built from source at a fixed commit."""
 
-    url: Annotated[str, StringConstraints(min_length=8, max_length=1024, pattern=r"^https://.+")] = Field(
-        description="https address of the repository."
-    )
-    commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$", max_length=40)] = Field(
-        description="Full commit hash."
-    )
+    url: Annotated[
+        str,
+        StringConstraints(min_length=8, max_length=1024),
+        spelled(r"^https://.+", "url must be an https address: begin it with https://"),
+    ] = Field(description="https address of the repository.")
+    commit: Annotated[
+        str,
+        StringConstraints(max_length=40),
+        spelled(
+            r"^[0-9a-f]{40}$", "commit must be a full hash of 40 hexadecimal digits: not a branch or tag"
+        ),
+    ] = Field(description="Full commit hash.")
 
 
 class TrainerOverride(WireModel):
     """A trainer other than the policy's: an image or a repository, not both."""
 
-    model_config = {
-        **WireModel.model_config,
-        "json_schema_extra": rules(
+    model_config = ConfigDict(
+        json_schema_extra=rules(
             rule(
                 "has(self.image) != has(self.repository)",
                 "trainer needs exactly one of image and repository: set one and remove the other",
             )
-        ),
-    }
+        )
+    )
 
     image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = Field(
         None, description="Container image that follows the trainer contract."
@@ -213,7 +219,14 @@ class Output(WireModel):
         None, description="Exact name of the repository that the result is submitted to."
     )
     subfolder: (
-        Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[^/.][^.]*$")] | None
+        Annotated[
+            str,
+            StringConstraints(min_length=1, max_length=253),
+            spelled(
+                r"^[^/.][^.]*$", "subfolder is a relative path without dots: remove '.' and a leading '/'"
+            ),
+        ]
+        | None
     ) = Field(None, description="Folder inside the repository.")
     persistent_volume_claim: ClaimPath | None = Field(
         None, description="Folder on a claim of the namespace; the adapter is written to <path>/<job name>."
@@ -237,10 +250,24 @@ class Origin(WireModel):
     )
 
 
-_IMMUTABLE = (
-    "taskID taskType model dataset timeLimitSeconds deadline clockMode policyName value trainer output gpuCount "
-    "klCoefficient extraDatasets tracking origin"
-).split()
+_IMMUTABLE = [
+    "taskID",
+    "taskType",
+    "model",
+    "dataset",
+    "timeLimitSeconds",
+    "deadline",
+    "clockMode",
+    "policyName",
+    "value",
+    "trainer",
+    "output",
+    "gpuCount",
+    "klCoefficient",
+    "extraDatasets",
+    "tracking",
+    "origin",
+]
 _REQUIRED = {"taskID", "taskType", "model", "dataset", "timeLimitSeconds"}
 
 
@@ -266,13 +293,14 @@ _SPEC_RULES = (
     rule(
         "has(self.model.architecture) == (self.taskType == 'Image')",
         "model.architecture (sdxl or flux) must be set exactly when taskType is Image: set it or remove it",
-        field_path=".model",
+        field_path=".model.architecture",
         on_create=True,
     ),
     *(
         rule(
             _unchanged(field),
-            f"{field} is immutable: create a new TaskOffer; only active, expiresAt and priorityClassName may change",
+            f"{field} is immutable: create a new TaskOffer; "
+            "only active, expiresAt and priorityClassName may change",
             field_path=f".{field}",
         )
         for field in _IMMUTABLE
@@ -283,10 +311,16 @@ _SPEC_RULES = (
 class TaskOfferSpec(WireModel):
     """What is offered: a model, data, a kind of training and the time it may take."""
 
-    model_config = {**WireModel.model_config, "json_schema_extra": rules(*_SPEC_RULES)}
+    model_config = ConfigDict(json_schema_extra=rules(*_SPEC_RULES))
 
     task_id: Annotated[
-        str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")
+        str,
+        StringConstraints(min_length=1, max_length=128),
+        spelled(
+            r"^[A-Za-z0-9][A-Za-z0-9._:-]*$",
+            "taskID must begin with a letter or digit and hold only letters, digits, '.', '_', ':' and '-': "
+            "remove the rest",
+        ),
     ] = Field(
         description="Identity of the task in its market; unique in the namespace, the oldest offer wins."
     )
@@ -310,7 +344,7 @@ class TaskOfferSpec(WireModel):
     deadline: Time | None = Field(None, description="Moment by which the result must be there in any case.")
     clock_mode: ClockMode | None = Field(
         None,
-        description="Absolute (default: from acceptance) or Training (from the start of the training container).",
+        description="Absolute (default: from acceptance) or Training (from the start of the container).",
     )
     expires_at: Time | None = Field(
         None, description="An offer that is not admitted by then is refused as Expired."
@@ -344,7 +378,8 @@ class TaskOfferSpec(WireModel):
         wanted = DATASET_OF_TASK[self.task_type]
         if self.dataset.type is not wanted:
             raise ValueError(
-                f"dataset.type {self.dataset.type.value} does not fit taskType {self.task_type.value}: it needs {wanted.value}"
+                f"dataset.type {self.dataset.type.value} does not fit taskType {self.task_type.value}: "
+                f"it needs {wanted.value}"
             )
         return self
 
@@ -358,7 +393,7 @@ class ExplanationItem(WireModel):
     """One piece of the explanation of a decision."""
 
     type: Literal["Term", "Estimate", "Constraint", "Counterfactual"] = Field(
-        description="A term of the score, an estimate, a constraint that binds, or what would have changed the verdict."
+        description="A score term, an estimate, a constraint that binds, or what would change the verdict."
     )
     name: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(
         description="Name of the piece."
@@ -402,13 +437,12 @@ class TaskOfferStatus(WireModel):
 class TaskOffer(WireModel):
     """A training task that somebody offers, and the operator's answer to it."""
 
-    model_config = {
-        **WireModel.model_config,
-        "json_schema_extra": rules(
+    model_config = ConfigDict(
+        json_schema_extra=rules(
             rule(
                 f"self.metadata.name.size() <= {MAX_OFFER_NAME}",
-                f"metadata.name must be at most {MAX_OFFER_NAME} characters, because the names of its Jobs and pods "
-                "are made from it: choose a shorter name",
+                f"metadata.name must be at most {MAX_OFFER_NAME} characters, because the names of Jobs and "
+                "pods are made from it: choose a shorter name",
                 on_create=True,
             ),
             rule(
@@ -418,8 +452,8 @@ class TaskOffer(WireModel):
                 "the offer is admitted: only spec.active may change; set spec.active to false to cancel it",
                 field_path=".spec",
             ),
-        ),
-    }
+        )
+    )
 
     api_version: ApiVersion = "taskoffer.dev/v1alpha1"
     kind: Literal["TaskOffer"] = "TaskOffer"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints
 
 from taskoffer.api.base import Time, WireModel
 from taskoffer.api.contract import Clamp, LoraSettings, Metric, TrainSettings
@@ -122,15 +122,14 @@ class Run(WireModel):
 class TrainingJobSpec(WireModel):
     """Work to do. Immutable."""
 
-    model_config = {
-        **WireModel.model_config,
-        "json_schema_extra": rules(
+    model_config = ConfigDict(
+        json_schema_extra=rules(
             rule(
                 "self == oldSelf",
                 "spec is immutable: a TrainingJob is never edited; change the TaskOffer or delete it",
             )
-        ),
-    }
+        )
+    )
 
     offer_ref: OfferRef = Field(description="The offer that the job was made from.")
     run: Run = Field(description="What to run.")
