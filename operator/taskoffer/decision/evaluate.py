@@ -136,7 +136,9 @@ def _check_task_type(facts: Facts) -> Iterator[Refusal]:
 
 def _check_features(facts: Facts) -> Iterator[Refusal]:
     for field, remedy in _unserved(facts.spec):
-        yield Refusal(Reason.FEATURE_NOT_SERVED, f"spec.{field} is not served by this version: {remedy}", remedy)
+        yield Refusal(
+            Reason.FEATURE_NOT_SERVED, f"spec.{field} is not served by this version: {remedy}", remedy
+        )
 
 
 def _unserved(spec: TaskOfferSpec) -> Iterator[tuple[str, str]]:
@@ -254,12 +256,21 @@ def score_of(facts: Facts) -> Score | None:
         part = (Decimal(term.weight) * value).quantize(_PLACES, ROUND_HALF_UP)
         total += part
         items.append(
-            ExplanationItem(type="Term", name=term.name.value, value=str(part), message=f"{term.weight} x {value.normalize():f}")
+            ExplanationItem(
+                type="Term",
+                name=term.name.value,
+                value=str(part),
+                message=f"{term.weight} x {value.normalize():f}",
+            )
         )
     cap = facts.policy.scoring.cap
     if cap is not None and total > Decimal(cap):
         excess = (Decimal(cap) - total).quantize(_PLACES)
-        items.append(ExplanationItem(type="Term", name="Cap", value=str(excess), message=f"the policy caps scores at {cap}"))
+        items.append(
+            ExplanationItem(
+                type="Term", name="Cap", value=str(excess), message=f"the policy caps scores at {cap}"
+            )
+        )
         total += excess
     return Score(total.quantize(_PLACES), tuple(items))
 
@@ -272,7 +283,9 @@ def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:
     if longest is None:
         time_efficiency = Decimal(1)
     else:
-        time_efficiency = max(Decimal(0), 1 - Decimal(facts.spec.time_limit_seconds) / longest).quantize(_PLACES)
+        time_efficiency = max(Decimal(0), 1 - Decimal(facts.spec.time_limit_seconds) / longest).quantize(
+            _PLACES
+        )
     return {
         TermName.TASK_WEIGHT: Decimal(facts.task.weight),
         TermName.MODEL_PERFORMANCE: Decimal(family_rate),

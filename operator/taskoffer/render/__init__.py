@@ -1,0 +1,1 @@
+"""From decisions to objects: pure functions that return what is sent to the API server."""

@@ -1,0 +1,61 @@
+"""Conditions as values: find one, set one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.meta import Condition, ConditionStatus
+
+
+def condition_of(conditions: Sequence[Condition], kind: str) -> Condition | None:
+    """Return the condition of a type, or None."""
+    return next((c for c in conditions if c.type == kind), None)
+
+
+def is_true(conditions: Sequence[Condition], kind: str) -> bool:
+    """Tell whether a condition is there and True."""
+    found = condition_of(conditions, kind)
+    return found is not None and found.status is ConditionStatus.TRUE
+
+
+def set_condition(
+    conditions: Sequence[Condition],
+    kind: str,
+    status: bool | None,
+    reason: Reason,
+    message: str,
+    *,
+    now: datetime,
+    generation: int,
+) -> tuple[Condition, ...]:
+    """Return the conditions with one of them set; lastTransitionTime moves only when the status changes.
+
+    Args:
+        conditions: The conditions as they are.
+        kind: Type of the condition.
+        status: True, False, or None for Unknown.
+        reason: The cause.
+        message: The cause with numbers and remedy; cut at the schema's 2,048 characters.
+        now: The moment of the change.
+        generation: The metadata.generation that was looked at.
+    """
+    text = {True: ConditionStatus.TRUE, False: ConditionStatus.FALSE, None: ConditionStatus.UNKNOWN}[status]
+    before = condition_of(conditions, kind)
+    moved = before is None or before.status is not text
+    made = Condition(
+        type=kind,
+        status=text,
+        reason=reason.value,
+        message=message[:2048],
+        last_transition_time=now.replace(microsecond=0)
+        if moved or before is None
+        else before.last_transition_time,
+        observed_generation=generation,
+    )
+    return (
+        (*(c for c in conditions if c.type != kind), made)
+        if before is None
+        else tuple(made if c.type == kind else c for c in conditions)
+    )

@@ -1,0 +1,531 @@
+"""A TrainingJob's next step: one pure function from what is observed to what is to be done.
+
+Every pass looks at everything again; nothing depends on having seen an event. An attempt is written into the
+TrainingJob's status before its Job is created. The first one needs no such write, because it follows from the
+offer's admission alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from taskoffer.api.contract import ExitCode, ProgressReport, Termination
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.meta import Assignment
+from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode
+from taskoffer.api.v1alpha1.trainingjob import (
+    Attempt,
+    AttemptOutcome,
+    Result,
+    StepStatus,
+    TrainerStatus,
+    TrainingJob,
+    TrainingJobStatus,
+)
+from taskoffer.decision.conditions import condition_of, is_true, set_condition
+from taskoffer.decision.naming import attempt_name
+from taskoffer.decision.snapshot import MoveRequest, OfferKey
+
+PERMANENT_EXIT_CODES = frozenset(
+    {ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.NO_MODEL, ExitCode.VERIFY_FAILED}
+)
+"""Exit codes after which the same settings fail again: no further attempt is made."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A batch/v1 Job of an attempt."""
+
+    name: str
+    uid: str
+    suspended: bool
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """A pod of an attempt."""
+
+    name: str
+    uid: str
+    job_name: str
+    node: str | None
+    created: datetime
+    terminal: bool
+    succeeded: bool
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    exit_code: int | None = None
+    message: str = ""
+    waiting: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeHealth:
+    """Whether a node is Ready, and since when."""
+
+    ready: bool
+    since: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class OfferFacts:
+    """The offer behind a job, as far as the job needs it."""
+
+    active: bool
+    admission: Admission | None
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobFacts:
+    """All that is observed about one TrainingJob."""
+
+    now: datetime
+    job: TrainingJob
+    offer: OfferFacts | None
+    jobs: Mapping[str, JobView]
+    pods: Sequence[PodView]
+    nodes: Mapping[str, NodeHealth]
+    report: ProgressReport | None = None
+    moved_to: Attempt | None = None
+    """The next attempt's place, once the cycle has found one for it."""
+    progress_interval: timedelta = timedelta(seconds=10)
+
+
+@dataclass(frozen=True, slots=True)
+class EnsureAttempt:
+    """Create ConfigMap and Job of an attempt unless they are there."""
+
+    attempt: Attempt
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class SuspendJob:
+    """Ask a Job's pods to stop; the Job stays."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteJob:
+    """Remove a Job whose pod may never answer again."""
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """An event on the TrainingJob."""
+
+    reason: Reason
+    message: str
+    warning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OfferEnd:
+    """The Finished condition that the offer is to get."""
+
+    reason: Reason
+    message: str
+
+
+Action = EnsureAttempt | SuspendJob | DeleteJob
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """What to do about a TrainingJob now."""
+
+    actions: tuple[Action, ...] = ()
+    status: TrainingJobStatus | None = None
+    """The status to write, or None when it is right already."""
+    notices: tuple[Notice, ...] = ()
+    offer_end: OfferEnd | None = None
+    move: MoveRequest | None = None
+    wake_at: datetime | None = None
+
+
+def step(facts: JobFacts) -> JobPlan:
+    """Return what to do about a TrainingJob now."""
+    status = facts.job.status
+    if facts.offer is None or facts.job.metadata.deletion_timestamp is not None:
+        # Without its offer the job is about to be collected, and its Job and pods with it.
+        return JobPlan()
+    if is_true(status.conditions, "Complete") or is_true(status.conditions, "Failed"):
+        return _finished(facts)
+    attempts = status.attempts or _first_attempt(facts)
+    if not attempts:
+        return JobPlan()
+    return _Pass(facts, attempts).run()
+
+
+def _first_attempt(facts: JobFacts) -> tuple[Attempt, ...]:
+    admission = facts.offer.admission if facts.offer else None
+    if admission is None or admission.job_name != facts.job.metadata.name:
+        return ()
+    return (
+        Attempt(
+            job_name=attempt_name(facts.job.metadata.name, 1),
+            assignments=admission.assignments,
+            created_at=admission.decided_at,
+            deadline=admission.deadline,
+        ),
+    )
+
+
+def _finished(facts: JobFacts) -> JobPlan:
+    """Carry the end of the job over to its offer, once."""
+    if facts.offer is None or facts.offer.finished:
+        return JobPlan()
+    complete = condition_of(facts.job.status.conditions, "Complete")
+    if complete is not None and complete.status == "True":
+        return JobPlan(offer_end=OfferEnd(Reason.SUCCEEDED, complete.message))
+    failed = condition_of(facts.job.status.conditions, "Failed")
+    message = failed.message if failed else ""
+    cancelled = failed is not None and failed.reason == Reason.CANCELLED
+    return JobPlan(offer_end=OfferEnd(Reason.CANCELLED if cancelled else Reason.FAILED, message))
+
+
+class _Pass:
+    """One look at an unfinished job. Methods return the plan; helpers change nothing but this object."""
+
+    def __init__(self, facts: JobFacts, attempts: tuple[Attempt, ...]) -> None:
+        self.facts = facts
+        self.run_spec = facts.job.spec.run
+        self.limits = facts.job.spec.run.limits
+        self.attempts = list(attempts)
+        self.current = attempts[-1]
+        self.job = facts.jobs.get(self.current.job_name)
+        own = [p for p in facts.pods if p.job_name == self.current.job_name]
+        self.pod = max(own, key=lambda p: (not p.terminal, p.created, p.name), default=None)
+        self.notices: list[Notice] = []
+        self.conditions = facts.job.status.conditions
+        self.actions: list[Action] = []
+        self.wake_at: datetime | None = None
+        self.trainer_status = facts.job.status.trainer_status
+        self.result = facts.job.status.result
+
+    def run(self) -> JobPlan:
+        if self._cancelled():
+            return self._stop(Reason.CANCELLED, "the offer was cancelled")
+        if self.current.outcome is not None:
+            return self._next_attempt()
+        if self.pod is not None and self.pod.terminal:
+            return self._ended(self.pod)
+        deadline = self.current.deadline
+        if deadline is not None and self.facts.now >= deadline:
+            return self._stop(
+                Reason.DEADLINE_EXCEEDED, f"the deadline {deadline:%Y-%m-%dT%H:%M:%SZ} has passed"
+            )
+        if deadline is not None:
+            self._wake(deadline)
+        lost = self._lost_node()
+        if lost is not None:
+            return lost
+        if self.job is None and self.pod is None:
+            return self._create()
+        if self.pod is None or self.pod.started_at is None:
+            return self._pending()
+        return self._running(self.pod)
+
+    # What the job looks like
+
+    def _cancelled(self) -> bool:
+        offer = self.facts.offer
+        return offer is not None and (not offer.active or offer.finished)
+
+    def _node_names(self) -> str:
+        return ", ".join(a.node_name for a in self.current.assignments)
+
+    def _wake(self, moment: datetime) -> None:
+        self.wake_at = min(self.wake_at, moment) if self.wake_at else moment
+
+    # The cases
+
+    def _create(self) -> JobPlan:
+        number = len(self.attempts)
+        self.actions.append(EnsureAttempt(self.current, number))
+        self._condition("Running", False, Reason.PENDING, f"attempt {number}: the Job is being created")
+        return self._plan("Pending")
+
+    def _pending(self) -> JobPlan:
+        gives_up = self.current.created_at + timedelta(seconds=self.limits.start_timeout_seconds)
+        waiting = self.pod.waiting if self.pod and self.pod.waiting else "the pod has not started"
+        if self.facts.now >= gives_up:
+            message = f"the container did not start within {self.limits.start_timeout_seconds} s: {waiting}"
+            return self._give_up(AttemptOutcome.START_TIMEOUT, Reason.START_TIMEOUT, message)
+        self._wake(gives_up)
+        self._condition("Running", False, Reason.PENDING, f"attempt {len(self.attempts)}: {waiting}")
+        return self._plan("Pending")
+
+    def _running(self, pod: PodView) -> JobPlan:
+        if self.current.started_at is None:
+            deadline = self.current.deadline
+            if self.run_spec.clock_mode is ClockMode.TRAINING and pod.started_at is not None:
+                due = pod.started_at + timedelta(seconds=self.run_spec.time_limit_seconds)
+                deadline = min(due, deadline) if deadline else due
+            self._amend(started_at=pod.started_at, deadline=deadline)
+            self.notices.append(Notice(Reason.RUNNING, f"attempt {len(self.attempts)} runs on {pod.node}"))
+        self._condition("Running", True, Reason.RUNNING, f"attempt {len(self.attempts)} runs on {pod.node}")
+        self._take_report()
+        return self._plan("Running")
+
+    def _lost_node(self) -> JobPlan | None:
+        """Give up an attempt whose node is away for too long; its pod stays charged to that node until it has ended."""
+        if self.pod is None and self.job is None:
+            return None
+        for assignment in self.current.assignments:
+            health = self.facts.nodes.get(assignment.node_name)
+            if health is not None and health.ready:
+                continue
+            away = "is gone" if health is None else "is not Ready"
+            since = health.since if health and health.since else self._lost_since()
+            gives_up = since + timedelta(seconds=self.limits.node_lost_seconds)
+            if self.facts.now >= gives_up:
+                message = f"node {assignment.node_name} {away} for over {self.limits.node_lost_seconds} s"
+                return self._give_up(AttemptOutcome.NODE_LOST, Reason.NODE_LOST, message)
+            self._wake(gives_up)
+            message = f"node {assignment.node_name} {away}; the attempt is given up at {gives_up:%H:%M:%SZ} unless it returns"
+            self._condition("Running", None, Reason.NODE_LOST, message)
+            return self._plan("Running" if self.current.started_at else "Pending")
+        return None
+
+    def _lost_since(self) -> datetime:
+        """A node that is gone has no timestamp: count from when the condition first said so."""
+        running = condition_of(self.conditions, "Running")
+        if running is not None and running.reason == Reason.NODE_LOST:
+            return running.last_transition_time
+        return self.facts.now
+
+    def _ended(self, pod: PodView) -> JobPlan:
+        report = parse_termination(pod.message)
+        finished = pod.finished_at or self.facts.now
+        message = (f"{report.reason}: {report.message}" if report else pod.message).strip()[:1024]
+        if pod.succeeded:
+            self._amend(
+                outcome=AttemptOutcome.SUCCEEDED, finished_at=finished, exit_code=0, message=message or None
+            )
+            return self._complete(report)
+        code = pod.exit_code
+        stopped = code == ExitCode.STOPPED
+        self._amend(
+            outcome=AttemptOutcome.STOPPED if stopped else AttemptOutcome.FAILED,
+            finished_at=finished,
+            exit_code=code,
+            message=message or None,
+        )
+        summary = f"attempt {len(self.attempts)} ended with exit code {code}: {message or 'no message'}"
+        if code in PERMANENT_EXIT_CODES:
+            return self._fail(Reason.FAILED, summary)
+        return self._retry_or_fail(summary)
+
+    def _retry_or_fail(self, summary: str) -> JobPlan:
+        if self.current.deadline is not None and self.facts.now >= self.current.deadline:
+            return self._fail(Reason.DEADLINE_EXCEEDED, f"the deadline has passed; {summary}")
+        if len(self.attempts) >= self.limits.max_attempts:
+            return self._fail(
+                Reason.ATTEMPTS_EXHAUSTED,
+                f"{summary} (attempt {len(self.attempts)} of {self.limits.max_attempts})",
+            )
+        self.notices.append(Notice(Reason.ATTEMPT_FAILED, summary, warning=True))
+        self._condition("Running", False, Reason.ATTEMPT_FAILED, summary)
+        self._wake(self.facts.now)
+        return self._plan("Pending")
+
+    def _give_up(self, outcome: AttemptOutcome, reason: Reason, message: str) -> JobPlan:
+        """End an attempt from outside; the Job is removed so that it makes no further pod."""
+        self._amend(outcome=outcome, finished_at=self.facts.now, message=message[:1024])
+        if self.job is not None:
+            self.actions.append(DeleteJob(self.job.name, self.job.uid))
+        if len(self.attempts) >= self.limits.max_attempts:
+            return self._fail(Reason.ATTEMPTS_EXHAUSTED, f"attempt {len(self.attempts)}: {message}")
+        self.notices.append(Notice(reason, f"attempt {len(self.attempts)}: {message}", warning=True))
+        self._condition("Running", None if reason is Reason.NODE_LOST else False, reason, message)
+        self._wake(self.facts.now)
+        return self._plan("Pending")
+
+    def _next_attempt(self) -> JobPlan:
+        """The last attempt is over: place the next one, on the same GPUs where that is possible."""
+        last = self.current
+        if self.job is not None and not self.job.finished:
+            self.actions.append(DeleteJob(self.job.name, self.job.uid))
+        if len(self.attempts) >= self.limits.max_attempts:
+            return self._fail(
+                Reason.ATTEMPTS_EXHAUSTED, f"attempt {len(self.attempts)}: {last.message or last.outcome}"
+            )
+        ready_at = (last.finished_at or self.facts.now) + timedelta(seconds=self.limits.backoff_seconds)
+        if self.facts.now < ready_at:
+            self._wake(ready_at)
+            return self._plan("Pending")
+        move_away = last.outcome in (AttemptOutcome.NODE_LOST, AttemptOutcome.START_TIMEOUT)
+        stays = not move_away and all(self._is_ready(a.node_name) for a in last.assignments)
+        if stays:
+            if self.pod is not None and not self.pod.terminal:
+                return self._plan("Pending")
+            self._append(last.assignments)
+        elif self.facts.moved_to is not None:
+            self._append(self.facts.moved_to.assignments)
+        else:
+            self._condition(
+                "Running", False, Reason.WAITING_FOR_CAPACITY, f"the next attempt waits for {self._need()}"
+            )
+            return self._plan("Pending", move=self._move(move_away))
+        self._wake(self.facts.now)
+        return self._plan("Pending")
+
+    def _is_ready(self, node: str) -> bool:
+        health = self.facts.nodes.get(node)
+        return health is not None and health.ready
+
+    def _need(self) -> str:
+        return (
+            " + ".join(f"{a.count} x {a.resource_name}" for a in self.current.assignments)
+            + " on another node"
+        )
+
+    def _move(self, avoid: bool) -> MoveRequest:
+        first = self.current.assignments[0]
+        avoided = {a.node_name for a in self.current.assignments if avoid and not self._is_ready(a.node_name)}
+        return MoveRequest(
+            key=OfferKey(self.facts.job.metadata.namespace or "", self.facts.job.metadata.name),
+            offer_uid=self.facts.job.spec.offer_ref.uid,
+            policy=self.run_spec.policy_ref.name,
+            count=first.count,
+            lane=first.lane,
+            avoid_nodes=frozenset(avoided),
+        )
+
+    def _append(self, assignments: tuple[Assignment, ...]) -> None:
+        number = len(self.attempts) + 1
+        training = self.run_spec.clock_mode is ClockMode.TRAINING
+        self.attempts.append(
+            Attempt(
+                job_name=attempt_name(self.facts.job.metadata.name, number),
+                assignments=assignments,
+                created_at=self.facts.now,
+                deadline=self.attempts[0].deadline if not training or self.attempts[0].started_at else None,
+            )
+        )
+        node = ", ".join(a.node_name for a in assignments)
+        self._condition("Running", False, Reason.PENDING, f"attempt {number} is placed on {node}")
+
+    def _stop(self, reason: Reason, why: str) -> JobPlan:
+        """Ask the pods to stop, and end the job once all of them have ended."""
+        alive = [p for p in self.facts.pods if not p.terminal]
+        if self.job is not None and not self.job.finished and not self.job.suspended:
+            self.actions.append(SuspendJob(self.job.name))
+            self.notices.append(Notice(Reason.STOPPING, f"{why}: the pods are asked to stop"))
+        if alive:
+            self._condition("Running", True, Reason.STOPPING, f"{why}; {len(alive)} pod(s) are asked to stop")
+            return self._plan("Running")
+        if self.current.outcome is None:
+            self._amend(outcome=AttemptOutcome.STOPPED, finished_at=self.facts.now, message=why)
+        return self._fail(reason, why)
+
+    def _complete(self, report: Termination | None) -> JobPlan:
+        self._take_report(final=True)
+        self.result = _result(report) or self.result
+        text = "trained and verified"
+        if report and report.eval_loss_before is not None and report.eval_loss_after is not None:
+            text += f"; held-out loss {report.eval_loss_before:.4f} -> {report.eval_loss_after:.4f}"
+        self._condition("Running", False, Reason.SUCCEEDED, text)
+        self._condition("Complete", True, Reason.SUCCEEDED, text)
+        self.notices.append(Notice(Reason.SUCCEEDED, text))
+        return self._plan("Succeeded")
+
+    def _fail(self, reason: Reason, message: str) -> JobPlan:
+        self._condition("Running", False, reason, message)
+        self._condition("Failed", True, reason, message)
+        self.notices.append(Notice(reason, message, warning=reason is not Reason.CANCELLED))
+        return self._plan("Failed")
+
+    # Putting the plan together
+
+    def _amend(self, **changes: object) -> None:
+        self.current = self.current.model_copy(update=changes)
+        self.attempts[-1] = self.current
+
+    def _condition(self, kind: str, status: bool | None, reason: Reason, message: str) -> None:
+        self.conditions = set_condition(
+            self.conditions,
+            kind,
+            status,
+            reason,
+            message,
+            now=self.facts.now,
+            generation=self.facts.job.metadata.generation,
+        )
+
+    def _take_report(self, *, final: bool = False) -> None:
+        report, before = self.facts.report, self.trainer_status
+        if report is None or report.job_name != self.facts.job.metadata.name:
+            return
+        if (
+            before is not None
+            and not final
+            and report.last_updated_time - before.last_updated_time < self.facts.progress_interval
+        ):
+            return
+        if before is not None and report.last_updated_time <= before.last_updated_time:
+            return
+        self.trainer_status = TrainerStatus(
+            progress_percentage=report.progress_percentage,
+            estimated_remaining_seconds=report.estimated_remaining_seconds,
+            metrics=report.metrics,
+            last_updated_time=report.last_updated_time,
+        )
+
+    def _plan(self, train: str, *, move: MoveRequest | None = None) -> JobPlan:
+        before = self.facts.job.status
+        if self.trainer_status is not None and train == "Succeeded":
+            self.trainer_status = self.trainer_status.model_copy(
+                update={"progress_percentage": 100, "estimated_remaining_seconds": 0}
+            )
+        clamps = before.clamps or self.run_spec.clamps
+        if self.facts.report is not None and self.facts.report.clamps:
+            clamps = (*self.run_spec.clamps, *self.facts.report.clamps)[:64]
+        status = TrainingJobStatus(
+            observed_generation=self.facts.job.metadata.generation,
+            conditions=self.conditions,
+            attempts=tuple(self.attempts),
+            steps=(StepStatus.model_validate({"name": "Train", "state": train}),),
+            trainer_status=self.trainer_status,
+            clamps=clamps,
+            result=self.result,
+        )
+        return JobPlan(
+            actions=tuple(self.actions),
+            status=status if status != before else None,
+            notices=tuple(self.notices),
+            move=move,
+            wake_at=self.wake_at,
+        )
+
+
+def parse_termination(message: str) -> Termination | None:
+    """Read the trainer's last words, or None when the container left something else (a log tail, nothing)."""
+    try:
+        return Termination.model_validate_json(message) if message.lstrip().startswith("{") else None
+    except ValueError:
+        return None
+
+
+def _result(report: Termination | None) -> Result | None:
+    if report is None:
+        return None
+
+    def text(value: float | None) -> str | None:
+        return None if value is None else f"{value:.6g}"
+
+    return Result(
+        adapter_path=report.adapter_dir,
+        sha256=report.adapter_sha256,
+        eval_loss_before=text(report.eval_loss_before),
+        eval_loss_after=text(report.eval_loss_after),
+    )

@@ -1,0 +1,135 @@
+"""The world at one moment, as far as decisions see it. All values; whoever builds it has done the IO before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
+from taskoffer.api.v1alpha1.meta import Condition, PolicyRef
+from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
+from taskoffer.decision.evaluate import Evaluation
+from taskoffer.decision.ledger import Claim, NodeView
+
+
+@dataclass(frozen=True, slots=True)
+class OfferKey:
+    """Where an object lives."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class OfferView:
+    """An undecided or waiting offer at one resourceVersion."""
+
+    key: OfferKey
+    uid: str
+    resource_version: str
+    generation: int
+    created: datetime
+    spec: TaskOfferSpec | None
+    invalid: str | None = None
+    conditions: tuple[Condition, ...] = ()
+    observed_generation: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sibling:
+    """An offer with the same task id in the same namespace."""
+
+    created: datetime
+    uid: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyView:
+    """A policy: the spec in force, or why there is none."""
+
+    name: str
+    uid: str
+    generation: int
+    spec: CapacityPolicySpec | None
+    is_default: bool = False
+    created: datetime | None = None
+    problem: str = ""
+
+    @property
+    def ref(self) -> PolicyRef:
+        """The exact version that decisions under it are pinned to."""
+        return PolicyRef(name=self.name, uid=self.uid, generation=self.generation)
+
+    def selects(self, node: NodeView) -> bool:
+        """Tell whether the policy hands out this node."""
+        if self.spec is None:
+            return False
+        wanted = self.spec.node_selector.match_labels
+        return all(node.labels.get(key) == value for key, value in wanted.items())
+
+
+@dataclass(frozen=True, slots=True)
+class MoveRequest:
+    """A job whose next attempt needs other GPUs than the last one (its node is lost, or it never started)."""
+
+    key: OfferKey
+    offer_uid: str
+    policy: str
+    count: int
+    lane: str | None
+    avoid_nodes: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that one cycle decides on."""
+
+    now: datetime
+    offers: Sequence[OfferView]
+    policies: Mapping[str, PolicyView]
+    nodes: Sequence[NodeView]
+    claims: Sequence[Claim]
+    siblings: Mapping[tuple[str, str], Sequence[Sibling]] = field(default_factory=dict)
+    evaluations: Mapping[tuple[str, str], Evaluation] = field(default_factory=dict)
+    """Evaluations by offer UID and policy name; every offer with a spec and a policy in force has one."""
+    moves: Sequence[MoveRequest] = ()
+
+    def policy_for(self, spec: TaskOfferSpec) -> tuple[PolicyView | None, Reason | None, str]:
+        """Return the policy that decides an offer, or the reason and message why there is none.
+
+        Without a name it is the policy annotated as default; of several the newest, as with StorageClasses.
+        """
+        if spec.policy_name is not None:
+            policy = self.policies.get(spec.policy_name)
+            if policy is None:
+                return (
+                    None,
+                    Reason.POLICY_NOT_FOUND,
+                    f"CapacityPolicy {spec.policy_name} does not exist: create it",
+                )
+        else:
+            defaults = [p for p in self.policies.values() if p.is_default]
+            if not defaults:
+                return (
+                    None,
+                    Reason.POLICY_NOT_FOUND,
+                    (
+                        "spec.policyName is empty and no CapacityPolicy is annotated "
+                        "taskoffer.dev/is-default-policy=true: name one or annotate one"
+                    ),
+                )
+            policy = max(defaults, key=lambda p: (p.created is not None, p.created, p.name))
+        if policy.spec is None:
+            return (
+                None,
+                Reason.POLICY_NOT_READY,
+                f"CapacityPolicy {policy.name} is not usable: {policy.problem}",
+            )
+        return policy, None, ""

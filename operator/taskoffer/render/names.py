@@ -1,0 +1,36 @@
+"""Labels, annotations and paths that taskoffer puts on objects and into pods."""
+
+from __future__ import annotations
+
+from taskoffer.api.v1alpha1.meta import GROUP
+
+OFFER_UID_LABEL = f"{GROUP}/offer-uid"
+"""On Jobs and pods: UID of the offer that the GPUs are charged to."""
+
+JOB_LABEL = f"{GROUP}/job"
+"""On Jobs and pods: name of the TrainingJob."""
+
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+"""On Jobs and pods: number of the attempt."""
+
+POLICY_LABEL = f"{GROUP}/policy"
+"""On Jobs and pods: CapacityPolicy that the GPUs are booked under."""
+
+LANE_LABEL = f"{GROUP}/lane"
+"""On Jobs and pods: lane that the GPUs are booked in."""
+
+MANAGED_BY = {"app.kubernetes.io/managed-by": "taskoffer"}
+
+CONTAINER = "trainer"
+RUN_DIR = "/etc/taskoffer"
+MODEL_DIR = "/data/model"
+DATASET_DIR = "/data/dataset"
+OUTPUT_DIR = "/data/output"
+
+TRAINER_UID = 65532
+"""User and group of the training container; the image's own user."""
+
+
+def label_value(text: str) -> str:
+    """Cut a text to what a label value may be (63 characters that end in a letter or digit)."""
+    return text[:63].strip("-._")
