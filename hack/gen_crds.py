@@ -152,9 +152,15 @@ KINDS: tuple[Kind, ...] = (
 
 
 class Structural:
-    """Converts one model's JSON Schema. ``$defs`` are inlined; a type that contains itself is refused."""
+    """Converts one model's JSON Schema. ``$defs`` are inlined; a type that contains itself is refused.
 
-    def __init__(self, model: type[WireModel]) -> None:
+    Args:
+        model: The kind.
+        with_defaults: Keep ``default``, for documentation; never for the API server.
+    """
+
+    def __init__(self, model: type[WireModel], *, with_defaults: bool = False) -> None:
+        self._kept = _KEPT | {"default"} if with_defaults else _KEPT
         self._root: Schema = model.model_json_schema(by_alias=True, mode="validation")
         self._defs: Mapping[str, Schema] = self._root.get("$defs", {})
 
@@ -179,7 +185,7 @@ class Structural:
         node, seen = self._resolve(node, path, seen)
         made: Schema = {}
         for key, value in node.items():
-            if key in _KEPT:
+            if key in self._kept:
                 made[key] = value
             elif key == "const":
                 made["enum"] = [value]

@@ -74,8 +74,8 @@ def rule(
         expression: CEL expression that must be true.
         message: What the person reads who broke the rule.
         field_path: Field below the rule's own where the error is shown, for example ``.model.architecture``.
-        on_create: Check new objects only. Meant for fields that never change: an object that was stored before
-            the rule existed can then still be cancelled and still gets its status.
+        on_create: Check new objects only. Meant for fields that never change: an object that was stored
+            before the rule existed can then still be cancelled and still gets its status.
     """
     made: dict[str, Any] = {"rule": expression, "message": message}
     if on_create:
