@@ -1,0 +1,33 @@
+"""Clusters for tests, one of each kind for the whole run."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from taskoffer_lab.local_provider import LocalCluster, LocalProvider
+from taskoffer_lab.progress import say
+from taskoffer_lab.spec import ClusterSpec
+
+
+@pytest.fixture(scope="session")
+def controlplane(request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
+    """A real control plane without nodes; shared, so use namespaces of your own."""
+    yield from _lend(ClusterSpec(name=f"test-{os.getpid()}-cp"), request)
+
+
+@pytest.fixture(scope="session")
+def node_cluster(request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
+    """A real cluster with one real node, `node-a`, with 8 simulated GPUs; leave it as you found it."""
+    yield from _lend(ClusterSpec(name=f"test-{os.getpid()}-n", nodes=1), request)
+
+
+def _lend(spec: ClusterSpec, request: pytest.FixtureRequest) -> Iterator[LocalCluster]:
+    cluster = LocalProvider().up(spec)
+    failed_before = request.session.testsfailed
+    try:
+        yield cluster
+    finally:
+        kept = cluster.down(keep_logs=request.session.testsfailed > failed_before)
+        if kept is not None:
+            say(f"tests failed; the logs of cluster {cluster.name} are in {kept}")
