@@ -1,0 +1,279 @@
+"""Which checkpoints can be trusted.
+
+A checkpoint counts only when it holds a file ``COMPLETE``, which is written last, after the adapter in it was checked,
+and which names the size and SHA-256 of every other file. So a checkpoint that was cut short by a kill, or that went
+bad on disk, is never resumed from: it is removed and the next older one is taken.
+
+The folder also holds ``run.json`` (what the checkpoints belong to, and the figures of the base model) and, at the end,
+``FINISHED.json`` (the termination message of the finished run).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from taskoffer.api.contract import ExitCode, RunConfig, Termination
+from taskoffer_trainer.config import fingerprint, identity
+from taskoffer_trainer.failures import TrainerError
+
+__all__ = [
+    "ADAPTER_FILE",
+    "ADAPTER_FOLDER",
+    "COMPLETE",
+    "Checkpoint",
+    "best_checkpoint",
+    "check_adapter",
+    "check_identity",
+    "complete_checkpoints",
+    "finished_run",
+    "mark_complete",
+    "mark_finished",
+    "read_run",
+    "rotate",
+    "sha256_of",
+    "write_json",
+    "write_run",
+]
+
+COMPLETE = "COMPLETE"
+"""Name of the file that makes a checkpoint count."""
+ADAPTER_FILE = "adapter_model.safetensors"
+"""Name of PEFT's weight file."""
+ADAPTER_FOLDER = "adapter"
+"""Folder below the output folder that receives the verified adapter."""
+_RUN = "run.json"
+_FINISHED = "FINISHED.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder, its step, and the held-out loss where the step was evaluated."""
+
+    folder: Path
+    step: int
+    eval_loss: float | None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that the file is there whole, also after a power cut, or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_run(config: RunConfig) -> dict[str, Any]:
+    """Return what ``run.json`` says: ``fingerprint``, ``identity`` and the figures of the base model."""
+    return _read_json(Path(config.checkpoint_dir) / _RUN) or {}
+
+
+def write_run(config: RunConfig, figures: dict[str, Any]) -> None:
+    """Record what the checkpoints belong to, with the figures of the base model."""
+    value = {"fingerprint": fingerprint(config), "identity": identity(config), **figures}
+    write_json(Path(config.checkpoint_dir) / _RUN, value)
+
+
+def check_identity(config: RunConfig) -> None:
+    """Refuse to go on from checkpoints of another run, whose weights would not fit or would mean something else.
+
+    Raises:
+        TrainerError: ``BAD_CONFIG`` with the settings that differ.
+    """
+    run = read_run(config)
+    if not run or run.get("fingerprint") == fingerprint(config):
+        return
+    then, now = run.get("identity", {}), identity(config)
+    places = sorted(set(_differences(then, json.loads(json.dumps(now)))))
+    raise TrainerError(
+        ExitCode.BAD_CONFIG,
+        "CheckpointsOfAnotherRun",
+        f"checkpointDir: {config.checkpoint_dir} holds checkpoints of another run, which differs in "
+        f"{', '.join(places[:8]) or 'its settings'}; use another folder or empty it",
+    )
+
+
+def _differences(then: Any, now: Any, place: str = "") -> list[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        return [
+            name
+            for key in {*then, *now}
+            for name in _differences(then.get(key), now.get(key), f"{place}.{key}".lstrip("."))
+        ]
+    return [] if then == now else [f"{place} ({then} then, {now} now)"]
+
+
+def check_adapter(folder: Path, expected: int) -> int:
+    """Check an adapter on disk: the number of tensors, none empty, all finite. Return its number of parameters.
+
+    Raises:
+        ValueError: saying what is wrong with which tensor.
+    """
+    import torch
+    from safetensors import safe_open
+
+    parameters = 0
+    with safe_open(folder / ADAPTER_FILE, framework="pt", device="cpu") as file:
+        names = list(file.keys())
+        if len(names) != expected:
+            raise ValueError(f"{folder / ADAPTER_FILE} holds {len(names)} tensors and should hold {expected}")
+        for name in names:
+            tensor = file.get_tensor(name)
+            if tensor.numel() == 0:
+                raise ValueError(f"tensor {name} in {folder / ADAPTER_FILE} is empty")
+            if not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise ValueError(
+                    f"tensor {name} in {folder / ADAPTER_FILE} has {bad} values that are not finite"
+                )
+            parameters += tensor.numel()
+    return parameters
+
+
+def mark_complete(folder: Path, step: int, eval_loss: float | None, expected_tensors: int) -> Checkpoint:
+    """Check a checkpoint that was just written, put it on disk for good and let it count from now on.
+
+    Raises:
+        TrainerError: ``RESTART`` when it does not pass; the folder is removed, so that the run goes on from the one
+            before it.
+    """
+    try:
+        check_adapter(folder, expected_tensors)
+        state = _read_json(folder / "trainer_state.json") or {}
+        if state.get("global_step") != step:
+            raise ValueError(
+                f"{folder / 'trainer_state.json'} says step {state.get('global_step')} instead of {step}"
+            )
+    except (ValueError, OSError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise TrainerError(
+            ExitCode.RESTART, "CheckpointBroken", f"the checkpoint of step {step}: {error}"
+        ) from error
+    files = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.name] = [path.stat().st_size, sha256_of(path)]
+    write_json(folder / COMPLETE, {"step": step, "eval_loss": eval_loss, "files": files})
+    return Checkpoint(folder, step, eval_loss)
+
+
+def _folders(config: RunConfig) -> list[Path]:
+    """All checkpoint folders, the newest first."""
+    found = [
+        path
+        for path in Path(config.checkpoint_dir).glob("checkpoint-*")
+        if path.is_dir() and path.name.removeprefix("checkpoint-").isdecimal()
+    ]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+
+
+def _fault(folder: Path, record: dict[str, Any] | None) -> str | None:
+    """Say why a checkpoint cannot be trusted, or ``None`` when it can."""
+    if record is None:
+        return "it was not finished"
+    for name, (size, digest) in record["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if sha256_of(path) != digest:
+            return f"the content of {name} has changed"
+    return None
+
+
+def complete_checkpoints(config: RunConfig, remove_broken: bool = False) -> list[Checkpoint]:
+    """Return the checkpoints that can be trusted, the newest first.
+
+    Args:
+        config: the run.
+        remove_broken: check every file against its SHA-256, and remove what does not pass. Without it a checkpoint
+            counts by its ``COMPLETE`` file alone.
+    """
+    found = []
+    for folder in _folders(config):
+        record = _read_json(folder / COMPLETE)
+        if remove_broken and (fault := _fault(folder, record)) is not None:
+            print(f"trainer: checkpoint {folder.name} is left out and removed: {fault}", flush=True)
+            shutil.rmtree(folder)
+        elif record is not None:
+            found.append(Checkpoint(folder, int(record["step"]), record["eval_loss"]))
+    return found
+
+
+def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
+    """Return the checkpoint with the smallest held-out loss, or the newest when none was evaluated.
+
+    Raises:
+        ValueError: when there is no checkpoint at all.
+    """
+    if not checkpoints:
+        raise ValueError("no complete checkpoint")
+    evaluated = [one for one in checkpoints if one.eval_loss is not None and math.isfinite(one.eval_loss)]
+    if not evaluated:
+        return max(checkpoints, key=lambda one: one.step)
+    return min(evaluated, key=lambda one: (one.eval_loss, -one.step))
+
+
+def rotate(config: RunConfig) -> None:
+    """Remove old checkpoints beyond ``save_total_limit``; the best one always stays, and only complete ones count."""
+    complete = complete_checkpoints(config)
+    if not complete:
+        return
+    keep = {one.folder for one in complete[: config.train.save_total_limit]} | {
+        best_checkpoint(complete).folder
+    }
+    for one in complete:
+        if one.folder not in keep:
+            # Without its marker a folder that is only half removed does not count.
+            (one.folder / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(one.folder)
+
+
+def mark_finished(config: RunConfig, termination: Termination) -> None:
+    """Record that this run has ended well, so that the same command reports it instead of training again."""
+    value = {"fingerprint": fingerprint(config), "termination": termination.to_wire()}
+    write_json(Path(config.checkpoint_dir) / _FINISHED, value)
+
+
+def finished_run(config: RunConfig) -> Termination | None:
+    """Return how this very run ended well before, when its adapter is still in place, else ``None``."""
+    record = _read_json(Path(config.checkpoint_dir) / _FINISHED)
+    if record is None or record.get("fingerprint") != fingerprint(config):
+        return None
+    try:
+        termination = Termination.model_validate(record["termination"])
+    except (KeyError, ValidationError):
+        return None
+    adapter = Path(config.output_dir) / ADAPTER_FOLDER
+    if not (adapter / "manifest.json").is_file() or not (adapter / ADAPTER_FILE).is_file():
+        return None
+    if sha256_of(adapter / ADAPTER_FILE) != termination.adapter_sha256:
+        return None
+    return termination.model_copy(update={"adapter_dir": str(adapter)})

@@ -1,0 +1,293 @@
+"""Process 1 of the training pod: starts one process per GPU, passes signals on, and ends with one exit code.
+
+It stays light (no torch), serves the progress endpoint, reaps every child, and is the only one that writes the
+termination message. ``torchrun`` is not used, because it ends with exit code 1 after SIGTERM, which no one can tell
+from a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from taskoffer.api.contract import ExitCode, RunConfig, Termination
+from taskoffer_trainer.checkpoints import check_identity, finished_run
+from taskoffer_trainer.config import check_paths
+from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED, STOPPED
+from taskoffer_trainer.progress import ProgressServer, progress_port
+
+__all__ = ["RankEnd", "Ranks", "decide", "launch", "rank_environment"]
+
+STRAGGLER_SECONDS = 10.0
+"""How long the other ranks may go on after one has ended badly; they wait for it in a collective operation."""
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """How one rank ended: its exit code (128 + signal when killed), when, and what it said itself."""
+
+    rank: int
+    code: int
+    at: float
+    by_us: bool = False
+    said: Termination | None = None
+
+
+def decide(ends: list[RankEnd]) -> RankEnd:
+    """Choose the rank whose end explains the run.
+
+    When a rank fails, the others fail after it in a collective operation, or are killed here. So a failure with a
+    reason of its own comes before an internal error, which comes before a rank that was killed here; the earliest
+    wins. Without a failure a stop wins over success, since the stopped rank has not finished its part.
+    """
+    failures = [end for end in ends if end.code not in (ExitCode.DONE, ExitCode.STOPPED) and not end.by_us]
+    if failures:
+        return min(failures, key=lambda end: (end.code == ExitCode.INTERNAL, end.at, end.rank))
+    stopped = [end for end in ends if end.code == ExitCode.STOPPED]
+    if stopped:
+        return min(stopped, key=lambda end: (end.said is None, end.rank))
+    killed = [end for end in ends if end.by_us]
+    return min(killed or ends, key=lambda end: end.rank)
+
+
+def rank_environment(config: RunConfig, rank: int, port: int, run_dir: Path) -> dict[str, str]:
+    """Return the environment of one rank: offline, caches in the run folder, one CPU thread unless set otherwise."""
+    env = dict(os.environ)
+    # More than one OpenMP thread per rank on shared cores spins: 20 tiny steps took 47 s instead of 1.6 s.
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        env.setdefault(name, "1")
+    env.update(
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+        HF_DATASETS_OFFLINE="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONUNBUFFERED="1",
+        TASKOFFER_RUN_DIR=str(run_dir),
+    )
+    # The root file system may be read-only and the user may have no home and no name.
+    cache = run_dir / "cache"
+    env.setdefault("HF_HOME", str(cache / "huggingface"))
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    env.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
+    env.setdefault("XDG_CACHE_HOME", str(cache))
+    env.setdefault("USER", f"uid-{os.getuid()}")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    if config.gpus > 1:
+        env.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        env.update(WORLD_SIZE=str(config.gpus), LOCAL_WORLD_SIZE=str(config.gpus))
+        # All ranks are in this pod. Gloo would otherwise look up the pod's host name, which needs a resolver.
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    else:
+        # With several GPUs in sight and one process, transformers would switch to nn.DataParallel.
+        env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    return env
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Ranks:
+    """The running training processes."""
+
+    run_dir: Path
+    processes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
+    ends: list[RankEnd] = field(default_factory=list)
+    killed: set[int] = field(default_factory=set)
+
+    def start(self, config: RunConfig) -> None:
+        """Start one process per GPU, each in a session of its own, so that its whole tree can be ended."""
+        port = _free_port() if config.gpus > 1 else 0
+        for rank in range(config.gpus):
+            self.processes[rank] = subprocess.Popen(
+                [sys.executable, "-m", "taskoffer_trainer.rank"],
+                env=rank_environment(config, rank, port, self.run_dir),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every running rank, not to the processes that load its data."""
+        for process in self.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        """End every running rank with all its processes at once."""
+        for rank, process in self.processes.items():
+            self.killed.add(rank)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def reap(self) -> None:
+        """Collect every child that has ended: ranks, and orphans that were handed to this process."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            for rank, process in list(self.processes.items()):
+                if process.pid == pid:
+                    process.returncode = os.waitstatus_to_exitcode(status)
+                    del self.processes[rank]
+                    self.ends.append(self._end(rank, process.returncode))
+                    # What the rank started itself must not outlive it.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
+
+    def _end(self, rank: int, returncode: int) -> RankEnd:
+        path = self.run_dir / f"end-{rank}.json"
+        said, at = None, time.time()
+        with contextlib.suppress(FileNotFoundError, ValidationError):
+            at = path.stat().st_mtime
+            said = Termination.model_validate_json(path.read_bytes())
+        code = 128 - returncode if returncode < 0 else returncode
+        return RankEnd(rank, code, at, rank in self.killed and returncode == -signal.SIGKILL, said)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[tuple[int, list[int]]]:
+    """Collect SIGTERM and SIGINT in a list; the yielded descriptor becomes readable with every signal."""
+    received: list[int] = []
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def note(number: int, _frame: object) -> None:
+        if number != signal.SIGCHLD:
+            received.append(number)
+
+    before = {
+        number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+    }
+    old = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield reader, received
+    finally:
+        signal.set_wakeup_fd(old)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+
+
+def _wait(ranks: Ranks, reader: int, received: list[int]) -> None:
+    """Pass signals on and reap until no rank is left."""
+    deadline: float | None = None
+    passed = 0
+    while ranks.processes:
+        timeout = 1.0 if deadline is None else max(0.0, min(1.0, deadline - time.monotonic()))
+        if select.select([reader], [], [], timeout)[0]:
+            os.read(reader, 4096)
+        for number in received[passed:]:
+            passed += 1
+            again = number == signal.SIGINT and signal.SIGINT in received[: passed - 1]
+            print(
+                f"trainer: got {signal.Signals(number).name}, {'killing' if again else 'stopping'} the ranks"
+            )
+            if again:
+                ranks.kill()
+            else:
+                ranks.signal(signal.SIGTERM)
+        ranks.reap()
+        if deadline is None and any(end.code != ExitCode.DONE for end in ranks.ends):
+            deadline = time.monotonic() + STRAGGLER_SECONDS
+            ranks.signal(signal.SIGTERM)
+        if deadline is not None and time.monotonic() >= deadline and ranks.processes:
+            print(f"trainer: ranks {sorted(ranks.processes)} did not follow, killing them")
+            ranks.kill()
+            deadline = time.monotonic() + STRAGGLER_SECONDS
+
+
+def _termination(end: RankEnd) -> Termination:
+    """Say how the run ended in the words of the rank that explains it, or in ours when it said nothing."""
+    if end.said is not None and end.said.exit_code == end.code:
+        return end.said
+    if end.code == ExitCode.STOPPED:
+        return Termination(
+            exit_code=end.code, reason=STOPPED, message="stopped before the training had begun"
+        )
+    if end.code > 128:
+        name = (
+            signal.Signals(end.code - 128).name
+            if end.code - 128 in set(signal.Signals)
+            else str(end.code - 128)
+        )
+        hint = "; as a rule the container ran out of memory" if end.code == ExitCode.OUT_OF_MEMORY else ""
+        if end.by_us:
+            hint = " by the launcher, because it did not stop"
+        return Termination(
+            exit_code=end.code, reason=KILLED, message=f"rank {end.rank} was killed by {name}{hint}"
+        )
+    return Termination(
+        exit_code=end.code,
+        reason=INTERNAL_ERROR,
+        message=f"rank {end.rank} ended with exit code {end.code} and gave no reason; see the log",
+    )
+
+
+def launch(config: RunConfig) -> Termination:
+    """Run one attempt to its end and say how it ended.
+
+    Raises:
+        TrainerError: when the run cannot be started.
+    """
+    done = finished_run(config)
+    if done is not None:
+        print(
+            f"trainer: {config.checkpoint_dir} holds this run finished and its adapter is in place; nothing to do"
+        )
+        return done
+    check_paths(config)
+    check_identity(config)
+    # Grandchildren whose parent died come to this process as they would to process 1, so that none stays a zombie.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    with _signals() as (reader, received), tempfile.TemporaryDirectory(prefix="taskoffer-") as folder:
+        run_dir = Path(folder)
+        (run_dir / "run.json").write_text(
+            config.model_dump_json(by_alias=True, exclude_none=True), encoding="utf-8"
+        )
+        server = ProgressServer(progress_port(), run_dir / "progress.json", config)
+        try:
+            print(
+                f"trainer: {config.job_name} attempt {config.attempt}, {config.gpus} process(es), progress on "
+                f"http://0.0.0.0:{server.port}/progress",
+                flush=True,
+            )
+            ranks = Ranks(run_dir)
+            try:
+                ranks.start(config)
+                _wait(ranks, reader, received)
+            finally:
+                ranks.kill()
+                ranks.reap()
+        finally:
+            server.close()
+        end = decide(ranks.ends)
+        return _termination(end).model_copy(update={"exit_code": _exit_code(end)})
+
+
+def _exit_code(end: RankEnd) -> int:
+    # A second Ctrl-C kills the ranks here; that is an interrupt and not a lack of memory.
+    return 128 + signal.SIGINT if end.by_us else end.code
