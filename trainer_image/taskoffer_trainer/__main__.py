@@ -17,9 +17,9 @@ Trains one LoRA adapter as a RunConfig file says, verifies it and writes it to t
 Needs no network. Writes only to the output folder, the checkpoint folder and /tmp."""
 
 _MORE = """\
-Exit codes: 0 done and verified; 143 stopped by a signal, a checkpoint is written and the same command goes on from
-it; 137 out of memory and 138 please start again (both worth another attempt); 64 bad configuration; 65 bad data;
-66 model missing; 70 fault in the trainer; 74 the result did not pass verification.
+Exit codes: 0 done and verified; 143 stopped by a signal, a checkpoint is written and the same command goes on
+from it; 137 out of memory and 138 please start again (both worth another attempt); 64 bad configuration; 65
+bad data; 66 model missing; 70 fault in the trainer; 74 the result did not pass verification.
 
 Environment: TASKOFFER_PROGRESS_PORT (progress endpoint, 9500; 0 takes a free port), TASKOFFER_TERMINATION_LOG
 (termination message, /dev/termination-log), OMP_NUM_THREADS (CPU threads per process, 1)."""

@@ -46,7 +46,7 @@ class Timings:
 
     @property
     def reserve(self) -> float:
-        """Time to keep before a deadline: one more step, evaluation, checkpoint and the finish, with a margin."""
+        """Time to keep before a deadline: step, evaluation, checkpoint and finish, with a margin."""
         return 1.5 * (self.step + self.evaluate + self.save + self.finish) + 5.0
 
 
@@ -74,7 +74,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.metrics.update({name: value for name, value in values.items() if math.isfinite(value)})
 
     def remaining(self) -> int | None:
-        """Estimate the seconds to the end from what was measured so far, or ``None`` before the first step."""
+        """Estimate the seconds to the end from what was measured, or ``None`` before the first step."""
         if self.state is RunState.DONE:
             return 0
         if self.total is None or not self.timings.steps:
@@ -158,7 +158,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 class NaNGuard(TrainerCallback):  # type: ignore[misc]
     """Leaves a step out when its gradients are not finite, which would spoil the weights for good.
 
-    Under DDP the gradients are summed over the ranks before this is called, so all ranks see the same and agree.
+    Under DDP the gradients are summed over the ranks before this is called, so all ranks see the same and
+    agree.
     """
 
     LIMIT = 10
@@ -196,13 +197,13 @@ class NaNGuard(TrainerCallback):  # type: ignore[misc]
             raise TrainerError(
                 ExitCode.RESTART,
                 "GradientsNotFinite",
-                f"the gradients of {self.in_a_row} steps in a row up to step {state.global_step + 1} are not finite; "
-                "a smaller train.learningRate may help",
+                f"the gradients of {self.in_a_row} steps in a row up to step {state.global_step + 1} are not "
+                "finite; a smaller train.learningRate may help",
             )
 
 
 class StopWatch(TrainerCallback):  # type: ignore[misc]
-    """Ends the training after the present step on a signal or before the deadline, all ranks at the same step."""
+    """Ends the training after the present step on a signal or before the deadline, all ranks together."""
 
     def __init__(self, stop: Stop, timings: Timings) -> None:
         self.stop, self.timings = stop, timings
@@ -220,7 +221,7 @@ class StopWatch(TrainerCallback):  # type: ignore[misc]
 
 
 class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
-    """Lets a checkpoint count once all ranks have written their part and it was checked, then removes old ones."""
+    """Lets a checkpoint count once all ranks have written it and it was checked, then removes old ones."""
 
     def __init__(self, config: RunConfig, expected_tensors: int, rank: int, timings: Timings) -> None:
         self.config, self.expected, self.rank, self.timings = config, expected_tensors, rank, timings

@@ -1,11 +1,11 @@
 """Which checkpoints can be trusted.
 
-A checkpoint counts only when it holds a file ``COMPLETE``, which is written last, after the adapter in it was checked,
-and which names the size and SHA-256 of every other file. So a checkpoint that was cut short by a kill, or that went
-bad on disk, is never resumed from: it is removed and the next older one is taken.
+A checkpoint counts only when it holds a file ``COMPLETE``, which is written last, after the adapter in it was
+checked, and which names the size and SHA-256 of every other file. So a checkpoint that was cut short by a
+kill, or that went bad on disk, is never resumed from: it is removed and the next older one is taken.
 
-The folder also holds ``run.json`` (what the checkpoints belong to, and the figures of the base model) and, at the end,
-``FINISHED.json`` (the termination message of the finished run).
+The folder also holds ``run.json`` (what the checkpoints belong to, and the figures of the base model) and, at
+the end, ``FINISHED.json`` (the termination message of the finished run).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def write_run(config: RunConfig, figures: dict[str, Any]) -> None:
 
 
 def check_identity(config: RunConfig) -> None:
-    """Refuse to go on from checkpoints of another run, whose weights would not fit or would mean something else.
+    """Refuse to go on from checkpoints of another run, whose weights would not fit or mean something else.
 
     Raises:
         TrainerError: ``BAD_CONFIG`` with the settings that differ.
@@ -129,7 +129,7 @@ def _differences(then: Any, now: Any, place: str = "") -> list[str]:
 
 
 def check_adapter(folder: Path, expected: int) -> int:
-    """Check an adapter on disk: the number of tensors, none empty, all finite. Return its number of parameters.
+    """Check an adapter on disk (number of tensors, none empty, all finite) and count its parameters.
 
     Raises:
         ValueError: saying what is wrong with which tensor.
@@ -159,7 +159,8 @@ def mark_complete(folder: Path, step: int, eval_loss: float | None, expected_ten
     """Check a checkpoint that was just written, put it on disk for good and let it count from now on.
 
     Raises:
-        TrainerError: ``RESTART`` when it does not pass; the folder is removed, so that the run goes on from the one
+        TrainerError: ``RESTART`` when it does not pass; the folder is removed, so that the run goes on from
+        the one
             before it.
     """
     try:
@@ -213,7 +214,8 @@ def complete_checkpoints(config: RunConfig, remove_broken: bool = False) -> list
 
     Args:
         config: the run.
-        remove_broken: check every file against its SHA-256, and remove what does not pass. Without it a checkpoint
+        remove_broken: check every file against its SHA-256, and remove what does not pass. Without it a
+        checkpoint
             counts by its ``COMPLETE`` file alone.
     """
     found = []
@@ -242,7 +244,7 @@ def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
 
 
 def rotate(config: RunConfig) -> None:
-    """Remove old checkpoints beyond ``save_total_limit``; the best one always stays, and only complete ones count."""
+    """Remove old checkpoints beyond ``save_total_limit``; the best one stays, only complete ones count."""
     complete = complete_checkpoints(config)
     if not complete:
         return

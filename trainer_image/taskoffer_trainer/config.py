@@ -71,7 +71,7 @@ def _check_task(config: RunConfig) -> None:
         raise TrainerError(
             ExitCode.BAD_CONFIG,
             "ConfigInvalid",
-            "data.fileFormat: zip holds pictures; a task of type InstructText reads json, jsonl, csv or parquet",
+            "data.fileFormat: zip holds pictures; InstructText reads json, jsonl, csv or parquet",
         )
 
 

@@ -34,7 +34,7 @@ class Result:
 
 @contextlib.contextmanager
 def prepared(config: RunConfig, checkpoint: Checkpoint) -> Iterator[Path]:
-    """Copy the adapter of a checkpoint into a hidden folder beside its final place; gone afterwards if still there.
+    """Copy the adapter of a checkpoint into a hidden folder beside its final place, removed at the end.
 
     The base model is named by its public name, not by the path that it has in the pod.
     """
@@ -74,16 +74,18 @@ def _card(config: RunConfig, result: Result) -> str:
         "---",
     ]
     train, lora = config.train, config.lora
+    held_out = result.rows.get("held_out", 0)
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * config.gpus
     body = [
         f"# LoRA adapter for {config.model.name}",
         "",
-        f"Supervised fine-tuning on {result.rows.get('train', 0):,} rows: {result.step} of {result.total_steps} planned "
-        f"steps with {batch} rows each, rank {lora.r}, alpha {lora.lora_alpha}, learning rate {train.learning_rate:g}.",
+        f"Supervised fine-tuning on {result.rows.get('train', 0):,} rows: {result.step} of "
+        f"{result.total_steps} planned steps with {batch} rows each, rank {lora.r}, alpha "
+        f"{lora.lora_alpha}, learning rate {train.learning_rate:g}.",
         "",
         "| held-out loss (nats per token) | before | after |",
         "|---|---|---|",
-        f"| {result.rows.get('held_out', 0):,} rows | {result.eval_loss_before:.4f} | {result.eval_loss_after:.4f} |",
+        f"| {held_out:,} rows | {result.eval_loss_before:.4f} | {result.eval_loss_after:.4f} |",
     ]
     if result.clamps:
         body += ["", "Settings that were changed to fit the model or the machine:", ""]

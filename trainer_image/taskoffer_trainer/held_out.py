@@ -1,22 +1,16 @@
-"""The held-out loss and sample answers: one definition for the base model, during training and after the export."""
+"""Held-out loss and sample answers: one definition for the base model, the training and the export."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taskoffer_trainer.data import TokenRow
+from taskoffer_trainer.tokens import TokenRow
 
-__all__ = ["answers", "batches_of", "held_out_loss"]
+__all__ = ["answers", "held_out_loss"]
 
 ANSWER_TOKENS = 64
 """Longest sample answer in tokens."""
-
-
-def batches_of(rows: Sequence[TokenRow], size: int) -> list[list[TokenRow]]:
-    """Group rows of like length, longest first, so that too little memory shows at once and padding stays small."""
-    ordered = sorted(rows, key=lambda row: -len(row.input_ids))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def _tensors(rows: Sequence[TokenRow], pad: int, device: Any) -> dict[str, Any]:
@@ -44,8 +38,8 @@ def held_out_loss(
 ) -> float:
     """Return the mean negative log-likelihood per answer token, in nats, over all rows.
 
-    The mean runs over tokens and not over batches, so it depends neither on the batch size nor on the number of
-    processes.
+    The mean runs over tokens and not over batches, so it depends neither on the batch size nor on the number
+    of processes.
 
     Args:
         model: a causal language model with TRL's fused head, which never builds all logits at once.
@@ -68,7 +62,7 @@ def held_out_loss(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for batch in batches[rank::world]:
                 between()
                 outputs = model(**_tensors(batch, pad, device), fused_lm_head=True)
@@ -109,7 +103,7 @@ def answers(
                 text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
             inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
             ids = inputs["input_ids"].to(model.device)
-            with torch.inference_mode():
+            with torch.no_grad():
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),

@@ -1,8 +1,8 @@
 """Process 1 of the training pod: starts one process per GPU, passes signals on, and ends with one exit code.
 
-It stays light (no torch), serves the progress endpoint, reaps every child, and is the only one that writes the
-termination message. ``torchrun`` is not used, because it ends with exit code 1 after SIGTERM, which no one can tell
-from a failure.
+It stays light (no torch), serves the progress endpoint, reaps every child, and is the only one that writes
+the termination message. ``torchrun`` is not used, because it ends with exit code 1 after SIGTERM, which no
+one can tell from a failure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from taskoffer_trainer.progress import ProgressServer, progress_port
 __all__ = ["RankEnd", "Ranks", "decide", "launch", "rank_environment"]
 
 STRAGGLER_SECONDS = 10.0
-"""How long the other ranks may go on after one has ended badly; they wait for it in a collective operation."""
+"""How long the other ranks may go on after one has ended badly; as a rule they wait for it for ever."""
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -51,9 +51,10 @@ class RankEnd:
 def decide(ends: list[RankEnd]) -> RankEnd:
     """Choose the rank whose end explains the run.
 
-    When a rank fails, the others fail after it in a collective operation, or are killed here. So a failure with a
-    reason of its own comes before an internal error, which comes before a rank that was killed here; the earliest
-    wins. Without a failure a stop wins over success, since the stopped rank has not finished its part.
+    When a rank fails, the others fail after it in a collective operation, or are killed here. So a failure
+    with a reason of its own comes before an internal error, which comes before a rank that was killed here;
+    the earliest wins. Without a failure a stop wins over success, since the stopped rank has not finished its
+    part.
     """
     failures = [end for end in ends if end.code not in (ExitCode.DONE, ExitCode.STOPPED) and not end.by_us]
     if failures:
@@ -66,7 +67,7 @@ def decide(ends: list[RankEnd]) -> RankEnd:
 
 
 def rank_environment(config: RunConfig, rank: int, port: int, run_dir: Path) -> dict[str, str]:
-    """Return the environment of one rank: offline, caches in the run folder, one CPU thread unless set otherwise."""
+    """Return the environment of one rank: offline, caches in the run folder, one CPU thread by default."""
     env = dict(os.environ)
     # More than one OpenMP thread per rank on shared cores spins: 20 tiny steps took 47 s instead of 1.6 s.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -87,6 +88,7 @@ def rank_environment(config: RunConfig, rank: int, port: int, run_dir: Path) -> 
     env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     env.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
     env.setdefault("XDG_CACHE_HOME", str(cache))
+    env["TMPDIR"] = str(run_dir / "tmp")
     env.setdefault("USER", f"uid-{os.getuid()}")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
@@ -255,24 +257,24 @@ def launch(config: RunConfig) -> Termination:
     """
     done = finished_run(config)
     if done is not None:
-        print(
-            f"trainer: {config.checkpoint_dir} holds this run finished and its adapter is in place; nothing to do"
-        )
+        print(f"trainer: {config.checkpoint_dir} holds this run finished with its adapter; nothing to do")
         return done
     check_paths(config)
     check_identity(config)
-    # Grandchildren whose parent died come to this process as they would to process 1, so that none stays a zombie.
+    # Grandchildren whose parent died come to this process as they would to process 1, so that none stays a
+    # zombie.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with _signals() as (reader, received), tempfile.TemporaryDirectory(prefix="taskoffer-") as folder:
         run_dir = Path(folder)
+        (run_dir / "tmp").mkdir()
         (run_dir / "run.json").write_text(
             config.model_dump_json(by_alias=True, exclude_none=True), encoding="utf-8"
         )
         server = ProgressServer(progress_port(), run_dir / "progress.json", config)
         try:
             print(
-                f"trainer: {config.job_name} attempt {config.attempt}, {config.gpus} process(es), progress on "
-                f"http://0.0.0.0:{server.port}/progress",
+                f"trainer: {config.job_name} attempt {config.attempt}, {config.gpus} process(es), "
+                f"progress on http://0.0.0.0:{server.port}/progress",
                 flush=True,
             )
             ranks = Ranks(run_dir)

@@ -99,8 +99,8 @@ def plan_ranks(shapes: list[LinearShape], lora: LoraSettings) -> RankPlan:
                     requested=str(lora.r),
                     effective=str(cap),
                     reason="RankClamped",
-                    message=f"A {shape.in_features} x {shape.out_features} layer has no use for a greater rank; "
-                    "its alpha is scaled along.",
+                    message=f"A {shape.in_features} x {shape.out_features} layer has no use for a greater "
+                    "rank; its alpha is scaled along.",
                 )
             )
     return RankPlan(ranks, alphas, tuple(clamps))

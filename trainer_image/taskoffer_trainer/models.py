@@ -29,7 +29,8 @@ def choose_device(config: RunConfig) -> Device:
     """Choose bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
-        TrainerError: ``RESTART`` when the pod has a GPU that torch cannot use, which training on the CPU would hide,
+        TrainerError: ``RESTART`` when the pod has a GPU that torch cannot use, which training on the CPU
+        would hide,
             or has fewer GPUs than processes.
     """
     import torch
@@ -50,7 +51,7 @@ def choose_device(config: RunConfig) -> Device:
         raise TrainerError(
             ExitCode.RESTART,
             "GPUUnusable",
-            f"{_NVIDIA_CONTROL} is there but torch {torch.__version__} cannot use a GPU; does the driver fit?",
+            f"{_NVIDIA_CONTROL} is there but torch {torch.__version__} sees no GPU; does the driver fit?",
         )
     reason = "There is no GPU here; on a CPU bfloat16 is slower and less exact than float32."
     return Device(
@@ -97,7 +98,8 @@ def load_model(config: RunConfig, device: Device) -> Any:
     """Load the base model with every weight from disk, and place it on its device.
 
     Raises:
-        TrainerError: ``NO_MODEL`` when it cannot be loaded or weights are missing (transformers would fill them with
+        TrainerError: ``NO_MODEL`` when it cannot be loaded or weights are missing (transformers would fill
+        them with
             random numbers and only warn).
     """
     import torch
@@ -122,8 +124,8 @@ def load_model(config: RunConfig, device: Device) -> Any:
         raise _no_model(config, f"{len(missing)} weights are missing, the first is {missing[0]}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"model: {config.model.name}, {parameters:,} parameters, loaded in {time.monotonic() - started:.1f} s as "
-        f"{device.why}",
+        f"model: {config.model.name}, {parameters:,} parameters as {device.why}; loaded in "
+        f"{time.monotonic() - started:.1f} s",
         flush=True,
     )
     return model

@@ -1,7 +1,7 @@
 """Tells the world how far a run is: rank 0 writes a small file, the launcher serves it over HTTP.
 
-The launcher imports nothing heavy, so the endpoint answers from the first second, also while the ranks are still
-importing torch or sit in a long step.
+The launcher imports nothing heavy, so the endpoint answers from the first second, also while the ranks are
+still importing torch or sit in a long step.
 """
 
 from __future__ import annotations

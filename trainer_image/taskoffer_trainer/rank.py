@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from taskoffer.api.contract import ExitCode, RunConfig, Termination
+from taskoffer_trainer.data import read_split
 from taskoffer_trainer.failures import INTERNAL_ERROR, STOPPED, StopRequestedError, TrainerError
 from taskoffer_trainer.stop import Stop
 from taskoffer_trainer.termination import shorten
@@ -30,10 +32,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def run(config: RunConfig, run_dir: Path, rank: int, stop: Stop) -> Termination:
     """Run the method of the task and turn every way to end into a termination message."""
     try:
+        # The rows come first: what is wrong with them shows before the heavy libraries are loaded.
+        split = read_split(config)
         stop.check()
         from taskoffer_trainer.sft import train
 
-        return train(config, run_dir, rank, stop)
+        stop.check()
+        return train(config, split, run_dir, rank, stop)
     except TrainerError as error:
         return _ended(error.code, error.reason, error.message)
     except StopRequestedError:
@@ -55,6 +60,13 @@ def main() -> int:
     run_dir = Path(os.environ["TASKOFFER_RUN_DIR"])
     rank = int(os.environ.get("RANK", "0"))
     config = RunConfig.model_validate_json((run_dir / "run.json").read_bytes())
+    if rank > 0:
+        # All ranks would say the same; errors still go to stderr.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends.
+    # transformers warns about a name that trl uses inside; nobody here can do anything about it.
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning
+    )
     stop = Stop(config.deadline)
     stop.listen()
     termination = run(config, run_dir, rank, stop)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a LoRA adapter with TRL and PEFT: one method, read from top to bottom.
 
-Data, model and baseline come first, then the training with checkpoints that can be continued exactly, then the
-verified adapter. Every rank runs this; rank 0 writes.
+Tokens, model and baseline come first, then the training with checkpoints that can be continued exactly, then
+the verified adapter. Every rank runs this; rank 0 writes.
 """
 
 from __future__ import annotations
@@ -9,23 +9,18 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from peft import get_peft_model, get_peft_model_state_dict
-from torch.utils.data import Sampler
 from transformers import set_seed
-from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig, SFTTrainer
 
 from taskoffer.api.contract import ExitCode, RunConfig, RunState, Termination
-from taskoffer_trainer.callbacks import CheckpointKeeper, NaNGuard, Progress, StopWatch, Timings
+from taskoffer_trainer.callbacks import CheckpointKeeper, Progress, Timings
 from taskoffer_trainer.checkpoints import (
     Checkpoint,
     best_checkpoint,
@@ -34,300 +29,88 @@ from taskoffer_trainer.checkpoints import (
     read_run,
     write_run,
 )
-from taskoffer_trainer.data import TokenRow, build_examples, read_rows, split_rows, tokenize
+from taskoffer_trainer.data import Split
 from taskoffer_trainer.export import Result, prepared, publish
 from taskoffer_trainer.failures import COMPLETED, DEADLINE_REACHED, STOPPED, StopRequestedError, TrainerError
-from taskoffer_trainer.held_out import answers, batches_of, held_out_loss
+from taskoffer_trainer.held_out import answers, held_out_loss
 from taskoffer_trainer.lora import lora_config
 from taskoffer_trainer.models import Device, choose_device, load_model, load_tokenizer
 from taskoffer_trainer.stop import Stop, StopCause
+from taskoffer_trainer.tokens import TextData, tokenize_split
+from taskoffer_trainer.trainer import Trainer, build_trainer, training_arguments
 from taskoffer_trainer.verify import verify_adapter
 
 __all__ = ["train"]
 
 
-class EpochSampler(Sampler[int]):  # type: ignore[misc]
-    """The order of the rows as a pure function of seed and epoch, so that a resumed run sees the same order.
+@dataclass(frozen=True)
+class _Run:
+    """What the stages of one run share."""
 
-    With lengths, rows are sorted by length within groups of 64 shuffled rows, which keeps padding small.
-    """
+    config: RunConfig
+    rank: int
+    stop: Stop
+    progress: Progress
+    device: Device
+    tokenizer: Any
+    data: TextData
 
-    GROUP = 64
-
-    def __init__(self, count: int, seed: int, lengths: list[int] | None) -> None:
-        self.count, self.seed, self.lengths, self.epoch = count, seed, lengths, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; the data loader calls it."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order: list[int] = torch.randperm(self.count, generator=generator).tolist()
-        if self.lengths is None:
-            return iter(order)
-        lengths = self.lengths
-        groups = (order[start : start + self.GROUP] for start in range(0, self.count, self.GROUP))
-        return iter([row for group in groups for row in sorted(group, key=lambda row: -lengths[row])])
-
-    def __len__(self) -> int:
-        return self.count
+    @property
+    def timings(self) -> Timings:
+        return self.progress.timings
 
 
-class Trainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer with our order of rows and our held-out loss."""
+@dataclass(frozen=True)
+class _Baseline:
+    """What the base model does before any training."""
 
-    def prepare_ours(
-        self, batches: list[list[TokenRow]], keeper: CheckpointKeeper, progress: Progress
-    ) -> None:
-        """Hand over what the overridden methods need."""
-        self.held_out, self.keeper, self.progress = batches, keeper, progress
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        rows = self.train_dataset
-        lengths = (
-            [len(ids) for ids in rows["input_ids"]] if self.args.train_sampling_strategy != "random" else None
-        )
-        return EpochSampler(len(rows), self.args.seed, lengths)
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the held-out loss over all ranks; called by the training loop."""
-        self.progress.enter(RunState.EVALUATING)
-        began = time.monotonic()
-        loss = held_out_loss(self.model, self.held_out, self.processing_class.pad_token_id, shared=True)
-        self.progress.timings.evaluate = time.monotonic() - began
-        self.keeper.evaluated = (self.state.global_step, loss)
-        self.progress.note(eval_loss=loss)
-        self.progress.enter(RunState.TRAINING)
-        if self.is_world_process_zero():
-            print(f"train: step {self.state.global_step}, held-out loss {loss:.4f}", flush=True)
-        metrics = {"eval_loss": loss}
-        self.state.log_history.append({**metrics, "step": self.state.global_step})
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write no card into checkpoints; the exported adapter gets one of its own."""
+    loss: float
+    answers: list[str]
 
 
-def _arguments(config: RunConfig, device: Device) -> SFTConfig:
-    """Translate the settings. Everything that the libraries default differently from us is said explicitly."""
-    train = config.train
-    distributed: dict[str, Any] = {}
-    if config.gpus > 1:
-        # In a run of one process transformers refuses these.
-        distributed = {"ddp_backend": "nccl" if device.cuda else "gloo", "ddp_find_unused_parameters": False}
-    return SFTConfig(
-        output_dir=config.checkpoint_dir,
-        use_cpu=not device.cuda,
-        num_train_epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
-        per_device_train_batch_size=train.per_device_train_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_steps=train.warmup_steps,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        max_length=train.max_length,
-        packing=train.packing,
-        eval_packing=False,
-        train_sampling_strategy="group_by_length" if train.group_by_length else "random",
-        bf16=device.dtype is torch.bfloat16,
-        fp16=False,
-        activation_checkpointing=train.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
-        torch_compile=train.torch_compile,
-        eval_strategy="steps",
-        eval_steps=train.eval_steps,
-        save_strategy="steps",
-        save_steps=train.save_steps,
-        save_total_limit=None,  # CheckpointKeeper removes old ones, and only after the new one was checked.
-        dataloader_num_workers=train.dataloader_num_workers,
-        dataloader_pin_memory=device.cuda,
-        seed=train.seed,
-        data_seed=train.seed,
-        logging_steps=1,
-        disable_tqdm=True,
-        report_to="none",
-        dataset_kwargs=None if train.packing else {"skip_prepare_dataset": True},
-        **distributed,
-    )
-
-
-def _dataset(rows: list[TokenRow]) -> Dataset:
-    return Dataset.from_dict(
-        {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
-    )
-
-
-def _resume_point(config: RunConfig, rank: int) -> Checkpoint | None:
-    """Find the newest checkpoint that can be trusted; rank 0 looks and removes broken ones, the others follow it."""
-    found: list[Any] = [None]
-    if rank == 0:
-        found = [next(iter(complete_checkpoints(config, remove_broken=True)), None)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0] if isinstance(found[0], Checkpoint) else None
-
-
-def _baseline(
-    config: RunConfig,
-    rank: int,
-    model: Any,
-    tokenizer: Any,
-    batches: list[list[TokenRow]],
-    prompts: list[str],
-    timings: Timings,
-) -> tuple[float, list[str]]:
-    """Return held-out loss and answers of the base model; measured once, then read from the checkpoint folder."""
-    known: list[Any] = [None]
-    if rank == 0:
-        run = read_run(config)
-        if isinstance(run.get("eval_loss_before"), float) and run.get("prompts") == prompts:
-            known = [(run["eval_loss_before"], run["answers_before"])]
-    if dist.is_initialized():
-        dist.broadcast_object_list(known, src=0)
-    if known[0] is not None:
-        return known[0][0], known[0][1]
-    began = time.monotonic()
-    with model.disable_adapter():
-        loss = held_out_loss(model, batches, tokenizer.pad_token_id, shared=True)
-        timings.evaluate = time.monotonic() - began
-        if not math.isfinite(loss):
-            raise TrainerError(
-                ExitCode.NO_MODEL,
-                "ModelUnusable",
-                f"the held-out loss of the base model {config.model.name} is {loss}; are its weights whole?",
-            )
-        texts: list[str] = []
-        if rank == 0:
-            began = time.monotonic()
-            texts = answers(model, tokenizer, prompts)
-            timings.answer = time.monotonic() - began
-            write_run(config, {"eval_loss_before": loss, "prompts": prompts, "answers_before": texts})
-    return loss, texts
-
-
-def train(config: RunConfig, run_dir: Path, rank: int, stop: Stop) -> Termination:
+def train(config: RunConfig, split: Split, run_dir: Path, rank: int, stop: Stop) -> Termination:
     """Train, verify and export one adapter; or leave a checkpoint when asked to stop.
+
+    Args:
+        config: what to do.
+        split: the rows, the same in every rank.
+        run_dir: folder for the progress report.
+        rank: number of this process, from 0.
+        stop: where signals are noted.
 
     Raises:
         TrainerError: for every failure that has a place in the contract.
         StopRequestedError: when asked to stop outside of the training loop.
     """
     transformers_logging.set_verbosity_error()
-    timings = Timings()
-    progress = Progress(config, run_dir / "progress.json" if rank == 0 else None, timings)
-
-    # Data: the same rows, split and tokens in every rank.
+    progress = Progress(config, run_dir / "progress.json" if rank == 0 else None, Timings())
     device = choose_device(config)
     tokenizer = load_tokenizer(config)
-    columns = config.data.instruct
-    if columns is None:
-        raise TrainerError(ExitCode.BAD_CONFIG, "ConfigInvalid", "data.instruct is missing")
-    examples = build_examples(read_rows(config.data, columns), columns)
-    split = split_rows(examples, config.data, config.train.seed)
-    train_rows = tokenize(split.train, tokenizer, config.train.max_length, "training")
-    held_rows = tokenize(split.held_out, tokenizer, config.train.max_length, "held-out")
-    batches = batches_of(held_rows, config.train.per_device_train_batch_size)
-    prompts = list(config.sample_prompts) or [split.held_out[0].user or split.held_out[0].answer[:80]]
+    data = tokenize_split(split, config, tokenizer)
+    run = _Run(config, rank, stop, progress, device, tokenizer, data)
     stop.check()
 
-    # Model: the base with an adapter whose ranks fit its layers. The arguments come first, since they open the
-    # process group.
-    arguments = _arguments(config, device)
-    began = time.monotonic()
-    base = load_model(config, device)
-    timings.load = time.monotonic() - began
-    adapter, clamps = lora_config(base, config.lora)
-    progress.clamps = (*device.clamps, *clamps)
-    set_seed(config.train.seed)
-    model = get_peft_model(base, adapter)
-    expected_tensors = len(get_peft_model_state_dict(model, save_embedding_layers=False))
-    keeper = CheckpointKeeper(config, expected_tensors, rank, timings)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=_dataset(train_rows),
-        eval_dataset=_dataset(held_rows),
-        processing_class=tokenizer,
-        callbacks=[progress, NaNGuard(progress), StopWatch(stop, timings), keeper],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.prepare_ours(batches, keeper, progress)
-    if rank == 0:
-        for clamp in progress.clamps:
-            print(
-                f"clamp: {clamp.field} {clamp.requested} -> {clamp.effective} ({clamp.reason}) {clamp.message}"
-            )
-        print(
-            f"train: {len(train_rows)} rows to train, {len(held_rows)} held out, {expected_tensors} adapter tensors, "
-            f"{config.gpus} process(es) on {device.why}",
-            flush=True,
-        )
+    trainer, tensors = _prepare(run)
     _leave_together(stop)
     progress.enter(RunState.EVALUATING)
-    loss_before, answers_before = _baseline(config, rank, trainer.model, tokenizer, batches, prompts, timings)
-    progress.note(eval_loss_before=loss_before)
-    if rank == 0:
-        print(f"train: held-out loss of the base model {loss_before:.4f}", flush=True)
+    baseline = _baseline(run, trainer.model)
     _leave_together(stop)
 
-    # Training, from the newest checkpoint that can be trusted.
-    resume = _resume_point(config, rank)
-    train_loss: float | None = None
-    step = resume.step if resume else 0
-    total = _planned_steps(trainer, config)
-    progress.total, progress.step, progress.resumed_from = total, step, resume.step if resume else None
-    if step < total and not (resume and stop.agree(timings.reserve) is StopCause.DEADLINE):
-        if rank == 0 and resume:
-            print(f"train: going on from step {step} of {total}", flush=True)
-        output = trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
-        step = trainer.state.global_step
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        train_loss = losses[-1] if losses else output.training_loss
-    if stop.cause is StopCause.SIGNAL:
-        return Termination(
-            exit_code=ExitCode.STOPPED,
-            reason=STOPPED,
-            message=f"stopped by a signal with a checkpoint of step {step} of {total}",
-            step=step,
-            total_steps=total,
-            train_loss=train_loss,
-            eval_loss_before=loss_before,
-            resumed_from_step=progress.resumed_from,
-            clamps=progress.clamps,
-        )
+    summary = _train_steps(run, trainer, baseline)
+    if summary.exit_code == ExitCode.STOPPED:
+        return summary
 
-    # The result: the best checkpoint, verified as its user will meet it. Rank 0 alone; the others are done.
-    reason = COMPLETED if step >= total else DEADLINE_REACHED
-    summary = Termination(
-        exit_code=ExitCode.DONE,
-        reason=reason,
-        step=step,
-        total_steps=total,
-        train_loss=train_loss,
-        eval_loss_before=loss_before,
-        resumed_from_step=progress.resumed_from,
-        clamps=progress.clamps,
-    )
+    # The adapter is verified by rank 0 alone, and only one base model at a time has to fit.
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     if rank != 0:
         return summary
-    # Only one base model at a time has to fit.
-    del trainer, model, base
+    del trainer
     gc.collect()
     if device.cuda:
         torch.cuda.empty_cache()
-    rows = {"train": len(train_rows), "held_out": len(held_rows)}
-    figures = Result(step, total, train_loss, loss_before, math.nan, reason, [], progress.clamps, rows)
-    pairs = list(zip(prompts, answers_before, strict=True))
-    return _finish(
-        config, device, tokenizer, batches, pairs, expected_tensors, figures, summary, progress, stop
-    )
+    return _finish(run, baseline, tensors, summary)
 
 
 def _leave_together(stop: Stop) -> None:
@@ -336,62 +119,169 @@ def _leave_together(stop: Stop) -> None:
         raise StopRequestedError
 
 
-def _planned_steps(trainer: Trainer, config: RunConfig) -> int:
+def _prepare(run: _Run) -> tuple[Trainer, int]:
+    """Load the model, put an adapter on it whose ranks fit its layers, and count the adapter's tensors."""
+    config, progress = run.config, run.progress
+    arguments = training_arguments(config, run.device)
+    began = time.monotonic()
+    base = load_model(config, run.device)
+    run.timings.load = time.monotonic() - began
+    settings, clamps = lora_config(base, config.lora)
+    progress.clamps = (*run.device.clamps, *clamps)
+    set_seed(config.train.seed)
+    model = get_peft_model(base, settings)
+    tensors = len(get_peft_model_state_dict(model, save_embedding_layers=False))
+    keeper = CheckpointKeeper(config, tensors, run.rank, run.timings)
+    trainer = build_trainer(config, arguments, model, run.tokenizer, run.data, progress, run.stop, keeper)
+    for clamp in progress.clamps:
+        change = f"{clamp.field} {clamp.requested} -> {clamp.effective}"
+        print(f"clamp: {change} ({clamp.reason}) {clamp.message}")
+    rows, held_out = len(run.data.train), len(run.data.held_out)
+    print(
+        f"train: {rows} rows, {held_out} held out, {tensors} adapter tensors, {config.gpus} process(es)",
+        flush=True,
+    )
+    return trainer, tensors
+
+
+def _baseline(run: _Run, model: Any) -> _Baseline:
+    """Return held-out loss and answers of the base model; measured once, then read from disk.
+
+    Raises:
+        TrainerError: ``NO_MODEL`` when the loss is not finite.
+    """
+    config, timings, prompts = run.config, run.timings, run.data.prompts
+    shared: list[Any] = [read_run(config) if run.rank == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared, src=0)
+    known = shared[0]
+    if isinstance(known.get("eval_loss_before"), float) and known.get("prompts") == prompts:
+        timings.evaluate, timings.answer = known["evaluate_seconds"], known["answer_seconds"]
+        run.progress.note(eval_loss_before=known["eval_loss_before"])
+        return _Baseline(known["eval_loss_before"], known["answers_before"])
+    batches = run.data.batches(config.train.per_device_train_batch_size)
+    texts: list[str] = []
+    began = time.monotonic()
+    with model.disable_adapter():
+        loss = held_out_loss(model, batches, run.tokenizer.pad_token_id, shared=True)
+        timings.evaluate = time.monotonic() - began
+        if not math.isfinite(loss):
+            raise TrainerError(
+                ExitCode.NO_MODEL,
+                "ModelUnusable",
+                f"the held-out loss of the base model {config.model.name} is {loss}; are its weights whole?",
+            )
+        if run.rank == 0:
+            texts = answers(model, run.tokenizer, prompts)
+    timings.answer = time.monotonic() - began - timings.evaluate
+    if run.rank == 0:
+        figures = {"eval_loss_before": loss, "prompts": prompts, "answers_before": texts}
+        seconds = {"evaluate_seconds": timings.evaluate, "answer_seconds": timings.answer}
+        write_run(config, {**figures, **seconds})
+    run.progress.note(eval_loss_before=loss)
+    print(f"train: held-out loss of the base model {loss:.4f}", flush=True)
+    return _Baseline(loss, texts)
+
+
+def _resume_point(run: _Run) -> Checkpoint | None:
+    """Find the newest checkpoint that can be trusted; rank 0 removes broken ones, the others follow it."""
+    found: list[Any] = [None]
+    if run.rank == 0:
+        found = [next(iter(complete_checkpoints(run.config, remove_broken=True)), None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0] if isinstance(found[0], Checkpoint) else None
+
+
+def _planned_steps(run: _Run, trainer: Trainer) -> int:
     """Return the number of optimizer steps, counted exactly as the training loop will."""
-    if config.train.max_steps > 0:
-        return config.train.max_steps
-    values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    return int(values[-1])
+    if run.config.train.max_steps > 0:
+        return run.config.train.max_steps
+    return int(trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1])
 
 
-def _finish(
-    config: RunConfig,
-    device: Device,
-    tokenizer: Any,
-    batches: list[list[TokenRow]],
-    prompts: list[tuple[str, str]],
-    expected_tensors: int,
-    figures: Result,
-    summary: Termination,
-    progress: Progress,
-    stop: Stop,
-) -> Termination:
-    """Verify the best checkpoint on a fresh base model and publish it."""
-    progress.enter(RunState.VERIFYING)
-    checkpoints = complete_checkpoints(config)
-    if not checkpoints:
+def _train_steps(run: _Run, trainer: Trainer, baseline: _Baseline) -> Termination:
+    """Train from the newest trustworthy checkpoint until the end, a signal or the deadline.
+
+    Raises:
+        TrainerError: ``BAD_CONFIG`` when the deadline leaves no time for a single step.
+    """
+    progress, stop = run.progress, run.stop
+    resume = _resume_point(run)
+    total = _planned_steps(run, trainer)
+    step = resume.step if resume else 0
+    progress.total, progress.step, progress.resumed_from = total, step, resume.step if resume else None
+    train_loss: float | None = None
+    if stop.agree(run.timings.reserve) is StopCause.DEADLINE and resume is None:
         raise TrainerError(
             ExitCode.BAD_CONFIG,
             "DeadlinePassed",
-            f"the deadline {config.deadline} leaves no time to train; not one step was made",
+            f"deadline: {run.config.deadline:%Y-%m-%dT%H:%M:%SZ} leaves {stop.seconds_left():.0f} s, and one "
+            f"step with evaluation and verification takes {run.timings.reserve:.0f} s",
         )
-    best = best_checkpoint(checkpoints)
-    base = load_model(config, device)
-    if device.cuda:
+    if step < total and stop.cause is StopCause.NONE:
+        if resume:
+            print(f"train: going on from step {step} of {total}", flush=True)
+        output = trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
+        step = trainer.state.global_step
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        train_loss = losses[-1] if losses else output.training_loss
+    stopped = stop.cause is StopCause.SIGNAL
+    return Termination(
+        exit_code=ExitCode.STOPPED if stopped else ExitCode.DONE,
+        reason=STOPPED if stopped else COMPLETED if step >= total else DEADLINE_REACHED,
+        message=f"stopped by a signal with a checkpoint of step {step} of {total}" if stopped else "",
+        step=step,
+        total_steps=total,
+        train_loss=train_loss,
+        eval_loss_before=baseline.loss,
+        resumed_from_step=progress.resumed_from,
+        clamps=progress.clamps,
+    )
+
+
+def _finish(run: _Run, baseline: _Baseline, tensors: int, summary: Termination) -> Termination:
+    """Verify the best checkpoint on a fresh base model and publish it.
+
+    Raises:
+        TrainerError: ``VERIFY_FAILED``.
+        StopRequestedError: on a signal; the next attempt comes straight here.
+    """
+    config, progress = run.config, run.progress
+    progress.enter(RunState.VERIFYING)
+    best = best_checkpoint(complete_checkpoints(config))
+    base = load_model(config, run.device)
+    if run.device.cuda:
         base.to("cuda")
+    result = Result(
+        summary.step,
+        summary.total_steps or summary.step,
+        summary.train_loss,
+        baseline.loss,
+        math.nan,
+        summary.reason,
+        clamps=summary.clamps,
+        rows={"train": len(run.data.train), "held_out": len(run.data.held_out)},
+    )
+    batches = run.data.batches(config.train.per_device_train_batch_size)
     with prepared(config, best) as folder:
         verified = verify_adapter(
-            folder,
-            base,
-            tokenizer,
-            batches,
-            [prompt for prompt, _ in prompts],
-            expected_tensors,
-            best.eval_loss,
-            stop.check,
+            folder, base, run.tokenizer, batches, run.data.prompts, tensors, best.eval_loss, run.stop.check
         )
         progress.enter(RunState.SAVING)
         pairs = [
             {"prompt": prompt, "before": before, "after": after}
-            for (prompt, before), after in zip(prompts, verified.answers, strict=True)
+            for prompt, before, after in zip(
+                run.data.prompts, baseline.answers, verified.answers, strict=True
+            )
         ]
         final, digest = publish(
-            config, folder, replace(figures, eval_loss_after=verified.eval_loss, answers=pairs)
+            config, folder, replace(result, eval_loss_after=verified.eval_loss, answers=pairs)
         )
-    message = f"adapter of step {best.step} verified: held-out loss {figures.eval_loss_before:.4f} -> {verified.eval_loss:.4f}"
+    fall = f"held-out loss {baseline.loss:.4f} -> {verified.eval_loss:.4f}"
     done = summary.model_copy(
         update={
-            "message": message,
+            "message": f"adapter of step {best.step} verified: {fall}",
             "eval_loss_after": verified.eval_loss,
             "adapter_dir": str(final),
             "adapter_sha256": digest,

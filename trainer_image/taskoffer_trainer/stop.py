@@ -1,4 +1,4 @@
-"""Stops a run between two steps: on SIGTERM, or because the deadline would pass otherwise; all ranks together."""
+"""Stops a run between two steps, all ranks together: on SIGTERM, or before the deadline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class StopCause(IntEnum):
 class Stop:
     """Remembers a signal, watches the deadline, and lets all ranks agree.
 
-    SIGTERM is noted before torch is imported, so that a pod that is stopped early ends with the right exit code too.
+    SIGTERM is noted before torch is imported, so that a pod that is stopped early ends with the right exit
+    code too.
     """
 
     def __init__(self, deadline: datetime | None = None) -> None:

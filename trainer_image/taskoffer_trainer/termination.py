@@ -51,8 +51,8 @@ def encode_termination(termination: Termination, limit: int = MAX_TERMINATION_BY
 def write_termination(termination: Termination) -> Path | None:
     """Write the termination message and return its path, or ``None`` where there is no place for it.
 
-    The file is the kubelet's, which mounts it before the container starts. Outside of a pod it is absent and is not
-    created; ``TASKOFFER_TERMINATION_LOG`` names another file.
+    The file is the kubelet's, which mounts it before the container starts. Outside of a pod it is absent and
+    is not created; ``TASKOFFER_TERMINATION_LOG`` names another file.
     """
     override = os.environ.get("TASKOFFER_TERMINATION_LOG")
     path = Path(override or TERMINATION_LOG)

@@ -10,14 +10,14 @@ from typing import Any
 
 from taskoffer.api.contract import ExitCode
 from taskoffer_trainer.checkpoints import ADAPTER_FILE, check_adapter
-from taskoffer_trainer.data import TokenRow
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.held_out import answers, held_out_loss
+from taskoffer_trainer.tokens import TokenRow
 
 __all__ = ["Verified", "verify_adapter"]
 
 TOLERANCE = 0.02
-"""How far the loss may be from the one measured in training, as a share of it; bfloat16 alone makes up to 1 %."""
+"""How far the loss may be from the one measured in training, as a share of it."""
 
 
 @dataclass(frozen=True)
