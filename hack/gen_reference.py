@@ -94,7 +94,7 @@ def _rules(schema: Schema, path: str = "") -> Iterator[tuple[str, str]]:
 def api() -> str:
     """Return the page about kinds and fields."""
     text = HEADER + f"# API reference: {GROUP}/{VERSION}\n\n"
-    text += "The API server writes no defaults into objects: the operator uses them when it reads a field that is "
+    text += "The API server writes no defaults into objects: the operator uses them when a field is "
     text += "absent.\n"
     for kind in gen_crds.KINDS:
         crd = gen_crds.build(kind)["spec"]
