@@ -12,7 +12,9 @@ from taskoffer.api.base import Time, WireModel, spelled
 GROUP = "taskoffer.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
-CATEGORY = "taskoffer"
+CATEGORY = "taskoffer-all"
+"""``kubectl get taskoffer-all`` shows all kinds. It must not be a resource's name: see docs/adr."""
+
 
 GPU_COUNTS = (1, 2, 4, 8)
 """GPU counts that the schema knows; a policy allows some of them."""

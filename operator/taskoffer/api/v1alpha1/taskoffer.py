@@ -325,8 +325,8 @@ class TaskOfferSpec(WireModel):
         description="Identity of the task in its market; unique in the namespace, the oldest offer wins."
     )
     task_type: TaskType = Field(description="InstructText, Chat, DPO, GRPO or Image.")
-    model: Model = Field(description="The base model.")
-    dataset: Dataset = Field(description="The data.")
+    model: Model = Field(description="The base model: its name, its size, and where it lies.")
+    dataset: Dataset = Field(description="The data: its type, its columns, and where it lies.")
     time_limit_seconds: Annotated[
         int,
         Field(
