@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from taskoffer_lab.base_images import ensure_base_images
 from taskoffer_lab.cluster import Cluster, ProcessHandle
 from taskoffer_lab.control_channel import ask
 from taskoffer_lab.errors import LabError
@@ -149,6 +150,7 @@ class LocalProvider:
         sweep()
         if spec.nodes:
             ensure_node_requirements()
+            ensure_base_images()
         tools = ensure_tools(["controlplane", "node"] if spec.nodes else ["controlplane"])
         started = time.monotonic()
         record = claim(spec)

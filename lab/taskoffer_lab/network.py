@@ -65,10 +65,6 @@ class ClusterNetwork:
         """The host's end of the cable to node `index`."""
         return f"{self.bridge}n{index}"
 
-    def namespace(self, node: str) -> str:
-        """The network namespace of a node, as `ip netns` names it."""
-        return f"{self.bridge}-{node}"
-
     @property
     def firewall_rules(self) -> list[list[str]]:
         """The host's rules: traffic over the bridge passes, and pods reach the world as the host."""
@@ -130,40 +126,36 @@ def create_bridge(network: ClusterNetwork) -> None:
         _run("iptables", ["-w", "5", "-t", table, "-I", chain, *rule])
 
 
-def create_cable(network: ClusterNetwork, node: str, index: int) -> None:
-    """Make a node's network namespace and connect it to the bridge; route its pods' addresses to it."""
-    namespace, veth, address = network.namespace(node), network.veth(index), network.node_address(index)
-    run_ip("netns", "add", namespace)
-    run_ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+def connect_node(network: ClusterNetwork, index: int, pid: int, nodes: int) -> None:
+    """Connect a node's network namespace to the bridge and route its pods' addresses.
+
+    Args:
+        network: The cluster's.
+        index: The node's place in the cluster.
+        pid: A process in the node's network namespace.
+        nodes: How many nodes there are: each knows the way to the other ones' pods.
+    """
+    veth, address = network.veth(index), network.node_address(index)
+    run_ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
     run_ip("link", "set", veth, "master", network.bridge, "up")
-    run_ip("-n", namespace, "link", "set", "lo", "up")
-    run_ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
-    run_ip("-n", namespace, "link", "set", "eth0", "up")
-    run_ip("-n", namespace, "route", "add", "default", "via", network.host_address)
+    inside = ["addr add {}/24 dev eth0", "link set eth0 up", "link set lo up", "route add default via {}"]
+    commands = [inside[0].format(address), *inside[1:3], inside[3].format(network.host_address)]
+    others = [other for other in range(nodes) if other != index]
+    commands += [f"route add {network.node_pods(item)} via {network.node_address(item)}" for item in others]
+    _run("nsenter", ["--target", str(pid), "--net", "ip", "-batch", "-"], stdin="\n".join(commands))
     run_ip("route", "replace", network.node_pods(index), "via", address)
 
 
-def connect_pods(network: ClusterNetwork, index: int, others: Iterable[int], namespace: str) -> None:
-    """Give a node the routes to the other nodes' pods, so that traffic between them stays on the bridge."""
-    for other in others:
-        if other != index:
-            via = network.node_address(other)
-            run_ip("-n", namespace, "route", "replace", network.node_pods(other), "via", via)
-
-
-def remove_cable(network: ClusterNetwork, node: str) -> None:
-    """Remove a node's network namespace; the cable goes with it."""
-    if network.namespace(node) in _namespaces():
-        run_ip("netns", "del", network.namespace(node))
+def remove_cable(network: ClusterNetwork, index: int) -> None:
+    """Remove the cable to a node if it is there (it also goes with the node's network namespace)."""
+    if network.veth(index) in links():
+        _run("ip", ["link", "del", network.veth(index)], accept="Cannot find device")
 
 
 def remove_network(network: ClusterNetwork) -> None:
-    """Remove namespaces, cables, bridge and firewall rules of a cluster, whatever is there of them."""
-    for namespace in _namespaces():
-        if namespace.startswith(f"{network.bridge}-"):
-            run_ip("netns", "del", namespace)
+    """Remove cables, bridge and firewall rules of a cluster, whatever is there of them."""
     for link in links():
-        # A cable goes with its namespace, but not at once.
+        # A cable goes with its namespace too, but not at once.
         if link == network.bridge or link.startswith(f"{network.bridge}n"):
             _run("ip", ["link", "del", link], accept="Cannot find device")
     if find_program("iptables") is not None:
@@ -177,16 +169,11 @@ def links() -> list[str]:
     return [link["ifname"] for link in json.loads(run_ip("-j", "link", "show"))]
 
 
-def _namespaces() -> list[str]:
-    listed = run_ip("-j", "netns", "list")
-    return [item["name"] for item in json.loads(listed)] if listed.strip() else []
-
-
-def _run(program: str, arguments: Sequence[str], accept: str = "") -> str:
+def _run(program: str, arguments: Sequence[str], accept: str = "", stdin: str | None = None) -> str:
     path = find_program(program)
     if path is None:
         raise LabError(f"{program} is not on this machine", "taskoffer-lab doctor")
-    result = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+    result = subprocess.run([path, *arguments], input=stdin, capture_output=True, text=True, check=False)
     if result.returncode != 0 and not (accept and accept in result.stderr):
         raise LabError(f"{program} {' '.join(arguments)} failed: {result.stderr.strip()}")
     return result.stdout

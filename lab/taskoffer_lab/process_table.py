@@ -123,6 +123,21 @@ class ProcessTable:
         for process in self._running.values():
             process.wait()
 
+    def reap_orphans(self) -> None:
+        """Take the exit status of ended children that are not members, as process 1 of a namespace must."""
+        members = {process.pid: process for process in self._running.values()}
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            if ended.si_pid in members:
+                members[ended.si_pid].poll()
+            else:
+                os.waitpid(ended.si_pid, os.WNOHANG)
+
     def dead(self) -> list[tuple[str, int, Path]]:
         """Return name, exit status and log of members that have ended."""
         return [

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from taskoffer_lab.cgroups import remove_groups
+from taskoffer_lab.host_changes import restore_host
 from taskoffer_lab.locking import locked
-from taskoffer_lab.mount_points import remove_mount_points
 from taskoffer_lab.network import ClusterNetwork, remove_network
 from taskoffer_lab.paths import cache_root, state_root
 from taskoffer_lab.process_table import wait_until
@@ -39,7 +39,7 @@ def remove_cluster(record: ClusterRecord, *, keep_logs: bool) -> Path | None:
     if record.octet is not None:
         with locked(claims_lock()):
             if all(other.octet is None for other in records()):
-                remove_mount_points()
+                restore_host(say)
     return kept
 
 
