@@ -121,20 +121,9 @@ def _write_pause(target: Path) -> None:
         program = Path(folder) / "pause"
         compiler: list[str | Path] = ["gcc", "-Os", "-static", "-s", f"-DVERSION={KUBERNETES_VERSION}"]
         compiler += ["-o", program, source]
-            "gcc",
-            "-Os",
-            "-static",
-            "-s",
-            f"-DVERSION={KUBERNETES_VERSION}",
-            "-o",
-            program,
-            source,
-        ]
         result = subprocess.run(compiler, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            raise LabError(
-                f"compiling pause failed: {result.stderr.strip()[-500:]}", "apt-get install gcc libc6-dev"
-            )
+            raise LabError(f"compiling pause failed: {result.stderr.strip()[-500:]}", "apt-get install gcc libc6-dev")
         layer = _tar({"pause": program.read_bytes()}, {})
     write_oci_archive(target, PAUSE_IMAGE, layer, {"Entrypoint": ["/pause"]})
 
