@@ -71,17 +71,6 @@ def _default(schema: Schema) -> str:
     return "" if value in (None, "", [], {}) else f"`{json.dumps(value)}`"
 
 
-def walk(schema: Schema, path: str = "") -> Iterator[tuple[str, Schema, bool]]:
-    """Yield path, schema and whether it is required for every field; ``[]`` marks the items of a list."""
-    required = schema.get("required", ())
-    for name, sub in schema.get("properties", {}).items():
-        here = f"{path}.{name}" if path else name
-        yield here, sub, name in required
-        yield from walk(sub, here)
-        if sub["type"] == "array":
-            yield from walk(sub["items"], f"{here}[]")
-
-
 def _rules(schema: Schema, path: str = "") -> Iterator[tuple[str, str]]:
     for entry in schema.get("x-kubernetes-validations", ()):
         yield path or "(the object)", entry["message"]
@@ -107,7 +96,7 @@ def api() -> str:
             fields = schema["properties"][part]
             rows = [
                 (f"`{p}`", _type_name(s), "yes" if needed else "", s["description"], _bounds(s), _default(s))
-                for p, s, needed in walk(fields, part)
+                for p, s, needed in gen_crds.walk(fields, part)
                 # The last valid spec repeats the spec field by field.
                 if not p.startswith("status.activeSpec.")
             ]
@@ -162,8 +151,7 @@ def exit_codes() -> str:
     """Return the page about the trainer's exit codes."""
     docs = _member_docs(ExitCode)
     rows = [
-        (str(code.value), f"`{code.name}`", "yes" if code.retryable else "no", docs[code.name])
-        for code in ExitCode
+        (str(code.value), f"`{code.name}`", "yes" if code.retryable else "no", docs[code.name]) for code in ExitCode
     ]
     return (
         HEADER

@@ -117,16 +117,10 @@ class Clamp(WireModel):
     """A setting that could not be taken literally: what was asked, what is done, and why."""
 
     field: Annotated[str, StringConstraints(max_length=128)] = Field(description="Name of the setting.")
-    requested: Annotated[str, StringConstraints(max_length=256)] = Field(
-        description="The value that was asked for."
-    )
-    effective: Annotated[str, StringConstraints(max_length=256)] = Field(
-        description="The value that is used."
-    )
+    requested: Annotated[str, StringConstraints(max_length=256)] = Field(description="The value that was asked for.")
+    effective: Annotated[str, StringConstraints(max_length=256)] = Field(description="The value that is used.")
     reason: Annotated[str, StringConstraints(max_length=64)] = Field(description="Reason in CamelCase.")
-    message: Annotated[str, StringConstraints(max_length=512)] = Field(
-        "", description="The reason in a sentence."
-    )
+    message: Annotated[str, StringConstraints(max_length=512)] = Field("", description="The reason in a sentence.")
 
 
 class LoraSettings(WireModel):
@@ -136,9 +130,7 @@ class LoraSettings(WireModel):
     lora_alpha: Annotated[int, Field(ge=1, le=1048576)] = Field(
         32, description="Scaling numerator; scale is alpha / r."
     )
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Dropout on the adapter's input."
-    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapter's input.")
     target_modules: Annotated[str, StringConstraints(max_length=1024)] = Field(
         "all-linear", description="Modules to adapt: all-linear, or names separated by commas."
     )
@@ -154,12 +146,8 @@ class TrainSettings(WireModel):
 
     num_train_epochs: Annotated[float, Field(gt=0, le=1000)] = Field(1.0, description="Passes over the data.")
     max_steps: Annotated[int, Field(ge=-1)] = Field(-1, description="Optimizer steps; -1 means by epochs.")
-    per_device_train_batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(
-        1, description="Rows at once per GPU."
-    )
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = Field(
-        1, description="Micro-batches per step."
-    )
+    per_device_train_batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(1, description="Rows at once per GPU.")
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = Field(1, description="Micro-batches per step.")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(2e-4, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "cosine", description="Learning rate schedule."
@@ -169,9 +157,7 @@ class TrainSettings(WireModel):
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight decay.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient clipping norm.")
-    max_length: Annotated[int, Field(ge=8, le=1048576)] = Field(
-        2048, description="Longest sequence in tokens."
-    )
+    max_length: Annotated[int, Field(ge=8, le=1048576)] = Field(2048, description="Longest sequence in tokens.")
     packing: bool = Field(False, description="Pack short rows into full sequences.")
     group_by_length: bool = Field(False, description="Batch rows of like length together.")
     bf16: bool = Field(True, description="Compute in bfloat16.")
@@ -182,9 +168,7 @@ class TrainSettings(WireModel):
         25, description="Steps between checkpoints; a multiple of eval_steps."
     )
     save_total_limit: Annotated[int, Field(ge=1, le=64)] = Field(2, description="Checkpoints to keep.")
-    dataloader_num_workers: Annotated[int, Field(ge=0, le=64)] = Field(
-        0, description="Data loading processes per GPU."
-    )
+    dataloader_num_workers: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Data loading processes per GPU.")
     seed: Annotated[int, Field(ge=0, le=4294967295)] = Field(42, description="Random seed.")
 
     @model_validator(mode="after")
@@ -234,12 +218,8 @@ class RunConfig(WireModel):
     train: TrainSettings
     output_dir: str = Field(description="Folder that receives the verified adapter.")
     checkpoint_dir: str = Field(description="Folder that keeps checkpoints over restarts.")
-    deadline: Time | None = Field(
-        None, description="When the result must be there; the trainer stops before it."
-    )
-    sample_prompts: tuple[str, ...] = Field(
-        (), description="Prompts that are answered before and after training."
-    )
+    deadline: Time | None = Field(None, description="When the result must be there; the trainer stops before it.")
+    sample_prompts: tuple[str, ...] = Field((), description="Prompts that are answered before and after training.")
 
 
 class RunState(StrEnum):

@@ -65,13 +65,9 @@ class InstructColumns(WireModel):
         None,
         description="Column with the wanted answer; absent trains the instruction column as plain text.",
     )
-    field_system: Column | None = Field(
-        None, description="Column with a system prompt of its own for each row."
-    )
+    field_system: Column | None = Field(None, description="Column with a system prompt of its own for each row.")
     system_prompt: Format = Field("", description="System prompt for rows that have none of their own.")
-    system_format: Format = Field(
-        "{system}", description="Template of the system message; {system} is replaced."
-    )
+    system_format: Format = Field("{system}", description="Template of the system message; {system} is replaced.")
     format: Format | None = Field(
         None,
         description="Template of the user message with {instruction} and {input}; default joins both.",
@@ -84,16 +80,12 @@ class InstructColumns(WireModel):
 class ChatColumns(WireModel):
     """Columns of conversation data: a list of messages, each with a role and a text."""
 
-    chat_template: Column = Field(
-        "chatml", description="Name of the chat template that the model is trained with."
-    )
+    chat_template: Column = Field("chatml", description="Name of the chat template that the model is trained with.")
     chat_column: Column = Field("conversations", description="Column that holds the list of messages.")
     chat_role_field: Column = Field("from", description="Key of a message's role.")
     chat_content_field: Column = Field("value", description="Key of a message's text.")
     chat_user_reference: Column = Field("user", description="Role value of the user's messages.")
-    chat_assistant_reference: Column = Field(
-        "assistant", description="Role value of the assistant's messages."
-    )
+    chat_assistant_reference: Column = Field("assistant", description="Role value of the assistant's messages.")
 
 
 class DPOColumns(WireModel):
@@ -104,27 +96,19 @@ class DPOColumns(WireModel):
     field_chosen: Column = Field("chosen", description="Column with the preferred answer.")
     field_rejected: Column = Field("rejected", description="Column with the answer to move away from.")
     prompt_format: Format = Field("{prompt}", description="Template of the prompt; {prompt} is replaced.")
-    chosen_format: Format = Field(
-        "{chosen}", description="Template of the preferred answer; {chosen} is replaced."
-    )
-    rejected_format: Format = Field(
-        "{rejected}", description="Template of the other answer; {rejected} is replaced."
-    )
+    chosen_format: Format = Field("{chosen}", description="Template of the preferred answer; {chosen} is replaced.")
+    rejected_format: Format = Field("{rejected}", description="Template of the other answer; {rejected} is replaced.")
 
 
 class RewardFunction(WireModel):
     """One reward of a GRPO task. Its source is foreign code and runs only in the sandboxed training pod."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(
-        description="Name of the reward."
-    )
+    name: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(description="Name of the reward.")
     weight: Annotated[
         str,
         StringConstraints(max_length=16),
         spelled(r"^\d+(\.\d+)?$", "weight must be a decimal number in a string: write for example '0.5'"),
-    ] = Field(
-        "1", description="Weight of the reward as a decimal string; weights are normalised to a sum of 1."
-    )
+    ] = Field("1", description="Weight of the reward as a decimal string; weights are normalised to a sum of 1.")
     source: Annotated[str, StringConstraints(min_length=1, max_length=16384)] = Field(
         description="Python source text of a function that takes completions and returns a list of numbers."
     )
@@ -142,9 +126,7 @@ class GRPOColumns(WireModel):
     """Columns and rewards of a reinforcement task."""
 
     field_prompt: Column = Field("prompt", description="Column with the prompt.")
-    extra_column: Column | None = Field(
-        None, description="Column that is handed to the reward functions as it is."
-    )
+    extra_column: Column | None = Field(None, description="Column that is handed to the reward functions as it is.")
     reward_functions: Annotated[tuple[RewardFunction, ...], Field(min_length=1, max_length=8)] = Field(
         description="The rewards whose weighted sum is maximised."
     )

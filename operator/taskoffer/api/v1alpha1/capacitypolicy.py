@@ -39,9 +39,9 @@ Parameters = Annotated[int, Field(ge=0, le=10**15, json_schema_extra={"format": 
 class NodeSelector(WireModel):
     """Which nodes the policy hands out: all whose labels match."""
 
-    match_labels: Annotated[
-        dict[str, Annotated[str, StringConstraints(max_length=63)]], Field(max_length=16)
-    ] = Field(default_factory=dict, description="Labels that a node must carry with these values.")
+    match_labels: Annotated[dict[str, Annotated[str, StringConstraints(max_length=63)]], Field(max_length=16)] = Field(
+        default_factory=dict, description="Labels that a node must carry with these values."
+    )
 
 
 class ResourcePool(WireModel):
@@ -74,9 +74,7 @@ class TaskTypeRule(WireModel):
         description="Factor on the model size when GPUs are chosen (DPO holds more copies than instruct).",
     )
     lora_rank_factor: DecimalString | None = Field(None, description="Factor on the LoRA rank; default 1.")
-    learning_rate_factor: DecimalString | None = Field(
-        None, description="Factor on the learning rate; default 1."
-    )
+    learning_rate_factor: DecimalString | None = Field(None, description="Factor on the learning rate; default 1.")
 
 
 class FamilyRule(WireModel):
@@ -105,9 +103,7 @@ class SizeClass(WireModel):
 
     name: Label = Field(description="Name of the class.")
     min_parameters: Parameters = Field(description="Smallest model, inclusive.")
-    max_parameters: Parameters | None = Field(
-        None, description="First size that is too large; absent means no bound."
-    )
+    max_parameters: Parameters | None = Field(None, description="First size that is too large; absent means no bound.")
     gpus: GpuCount = Field(description="GPUs for a model of this size.")
     size_efficiency: DecimalString = Field(description="Value of the SizeEfficiency term, 0 to 1.")
     lora: LoraSettings = Field(description="LoRA settings.")
@@ -168,9 +164,7 @@ class Scoring(WireModel):
     terms: Annotated[tuple[TermWeight, ...], Field(min_length=1, max_length=6)] = Field(
         description="The terms and their weights.", json_schema_extra=list_map("name")
     )
-    cap: DecimalString | None = Field(
-        None, description="Highest score; what is above it shows as a negative Cap term."
-    )
+    cap: DecimalString | None = Field(None, description="Highest score; what is above it shows as a negative Cap term.")
 
 
 class Filters(WireModel):
@@ -186,14 +180,10 @@ class Filters(WireModel):
     unknown_family: DecimalString | None = Field(
         None, description="Success rate of models of no listed family; absent means that they are refused."
     )
-    unknown_parameters: (
-        Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None
-    ) = Field(
+    unknown_parameters: Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None = Field(
         None, description="Size to assume when it is unknown; absent means that such offers are refused."
     )
-    on_full: FullMode | None = Field(
-        None, description="Wait (default) or Reject when the capacity is booked."
-    )
+    on_full: FullMode | None = Field(None, description="Wait (default) or Reject when the capacity is booked.")
 
 
 class Retention(WireModel):
@@ -252,9 +242,7 @@ class CapacityPolicySpec(WireModel):
         previous: SizeClass | None = None
         for size in self.size_classes:
             if size.max_parameters is not None and size.max_parameters <= size.min_parameters:
-                raise ValueError(
-                    f"sizeClasses[{size.name}]: maxParameters must be greater than minParameters"
-                )
+                raise ValueError(f"sizeClasses[{size.name}]: maxParameters must be greater than minParameters")
             if previous is not None and (
                 previous.max_parameters is None or size.min_parameters < previous.max_parameters
             ):
@@ -273,8 +261,7 @@ class CapacityPolicySpec(WireModel):
                 unknown = [name for name in item.size_classes if name not in known]
                 if unknown:
                     raise ValueError(
-                        f"lanes[{lane.name}] names the unknown size class {unknown[0]}; "
-                        f"known: {sorted(known)}"
+                        f"lanes[{lane.name}] names the unknown size class {unknown[0]}; known: {sorted(known)}"
                     )
                 if item.gpus_per_task > lane.gpus:
                     raise ValueError(
@@ -289,8 +276,7 @@ class CapacityPolicySpec(WireModel):
         for size in self.size_classes:
             if size.gpus not in allowed:
                 raise ValueError(
-                    f"sizeClasses[{size.name}].gpus is {size.gpus}; "
-                    f"resources[0].counts allows {sorted(allowed)}"
+                    f"sizeClasses[{size.name}].gpus is {size.gpus}; resources[0].counts allows {sorted(allowed)}"
                 )
         return self
 
@@ -319,26 +305,18 @@ class Capacity(WireModel):
 class LintFinding(WireModel):
     """A defect of the policy that does not stop it from working."""
 
-    field: Annotated[str, StringConstraints(max_length=253)] = Field(
-        description="Field that the finding is about."
-    )
+    field: Annotated[str, StringConstraints(max_length=253)] = Field(description="Field that the finding is about.")
     severity: Literal["Info", "Warning", "Error"] = Field(description="Info, Warning or Error.")
-    message: Annotated[str, StringConstraints(max_length=512)] = Field(
-        description="What is wrong, and the remedy."
-    )
+    message: Annotated[str, StringConstraints(max_length=512)] = Field(description="What is wrong, and the remedy.")
 
 
 class CapacityPolicyStatus(WireModel):
     """How the policy stands. The operator is its only writer."""
 
-    observed_generation: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="The metadata.generation seen."
-    )
+    observed_generation: Annotated[int, Field(ge=0)] | None = Field(None, description="The metadata.generation seen.")
     conditions: Conditions = Field((), description="Ready and Linted.")
     active_spec: CapacityPolicySpec | None = Field(None, description="The last valid spec: the one in force.")
-    active_generation: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Generation of activeSpec."
-    )
+    active_generation: Annotated[int, Field(ge=0)] | None = Field(None, description="Generation of activeSpec.")
     findings: Annotated[tuple[LintFinding, ...], Field(max_length=32)] = Field(
         (), description="Lint findings.", json_schema_extra=ATOMIC_LIST
     )

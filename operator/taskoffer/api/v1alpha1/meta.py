@@ -15,7 +15,6 @@ API_VERSION = f"{GROUP}/{VERSION}"
 CATEGORY = "taskoffer-all"
 """``kubectl get taskoffer-all`` shows all kinds. It must not be a resource's name: see docs/adr."""
 
-
 GPU_COUNTS = (1, 2, 4, 8)
 """GPU counts that the schema knows; a policy allows some of them."""
 
@@ -24,8 +23,7 @@ Name = Annotated[
     StringConstraints(min_length=1, max_length=253),
     spelled(
         r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
-        "must be an object's name: use lower-case letters, digits, '-' and '.', "
-        "with a letter or digit at both ends",
+        "must be an object's name: use lower-case letters, digits, '-' and '.', with a letter or digit at both ends",
     ),
 ]
 """An object name (RFC 1123 subdomain)."""
@@ -61,15 +59,11 @@ def _known_gpu_count(value: int) -> int:
     return value
 
 
-GpuCount = Annotated[
-    int, AfterValidator(_known_gpu_count), Field(json_schema_extra={"enum": list(GPU_COUNTS)})
-]
+GpuCount = Annotated[int, AfterValidator(_known_gpu_count), Field(json_schema_extra={"enum": list(GPU_COUNTS)})]
 """A number of whole GPUs: 1, 2, 4 or 8."""
 
 
-def rule(
-    expression: str, message: str, *, field_path: str | None = None, on_create: bool = False
-) -> dict[str, Any]:
+def rule(expression: str, message: str, *, field_path: str | None = None, on_create: bool = False) -> dict[str, Any]:
     """Build one CEL rule of ``x-kubernetes-validations``; the message names the field and the remedy.
 
     Args:
@@ -109,16 +103,10 @@ class ConditionStatus(StrEnum):
 class Condition(WireModel):
     """One aspect of an object's state, as all Kubernetes kinds report it."""
 
-    type: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(
-        description="Aspect, in CamelCase."
-    )
+    type: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(description="Aspect, in CamelCase.")
     status: ConditionStatus = Field(description="True, False or Unknown.")
-    reason: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(
-        description="Cause, in CamelCase."
-    )
-    message: Annotated[str, StringConstraints(max_length=2048)] = Field(
-        "", description="Cause, numbers and remedy."
-    )
+    reason: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(description="Cause, in CamelCase.")
+    message: Annotated[str, StringConstraints(max_length=2048)] = Field("", description="Cause, numbers and remedy.")
     last_transition_time: Time = Field(description="When the status last changed.")
     observed_generation: Annotated[int, Field(ge=0)] | None = Field(
         None, description="The metadata.generation that the condition was computed from."

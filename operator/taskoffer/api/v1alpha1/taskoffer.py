@@ -61,9 +61,7 @@ class ClockMode(StrEnum):
 class ModelSource(WireModel):
     """Where the base model is."""
 
-    persistent_volume_claim: ClaimPath | None = Field(
-        None, description="Folder on a claim in the offer's namespace."
-    )
+    persistent_volume_claim: ClaimPath | None = Field(None, description="Folder on a claim in the offer's namespace.")
 
 
 class Model(WireModel):
@@ -71,9 +69,7 @@ class Model(WireModel):
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(
         description="Public name of the base model, for example meta-llama/Llama-3.1-8B.",
-        json_schema_extra=rules(
-            rule("self.trim() != ''", "model.name must not be blank: give the base model's name")
-        ),
+        json_schema_extra=rules(rule("self.trim() != ''", "model.name must not be blank: give the base model's name")),
     )
     revision: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
         None, description="Branch, tag or commit of the base model."
@@ -102,9 +98,7 @@ class UrlSource(WireModel):
 class HubSource(WireModel):
     """Data set on the public hub."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(
-        description="Name on the hub."
-    )
+    name: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(description="Name on the hub.")
     revision: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
         None, description="Branch, tag or commit."
     )
@@ -120,15 +114,12 @@ class DatasetSource(WireModel):
         json_schema_extra=rules(
             rule(
                 "[has(self.persistentVolumeClaim), has(self.url), has(self.hub)].filter(x, x).size() == 1",
-                "dataset.source needs exactly one of persistentVolumeClaim, url and hub: "
-                "set one and remove the others",
+                "dataset.source needs exactly one of persistentVolumeClaim, url and hub: set one and remove the others",
             )
         )
     )
 
-    persistent_volume_claim: ClaimPath | None = Field(
-        None, description="File or folder on a claim of the namespace."
-    )
+    persistent_volume_claim: ClaimPath | None = Field(None, description="File or folder on a claim of the namespace.")
     url: UrlSource | None = Field(None, description="A (presigned) address.")
     hub: HubSource | None = Field(None, description="A data set on the public hub.")
 
@@ -169,9 +160,7 @@ class Dataset(WireModel):
         wanted = _DATASET_MEMBERS[self.type]
         present = [m for m in _DATASET_MEMBERS.values() if getattr(self, m) is not None]
         if present != [wanted]:
-            raise ValueError(
-                f"type {self.type.value} needs exactly the member {wanted}, found {present or 'none'}"
-            )
+            raise ValueError(f"type {self.type.value} needs exactly the member {wanted}, found {present or 'none'}")
         return self
 
 
@@ -186,9 +175,7 @@ class TrainerRepository(WireModel):
     commit: Annotated[
         str,
         StringConstraints(max_length=40),
-        spelled(
-            r"^[0-9a-f]{40}$", "commit must be a full hash of 40 hexadecimal digits: not a branch or tag"
-        ),
+        spelled(r"^[0-9a-f]{40}$", "commit must be a full hash of 40 hexadecimal digits: not a branch or tag"),
     ] = Field(description="Full commit hash.")
 
 
@@ -207,9 +194,7 @@ class TrainerOverride(WireModel):
     image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = Field(
         None, description="Container image that follows the trainer contract."
     )
-    repository: TrainerRepository | None = Field(
-        None, description="Source repository that is built at a commit."
-    )
+    repository: TrainerRepository | None = Field(None, description="Source repository that is built at a commit.")
 
 
 class Output(WireModel):
@@ -222,9 +207,7 @@ class Output(WireModel):
         Annotated[
             str,
             StringConstraints(min_length=1, max_length=253),
-            spelled(
-                r"^[^/.][^.]*$", "subfolder is a relative path without dots: remove '.' and a leading '/'"
-            ),
+            spelled(r"^[^/.][^.]*$", "subfolder is a relative path without dots: remove '.' and a leading '/'"),
         ]
         | None
     ) = Field(None, description="Folder inside the repository.")
@@ -242,9 +225,7 @@ class Tracking(WireModel):
 class Origin(WireModel):
     """Where the offer comes from."""
 
-    market: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(
-        description="Name of the market."
-    )
+    market: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(description="Name of the market.")
     hotkey: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
         None, description="Identity of the offerer in that market."
     )
@@ -274,9 +255,7 @@ _REQUIRED = {"taskID", "taskType", "model", "dataset", "timeLimitSeconds"}
 def _unchanged(field: str, old: str = "oldSelf", new: str = "self") -> str:
     if field in _REQUIRED:
         return f"{new}.{field} == {old}.{field}"
-    return (
-        f"has({new}.{field}) == has({old}.{field}) && (!has({new}.{field}) || {new}.{field} == {old}.{field})"
-    )
+    return f"has({new}.{field}) == has({old}.{field}) && (!has({new}.{field}) || {new}.{field} == {old}.{field})"
 
 
 _SPEC_RULES = (
@@ -299,8 +278,7 @@ _SPEC_RULES = (
     *(
         rule(
             _unchanged(field),
-            f"{field} is immutable: create a new TaskOffer; "
-            "only active, expiresAt and priorityClassName may change",
+            f"{field} is immutable: create a new TaskOffer; only active, expiresAt and priorityClassName may change",
             field_path=f".{field}",
         )
         for field in _IMMUTABLE
@@ -321,9 +299,7 @@ class TaskOfferSpec(WireModel):
             "taskID must begin with a letter or digit and hold only letters, digits, '.', '_', ':' and '-': "
             "remove the rest",
         ),
-    ] = Field(
-        description="Identity of the task in its market; unique in the namespace, the oldest offer wins."
-    )
+    ] = Field(description="Identity of the task in its market; unique in the namespace, the oldest offer wins.")
     task_type: TaskType = Field(description="InstructText, Chat, DPO, GRPO or Image.")
     model: Model = Field(description="The base model: its name, its size, and where it lies.")
     dataset: Dataset = Field(description="The data: its type, its columns, and where it lies.")
@@ -333,11 +309,7 @@ class TaskOfferSpec(WireModel):
             le=31_536_000,
             json_schema_extra={
                 "format": "int64",
-                **rules(
-                    rule(
-                        "self > 0", "timeLimitSeconds must be greater than 0: give the time limit in seconds"
-                    )
-                ),
+                **rules(rule("self > 0", "timeLimitSeconds must be greater than 0: give the time limit in seconds")),
             },
         ),
     ] = Field(description="Seconds that the task may take, counted as clockMode says.")
@@ -346,16 +318,10 @@ class TaskOfferSpec(WireModel):
         None,
         description="Absolute (default: from acceptance) or Training (from the start of the container).",
     )
-    expires_at: Time | None = Field(
-        None, description="An offer that is not admitted by then is refused as Expired."
-    )
+    expires_at: Time | None = Field(None, description="An offer that is not admitted by then is refused as Expired.")
     priority_class_name: Name | None = Field(None, description="PriorityClass of the training pod.")
-    policy_name: Name | None = Field(
-        None, description="CapacityPolicy that decides; absent means the default one."
-    )
-    value: DecimalString | None = Field(
-        None, description="Worth of the task to the owner, as a decimal string."
-    )
+    policy_name: Name | None = Field(None, description="CapacityPolicy that decides; absent means the default one.")
+    value: DecimalString | None = Field(None, description="Worth of the task to the owner, as a decimal string.")
     gpu_count: GpuCount | None = Field(
         None, description="GPUs to train on: 1, 2, 4 or 8; absent lets the policy choose."
     )
@@ -395,13 +361,9 @@ class ExplanationItem(WireModel):
     type: Literal["Term", "Estimate", "Constraint", "Counterfactual"] = Field(
         description="A score term, an estimate, a constraint that binds, or what would change the verdict."
     )
-    name: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(
-        description="Name of the piece."
-    )
+    name: Annotated[str, StringConstraints(min_length=1, max_length=63)] = Field(description="Name of the piece.")
     value: Annotated[str, StringConstraints(max_length=64)] = Field("", description="Its value.")
-    message: Annotated[str, StringConstraints(max_length=400)] = Field(
-        "", description="How the value comes about."
-    )
+    message: Annotated[str, StringConstraints(max_length=400)] = Field("", description="How the value comes about.")
 
 
 class Admission(WireModel):

@@ -48,17 +48,13 @@ class Toleration(WireModel):
     key: Annotated[str, StringConstraints(max_length=316)] | None = Field(None, description="Taint key.")
     operator: Literal["Exists", "Equal"] | None = Field(None, description="Exists or Equal.")
     value: Annotated[str, StringConstraints(max_length=63)] | None = Field(None, description="Taint value.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        None, description="Taint effect."
-    )
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="Taint effect.")
 
 
 class PodSettings(WireModel):
     """What the training pod gets beside its GPUs; CPU, memory and shared memory are per GPU."""
 
-    image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] = Field(
-        description="Trainer image."
-    )
+    image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] = Field(description="Trainer image.")
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
         None, description="When the image is pulled."
     )
@@ -68,9 +64,7 @@ class PodSettings(WireModel):
     cpu_per_gpu: QuantityString | None = Field(None, description="CPU request per GPU.")
     memory_per_gpu: QuantityString | None = Field(None, description="Memory request and limit per GPU.")
     shared_memory_per_gpu: QuantityString | None = Field(None, description="Size of /dev/shm per GPU.")
-    service_account_name: Name | None = Field(
-        None, description="ServiceAccount of the pod; its token is not mounted."
-    )
+    service_account_name: Name | None = Field(None, description="ServiceAccount of the pod; its token is not mounted.")
     runtime_class_name: Name | None = Field(None, description="RuntimeClass of the pod.")
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(
         (), description="Taints that the pod accepts.", json_schema_extra=ATOMIC_LIST
@@ -84,9 +78,7 @@ class AttemptLimits(WireModel):
     """How often and how patiently a job is tried."""
 
     max_attempts: Annotated[int, Field(ge=1, le=20)] = Field(3, description="Attempts before the job fails.")
-    backoff_seconds: Annotated[int, Field(ge=0, le=86400)] = Field(
-        10, description="Pause before another attempt."
-    )
+    backoff_seconds: Annotated[int, Field(ge=0, le=86400)] = Field(10, description="Pause before another attempt.")
     start_timeout_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(
         900, description="Seconds within which the container must have started."
     )
@@ -173,12 +165,8 @@ class StepStatus(WireModel):
 class TrainerStatus(WireModel):
     """Progress in the field names of Kubeflow Trainer's TrainJob status."""
 
-    progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = Field(
-        None, description="Share done, in percent."
-    )
-    estimated_remaining_seconds: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Seconds still to go."
-    )
+    progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = Field(None, description="Share done, in percent.")
+    estimated_remaining_seconds: Annotated[int, Field(ge=0)] | None = Field(None, description="Seconds still to go.")
     metrics: Annotated[tuple[Metric, ...], Field(max_length=256)] = Field(
         (), description="Loss, step and other figures.", json_schema_extra=list_map("name")
     )
@@ -205,9 +193,7 @@ class Result(WireModel):
 class TrainingJobStatus(WireModel):
     """Where the work is. The operator is its only writer."""
 
-    observed_generation: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="The metadata.generation seen."
-    )
+    observed_generation: Annotated[int, Field(ge=0)] | None = Field(None, description="The metadata.generation seen.")
     conditions: Conditions = Field((), description="Running, Complete and Failed.")
     attempts: Annotated[tuple[Attempt, ...], Field(max_length=20)] = Field(
         (), description="The tries, oldest first.", json_schema_extra=list_map("jobName")
