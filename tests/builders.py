@@ -39,6 +39,11 @@ DATASETS: dict[str, Object] = {
 """A dataset that fits each task type."""
 
 
+def claim(name: str, path: str = "") -> Object:
+    """Return a source or an output that lies on a claim."""
+    return {"persistentVolumeClaim": _present({"claimName": name, "path": path or None})}
+
+
 def make_offer(
     *,
     name: str = "offer",
@@ -68,12 +73,14 @@ def make_offer(
     fields = {
         "taskID": name if task_id is None else task_id,
         "taskType": task_type,
-        "model": _present({"name": model, "parameters": parameters, "architecture": architecture}),
-        "dataset": DATASETS[task_type] if dataset is None else dataset,
+        "model": _present(
+            {"name": model, "parameters": parameters, "architecture": architecture, "source": claim("models")}
+        ),
+        "dataset": {**DATASETS[task_type], "source": claim("data")} if dataset is None else dataset,
         "timeLimitSeconds": round(hours * 3600) if seconds is None else seconds,
         "gpuCount": gpus,
         "policyName": policy,
-        "output": output,
+        "output": claim("outputs") if output is None else output,
         "active": active,
         "expiresAt": expires_at,
         "priorityClassName": priority_class,

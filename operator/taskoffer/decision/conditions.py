@@ -49,9 +49,7 @@ def set_condition(
         status=text,
         reason=reason.value,
         message=message[:2048],
-        last_transition_time=now.replace(microsecond=0)
-        if moved or before is None
-        else before.last_transition_time,
+        last_transition_time=now.replace(microsecond=0) if moved or before is None else before.last_transition_time,
         observed_generation=generation,
     )
     return (

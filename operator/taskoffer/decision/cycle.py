@@ -69,7 +69,7 @@ def plan(snapshot: Snapshot) -> Plan:
         if isinstance(answer_or_evaluation, Answer):
             answer = answer_or_evaluation
         else:
-            assert policy is not None and policy.spec is not None and offer.spec is not None  # noqa: S101
+            assert policy is not None  # noqa: S101
             answer = _place(offer, policy, answer_or_evaluation, ledger, by_policy[policy.name], snapshot.now)
         if answer.verdict is Verdict.WAIT:
             waiting += 1
@@ -117,15 +117,11 @@ def _without_capacity(offer: OfferView, snapshot: Snapshot) -> tuple[PolicyView 
     """Return the policy of an offer, and its answer where capacity does not matter."""
     spec = offer.spec
     if spec is None:
-        return None, Answer(
-            Verdict.REJECT, Reason.INVALID_OFFER, f"the stored offer is not valid: {offer.invalid}"
-        )
+        return None, Answer(Verdict.REJECT, Reason.INVALID_OFFER, f"the stored offer is not valid: {offer.invalid}")
     ends = _ends(spec)
     if ends is not None and snapshot.now >= ends:
         field = "expiresAt" if spec.expires_at == ends else "deadline"
-        return None, Answer(
-            Verdict.REJECT, Reason.EXPIRED, f"not admitted before spec.{field} {rfc3339(ends)}"
-        )
+        return None, Answer(Verdict.REJECT, Reason.EXPIRED, f"not admitted before spec.{field} {rfc3339(ends)}")
     duplicate = _older_sibling(offer, spec, snapshot)
     if duplicate is not None:
         return None, duplicate
@@ -154,7 +150,7 @@ def _older_sibling(offer: OfferView, spec: TaskOfferSpec, snapshot: Snapshot) ->
     return Answer(
         Verdict.REJECT,
         Reason.DUPLICATE_TASK,
-        f"TaskOffer {first.name} carries the same taskID {spec.task_id} and is older; its answer ({first.reason}) counts",
+        f"TaskOffer {first.name} has the same taskID {spec.task_id} and is older; its answer ({first.reason}) counts",
     )
 
 
@@ -168,9 +164,7 @@ def _rejection(evaluation: Evaluation) -> Answer:
     ]
     if first.counterfactual:
         items.append(
-            ExplanationItem(
-                type="Counterfactual", name=first.reason.value, message=first.counterfactual[:400]
-            )
+            ExplanationItem(type="Counterfactual", name=first.reason.value, message=first.counterfactual[:400])
         )
     return Answer(
         verdict=Verdict.REJECT,
@@ -191,7 +185,8 @@ def _place(
 ) -> Answer:
     """Answer an offer that passed every filter: admit it where it fits, else say what is missing."""
     spec, terms = policy.spec, evaluation.score.terms if evaluation.score else ()
-    assert spec is not None and offer.spec is not None  # noqa: S101
+    assert spec is not None  # noqa: S101
+    assert offer.spec is not None  # noqa: S101
     obstacle = _obstacle(policy.name, spec, evaluation, ledger, eligible)
     if obstacle is not None:
         reason, message, counterfactual = obstacle
@@ -233,9 +228,7 @@ def _place(
             decided_at=now,
             deadline=deadline_of(offer.spec, now),
             assignments=(
-                Assignment(
-                    node_name=node.name, resource_name=resource, count=evaluation.gpus, lane=evaluation.lane
-                ),
+                Assignment(node_name=node.name, resource_name=resource, count=evaluation.gpus, lane=evaluation.lane),
             ),
         ),
     )

@@ -136,9 +136,7 @@ def _check_task_type(facts: Facts) -> Iterator[Refusal]:
 
 def _check_features(facts: Facts) -> Iterator[Refusal]:
     for field, remedy in _unserved(facts.spec):
-        yield Refusal(
-            Reason.FEATURE_NOT_SERVED, f"spec.{field} is not served by this version: {remedy}", remedy
-        )
+        yield Refusal(Reason.FEATURE_NOT_SERVED, f"spec.{field} is not served by this version: {remedy}", remedy)
 
 
 def _unserved(spec: TaskOfferSpec) -> Iterator[tuple[str, str]]:
@@ -192,8 +190,8 @@ def _check_time_limit(facts: Facts) -> Iterator[Refusal]:
     if longest is not None and facts.spec.time_limit_seconds >= longest:
         yield Refusal(
             Reason.TIME_LIMIT_TOO_LONG,
-            f"timeLimitSeconds {facts.spec.time_limit_seconds} ({_hours(facts.spec.time_limit_seconds)}) is not shorter "
-            f"than the policy's {longest} ({_hours(longest)})",
+            f"timeLimitSeconds {facts.spec.time_limit_seconds} ({_hours(facts.spec.time_limit_seconds)}) is not below "
+            f"the policy's {longest} ({_hours(longest)})",
             f"accepted with timeLimitSeconds below {longest}",
         )
 
@@ -267,9 +265,7 @@ def score_of(facts: Facts) -> Score | None:
     if cap is not None and total > Decimal(cap):
         excess = (Decimal(cap) - total).quantize(_PLACES)
         items.append(
-            ExplanationItem(
-                type="Term", name="Cap", value=str(excess), message=f"the policy caps scores at {cap}"
-            )
+            ExplanationItem(type="Term", name="Cap", value=str(excess), message=f"the policy caps scores at {cap}")
         )
         total += excess
     return Score(total.quantize(_PLACES), tuple(items))
@@ -283,9 +279,7 @@ def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:
     if longest is None:
         time_efficiency = Decimal(1)
     else:
-        time_efficiency = max(Decimal(0), 1 - Decimal(facts.spec.time_limit_seconds) / longest).quantize(
-            _PLACES
-        )
+        time_efficiency = max(Decimal(0), 1 - Decimal(facts.spec.time_limit_seconds) / longest).quantize(_PLACES)
     return {
         TermName.TASK_WEIGHT: Decimal(facts.task.weight),
         TermName.MODEL_PERFORMANCE: Decimal(family_rate),

@@ -89,6 +89,6 @@ def open_ledger(claims: Iterable[Claim]) -> Ledger:
 
 
 def best_fit(nodes: Iterable[NodeView], ledger: Ledger, count: int) -> NodeView | None:
-    """Return the node that fits ``count`` GPUs and keeps the least free, so that large gaps stay whole; ties by name."""
+    """Return the node that fits ``count`` GPUs and keeps the least free, so that gaps stay whole; ties by name."""
     fitting = [(ledger.free(node), node.name, node) for node in nodes if ledger.free(node) >= count]
     return min(fitting)[2] if fitting else None

@@ -28,9 +28,7 @@ from taskoffer.decision.conditions import condition_of, is_true, set_condition
 from taskoffer.decision.naming import attempt_name
 from taskoffer.decision.snapshot import MoveRequest, OfferKey
 
-PERMANENT_EXIT_CODES = frozenset(
-    {ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.NO_MODEL, ExitCode.VERIFY_FAILED}
-)
+PERMANENT_EXIT_CODES = frozenset({ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.NO_MODEL, ExitCode.VERIFY_FAILED})
 """Exit codes after which the same settings fail again: no further attempt is made."""
 
 
@@ -42,6 +40,7 @@ class JobView:
     uid: str
     suspended: bool
     finished: bool
+    succeeded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +92,8 @@ class JobFacts:
     moved_to: Attempt | None = None
     """The next attempt's place, once the cycle has found one for it."""
     progress_interval: timedelta = timedelta(seconds=10)
+    log_tail: str | None = None
+    """Last lines of a failed pod's log; None until they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,8 @@ class JobPlan:
     offer_end: OfferEnd | None = None
     move: MoveRequest | None = None
     wake_at: datetime | None = None
+    failed_pod: str | None = None
+    """Set, and nothing else, when the last lines of this pod's log are wanted before the plan is made."""
 
 
 def step(facts: JobFacts) -> JobPlan:
@@ -218,11 +221,11 @@ class _Pass:
             return self._next_attempt()
         if self.pod is not None and self.pod.terminal:
             return self._ended(self.pod)
+        if self.pod is None and self.job is not None and self.job.finished:
+            return self._ended_without_pod(self.job)
         deadline = self.current.deadline
         if deadline is not None and self.facts.now >= deadline:
-            return self._stop(
-                Reason.DEADLINE_EXCEEDED, f"the deadline {deadline:%Y-%m-%dT%H:%M:%SZ} has passed"
-            )
+            return self._stop(Reason.DEADLINE_EXCEEDED, f"the deadline {deadline:%Y-%m-%dT%H:%M:%SZ} has passed")
         if deadline is not None:
             self._wake(deadline)
         lost = self._lost_node()
@@ -291,7 +294,9 @@ class _Pass:
                 message = f"node {assignment.node_name} {away} for over {self.limits.node_lost_seconds} s"
                 return self._give_up(AttemptOutcome.NODE_LOST, Reason.NODE_LOST, message)
             self._wake(gives_up)
-            message = f"node {assignment.node_name} {away}; the attempt is given up at {gives_up:%H:%M:%SZ} unless it returns"
+            message = (
+                f"node {assignment.node_name} {away}; the attempt is given up at {gives_up:%H:%M:%SZ} unless it returns"
+            )
             self._condition("Running", None, Reason.NODE_LOST, message)
             return self._plan("Running" if self.current.started_at else "Pending")
         return None
@@ -308,12 +313,15 @@ class _Pass:
         finished = pod.finished_at or self.facts.now
         message = (f"{report.reason}: {report.message}" if report else pod.message).strip()[:1024]
         if pod.succeeded:
-            self._amend(
-                outcome=AttemptOutcome.SUCCEEDED, finished_at=finished, exit_code=0, message=message or None
-            )
+            self._amend(outcome=AttemptOutcome.SUCCEEDED, finished_at=finished, exit_code=0, message=message or None)
             return self._complete(report)
+        if self.facts.log_tail is None:
+            return JobPlan(failed_pod=pod.name)
         code = pod.exit_code
         stopped = code == ExitCode.STOPPED
+        if self.facts.log_tail and self.facts.log_tail not in message:
+            room = 1024 - len(message[:500]) - 14
+            message = f"{message[:500]}; log ends: {self.facts.log_tail[-room:]}"
         self._amend(
             outcome=AttemptOutcome.STOPPED if stopped else AttemptOutcome.FAILED,
             finished_at=finished,
@@ -324,6 +332,14 @@ class _Pass:
         if code in PERMANENT_EXIT_CODES:
             return self._fail(Reason.FAILED, summary)
         return self._retry_or_fail(summary)
+
+    def _ended_without_pod(self, job: JobView) -> JobPlan:
+        """The Job is over and its pod was removed by somebody else before its end was seen."""
+        outcome = AttemptOutcome.SUCCEEDED if job.succeeded else AttemptOutcome.FAILED
+        self._amend(outcome=outcome, finished_at=self.facts.now, message="the pod was removed before its end was seen")
+        if job.succeeded:
+            return self._complete(None)
+        return self._retry_or_fail(f"attempt {len(self.attempts)} ended: its pod was removed")
 
     def _retry_or_fail(self, summary: str) -> JobPlan:
         if self.current.deadline is not None and self.facts.now >= self.current.deadline:
@@ -372,9 +388,7 @@ class _Pass:
         elif self.facts.moved_to is not None:
             self._append(self.facts.moved_to.assignments)
         else:
-            self._condition(
-                "Running", False, Reason.WAITING_FOR_CAPACITY, f"the next attempt waits for {self._need()}"
-            )
+            self._condition("Running", False, Reason.WAITING_FOR_CAPACITY, f"the next attempt waits for {self._need()}")
             return self._plan("Pending", move=self._move(move_away))
         self._wake(self.facts.now)
         return self._plan("Pending")
@@ -384,10 +398,7 @@ class _Pass:
         return health is not None and health.ready
 
     def _need(self) -> str:
-        return (
-            " + ".join(f"{a.count} x {a.resource_name}" for a in self.current.assignments)
-            + " on another node"
-        )
+        return " + ".join(f"{a.count} x {a.resource_name}" for a in self.current.assignments) + " on another node"
 
     def _move(self, avoid: bool) -> MoveRequest:
         first = self.current.assignments[0]

@@ -49,9 +49,7 @@ def parameters_of(model: Model, unknown: int | None) -> int | None:
 def size_class_of(parameters: int, classes: Sequence[SizeClass]) -> SizeClass | None:
     """Return the class that the size falls into; the lower bound is inclusive, the upper one is not."""
     for size in classes:
-        if size.min_parameters <= parameters and (
-            size.max_parameters is None or parameters < size.max_parameters
-        ):
+        if size.min_parameters <= parameters and (size.max_parameters is None or parameters < size.max_parameters):
             return size
     return None
 

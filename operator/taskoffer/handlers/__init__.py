@@ -1,0 +1,1 @@
+"""kopf: watches feed the cache. No handler decides, writes or raises."""

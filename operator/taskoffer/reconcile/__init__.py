@@ -1,0 +1,1 @@
+"""The shell: gather what is, ask the core what to do, apply it."""

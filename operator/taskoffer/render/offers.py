@@ -62,9 +62,7 @@ def end_patch(
     now: datetime,
 ) -> Patch:
     """Return the merge patch that marks an offer as finished; the admission stays as a record."""
-    finished = set_condition(
-        conditions, "Finished", True, end.reason, end.message, now=now, generation=generation
-    )
+    finished = set_condition(conditions, "Finished", True, end.reason, end.message, now=now, generation=generation)
     return {
         "metadata": {"resourceVersion": resource_version, "uid": uid},
         "status": {"conditions": [c.to_wire() for c in finished]},

@@ -1,0 +1,47 @@
+"""Every metric, declared once. No label carries an object's name."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+REGISTRY = CollectorRegistry()
+
+CYCLE_SECONDS = Histogram(
+    "taskoffer_cycle_duration_seconds",
+    "Time of one admission cycle, from snapshot to plan, without the writes.",
+    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+    registry=REGISTRY,
+)
+DECISIONS = Counter(
+    "taskoffer_offers_decided_total",
+    "Answers written to offers.",
+    ["verdict", "reason", "task_type"],
+    registry=REGISTRY,
+)
+WRITES = Counter(
+    "taskoffer_api_writes_total",
+    "Writes to the API server by kind and outcome.",
+    ["kind", "outcome"],
+    registry=REGISTRY,
+)
+PENDING = Gauge("taskoffer_offers_pending", "Offers that wait for an answer or for capacity.", registry=REGISTRY)
+GPUS = Gauge("taskoffer_gpus", "GPUs of Ready nodes by policy and state.", ["policy", "state"], registry=REGISTRY)
+RESYNC_DIFFERENCES = Counter(
+    "taskoffer_cache_resync_differences_total",
+    "Objects that a LIST corrected in the cache, by kind: what the watch had missed.",
+    ["kind"],
+    registry=REGISTRY,
+)
+EVENTS_DROPPED = Counter(
+    "taskoffer_events_dropped_total",
+    "Events that were not written because too many were waiting.",
+    registry=REGISTRY,
+)
+LEADER = Gauge("taskoffer_leader", "1 while this replica leads.", registry=REGISTRY)
+LEASE_TRANSITIONS = Gauge("taskoffer_lease_transitions", "leaseTransitions of the lease.", registry=REGISTRY)
+UNREADABLE = Counter(
+    "taskoffer_objects_unreadable_total",
+    "Stored objects that could not be parsed, by kind.",
+    ["kind"],
+    registry=REGISTRY,
+)

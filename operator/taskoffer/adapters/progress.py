@@ -1,0 +1,26 @@
+"""Progress of a running trainer, asked from its pod."""
+
+from __future__ import annotations
+
+import aiohttp
+
+from taskoffer.api.contract import PROGRESS_PORT, ProgressReport
+
+
+async def fetch_report(session: aiohttp.ClientSession, pod_ip: str, *, seconds: float = 2.0) -> ProgressReport | None:
+    """Return what the trainer says, or None when it does not answer or says something unreadable.
+
+    The answer comes from a pod that runs foreign data, so its size is bounded and its shape is checked.
+    """
+    host = f"[{pod_ip}]" if ":" in pod_ip else pod_ip
+    try:
+        async with session.get(
+            f"http://{host}:{PROGRESS_PORT}/progress",
+            timeout=aiohttp.ClientTimeout(total=seconds),
+            allow_redirects=False,
+        ) as answer:
+            if answer.status != 200:
+                return None
+            return ProgressReport.model_validate_json(await answer.content.read(65536))
+    except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
+        return None

@@ -1,0 +1,168 @@
+"""``taskoffer``, also installed as ``kubectl-taskoffer``: run the operator, print presets, check policies."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from taskoffer import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    command: Any = args.command
+    return int(command(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="taskoffer", description="Admits, runs and watches GPU fine-tuning tasks.")
+    parser.add_argument("--version", action="version", version=f"taskoffer {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run one replica of the operator")
+    run.add_argument("--kubeconfig", type=Path, help="kubeconfig; default: $KUBECONFIG, else the pod's ServiceAccount")
+    run.add_argument("--listen", default="0.0.0.0", help="address of /healthz, /readyz and /metrics (default: all)")
+    run.add_argument(
+        "--port", type=int, default=8080, help="port of /healthz, /readyz and /metrics (default: %(default)s)"
+    )
+    run.add_argument(
+        "--lease-namespace", default="taskoffer-system", help="namespace of the lease (default: %(default)s)"
+    )
+    run.add_argument("--lease-name", default="taskoffer", help="name of the lease (default: %(default)s)")
+    run.add_argument(
+        "--progress-interval",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="how often a running trainer's progress is written to its TrainingJob (default: %(default)s)",
+    )
+    run.add_argument(
+        "--resync",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="how often the cache is compared with a full list (default: %(default)s)",
+    )
+    run.add_argument("--log-format", choices=("text", "json"), default="text", help="default: %(default)s")
+    run.add_argument("--verbose", "-v", action="store_true", help="log debug messages")
+    run.set_defaults(command=_run)
+
+    preset = commands.add_parser(
+        "preset", help="print a ready CapacityPolicy", description="Print a ready CapacityPolicy."
+    )
+    preset.add_argument("name", nargs="?", help="name of the preset; without it the names are listed")
+    preset.add_argument("--image", help="trainer image to put in")
+    preset.set_defaults(command=_preset)
+
+    lint = commands.add_parser("lint", help="check a CapacityPolicy file before it is applied")
+    lint.add_argument("file", type=Path, help="YAML file of a CapacityPolicy")
+    lint.set_defaults(command=_lint)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from taskoffer.handlers.run import Options
+    from taskoffer.handlers.run import main as run_replica
+    from taskoffer.reconcile.session import Settings
+
+    _log(args.log_format, verbose=args.verbose)
+    kubeconfig = args.kubeconfig or (Path(os.environ["KUBECONFIG"]) if os.environ.get("KUBECONFIG") else None)
+    settings = Settings(
+        lease_namespace=args.lease_namespace,
+        lease_name=args.lease_name,
+        progress_interval=args.progress_interval,
+        resync=args.resync,
+    )
+    return run_replica(Options(kubeconfig=kubeconfig, listen=args.listen, port=args.port, settings=settings))
+
+
+def _preset(args: argparse.Namespace) -> int:
+    import yaml
+
+    from taskoffer import presets
+
+    if args.name is None:
+        print("\n".join(presets.names()))
+        return 0
+    try:
+        manifest = presets.load(args.name, image=args.image)
+    except KeyError as error:
+        print(f"taskoffer: {error.args[0]}", file=sys.stderr)
+        return 2
+    print(yaml.safe_dump(manifest, sort_keys=False, width=120), end="")
+    return 0
+
+
+def _lint(args: argparse.Namespace) -> int:
+    import yaml
+    from pydantic import ValidationError
+
+    from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
+    from taskoffer.decision.policy_status import lint
+
+    try:
+        manifest = yaml.safe_load(args.file.read_text(encoding="utf-8"))
+        spec = CapacityPolicySpec.model_validate((manifest or {}).get("spec") or {})
+    except (OSError, yaml.YAMLError) as error:
+        print(f"taskoffer: {args.file} cannot be read: {error}", file=sys.stderr)
+        return 2
+    except ValidationError as error:
+        print(f"taskoffer: {args.file} is not a valid CapacityPolicy:\n{error}", file=sys.stderr)
+        return 1
+    findings = lint(spec)
+    for finding in findings:
+        print(f"{finding.severity}: {finding.message}")
+    print(f"{len(findings)} finding(s)")
+    return 1 if any(f.severity == "Error" for f in findings) else 0
+
+
+class _Json(logging.Formatter):
+    """One JSON object per line: time, level, logger, message, and the fields given as ``extra``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_extras(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class _Text(logging.Formatter):
+    """A line for people: time, level, message, and the fields given as ``extra`` as key=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        fields = " ".join(f"{key}={value}" for key, value in _extras(record).items())
+        return f"{super().format(record)} {fields}".rstrip()
+
+
+_PLAIN = set(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime", "taskName"}
+
+
+def _extras(record: logging.LogRecord) -> dict[str, Any]:
+    return {
+        key: value for key, value in vars(record).items() if key not in _PLAIN and key not in ("settings", "k8s_ref")
+    }
+
+
+def _log(style: str, *, verbose: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Json() if style == "json" else _Text("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("taskoffer").setLevel(logging.DEBUG if verbose else logging.INFO)
+    # kopf reports every handled event at INFO, which costs more than handling it.
+    logging.getLogger("kopf").setLevel(logging.WARNING)

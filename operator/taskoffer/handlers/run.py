@@ -1,0 +1,120 @@
+"""Run one replica: election, kopf and status port side by side. The first to end takes the others with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import kopf
+
+from taskoffer.adapters.events import EventWriter
+from taskoffer.adapters.kube import Kube
+from taskoffer.adapters.lease import LeadershipLostError, Lease, LeaseTimes
+from taskoffer.adapters.status_server import StatusServer
+from taskoffer.handlers.watches import registry_for
+from taskoffer.reconcile.replica import Replica
+from taskoffer.reconcile.session import Session, Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of a replica, as the command line gives them."""
+
+    kubeconfig: Path | None = None
+    listen: str = "0.0.0.0"
+    port: int = 8080
+    settings: Settings = field(default_factory=Settings)
+    lease: LeaseTimes = field(default_factory=LeaseTimes)
+
+
+async def run(options: Options) -> int:
+    """Run until SIGTERM or SIGINT (exit code 0), or until leadership or a part of the replica is lost (1)."""
+    stop = asyncio.Event()
+    kube = await Kube.connect(options.kubeconfig, timeout=options.settings.write_timeout)
+    identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+    lease = Lease(kube, options.settings.lease_namespace, options.settings.lease_name, identity, options.lease)
+    session = Session(kube=kube, lease=lease, events=EventWriter(kube), settings=options.settings)
+    replica = Replica(session)
+    server = StatusServer(options.listen, options.port, healthy=lambda: None, ready=lambda: _ready(replica))
+    await server.start()
+    _on_signals(stop)
+    tasks = {
+        asyncio.create_task(replica.run(), name="replica"),
+        asyncio.create_task(_watch(replica, options, stop), name="watches"),
+        asyncio.create_task(stop.wait(), name="stop"),
+    }
+    try:
+        done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        failed = [task for task in done if task.get_name() != "stop"]
+        for task in failed:
+            _explain(task)
+        # A lease is given up only when nothing this replica has sent can still be committed.
+        drained = not failed and await replica.drain(options.settings.write_timeout)
+        for task in rest:
+            task.cancel()
+        if rest:
+            await asyncio.wait(rest, timeout=5)
+        if drained:
+            await lease.release()
+    finally:
+        await server.stop()
+        await kube.close()
+    return 1 if failed else 0
+
+
+def _on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+
+def _explain(task: asyncio.Task[object]) -> None:
+    error = task.exception() if not task.cancelled() else None
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, LeadershipLostError):
+        logger.error("leadership lost, leaving: %s", error)
+    else:
+        logger.error("%s ended, leaving", task.get_name(), exc_info=error)
+
+
+def _ready(replica: Replica) -> str | None:
+    return None if replica.session.world.complete or not replica.leading else "not every kind has been listed"
+
+
+async def _watch(replica: Replica, options: Options, stop: asyncio.Event) -> None:
+    """Run kopf without its peering, which is no leader election, and without its own signal handling.
+
+    kopf takes the signals over when it starts, so they are taken back in its startup handler: on SIGTERM the answers
+    on their way have to be finished while the watches still run.
+    """
+    if options.kubeconfig is not None:
+        # kopf's kubeconfig login reads the variable and nothing else.
+        os.environ["KUBECONFIG"] = str(options.kubeconfig)
+    with contextlib.suppress(asyncio.CancelledError):
+        await kopf.operator(
+            registry=registry_for(replica, options.kubeconfig, on_start=lambda: _on_signals(stop)),
+            standalone=True,
+            clusterwide=True,
+        )
+        raise RuntimeError("kopf ended by itself")
+    raise asyncio.CancelledError
+
+
+def main(options: Options) -> int:
+    """Run a replica on uvloop where that is installed."""
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        code: int = uvloop.run(run(options))
+        return code
+    return asyncio.run(run(options))

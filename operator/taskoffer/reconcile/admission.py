@@ -1,0 +1,227 @@
+"""Offers: run cycles and write their answers, one status write each.
+
+One cycle at a time; while its answers are being written the next one may already decide, because what is on its way
+counts as assumed. Only a definite refusal forgets a booking: after a timeout the same write is sent again at the same
+resourceVersion, so that it can be committed at most once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import datetime
+
+from taskoffer.adapters.clock import monotonic, utcnow
+from taskoffer.adapters.events import Subject
+from taskoffer.adapters.kube import (
+    OFFERS,
+    ApiError,
+    ConflictError,
+    NotFoundError,
+    Object,
+    ThrottledError,
+    UnknownOutcomeError,
+)
+from taskoffer.adapters.metrics import CYCLE_SECONDS, DECISIONS, PENDING
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.meta import API_VERSION, PolicyRef
+from taskoffer.decision.cycle import Decision, Plan, plan
+from taskoffer.decision.ledger import open_ledger
+from taskoffer.decision.snapshot import OfferKey, OfferView
+from taskoffer.decision.verdict import Verdict
+from taskoffer.reconcile.jobs import Jobs
+from taskoffer.reconcile.session import Session
+from taskoffer.reconcile.views import OfferEntry, OfferState
+from taskoffer.reconcile.world import Assumed
+from taskoffer.render.offers import decision_patch, revocation_patch
+
+logger = logging.getLogger(__name__)
+
+
+class Admission:
+    """The admission loop of a leading replica."""
+
+    def __init__(self, session: Session, jobs: Jobs) -> None:
+        self._session = session
+        self._jobs = jobs
+        self._slots = asyncio.Semaphore(session.settings.concurrent_writes)
+        self._wake_at: datetime | None = None
+
+    async def run(self) -> None:
+        """Run cycles for ever, one whenever something has changed or an expiry has come."""
+        async with asyncio.TaskGroup() as writes:
+            while True:
+                await self._wait()
+                self._session.cycle_wanted.clear()
+                self._cycle(writes)
+
+    async def _wait(self) -> None:
+        wanted = self._session.cycle_wanted
+        if self._wake_at is not None:
+            left = max(0.0, (self._wake_at - utcnow()).total_seconds())
+            try:
+                async with asyncio.timeout(left + 0.001):
+                    await wanted.wait()
+            except TimeoutError:
+                return
+        else:
+            await wanted.wait()
+        await asyncio.sleep(self._session.settings.coalesce)
+
+    def _cycle(self, writes: asyncio.TaskGroup) -> None:
+        """Decide all pending offers and start the writes. No await: nothing changes between snapshot and booking."""
+        world = self._session.world
+        if not world.complete or self._session.draining:
+            return
+        now = utcnow()
+        started = monotonic()
+        made: Plan = plan(world.snapshot(now))
+        CYCLE_SECONDS.observe(monotonic() - started)
+        PENDING.set(made.waiting)
+        self._wake_at = made.wake_at
+        for decision in made.decisions:
+            world.in_flight.add(decision.offer.uid)
+            if decision.answer.admission is not None:
+                world.assumed[decision.offer.uid] = Assumed(decision.offer.uid, decision.answer.admission)
+            writes.create_task(self._write(decision, now))
+        for move in made.moves:
+            self._jobs.take_move(move)
+        if made.decisions or made.moves:
+            self._session.policies_wanted.set()
+
+    async def _write(self, decision: Decision, now: datetime) -> None:
+        world, uid = self._session.world, decision.offer.uid
+        try:
+            async with self._slots:
+                written = await self._commit(decision, decision_patch(decision, now))
+        finally:
+            world.in_flight.discard(uid)
+        if not written:
+            world.assumed.pop(uid, None)
+            self._session.cycle_wanted.set()
+            return
+        self._tell(decision)
+        if decision.answer.admission is not None:
+            self._session.want_job(OfferKey(decision.offer.key.namespace, decision.answer.admission.job_name))
+        if decision.answer.verdict is Verdict.REJECT:
+            self._session.policies_wanted.set()
+
+    async def _commit(self, decision: Decision, patch: Object) -> bool:
+        """Write an answer. Tell whether it stands; False means that the offer is to be decided again."""
+        offer, delay = decision.offer, 0.1
+        while True:
+            if not self._policy_still_holds(decision.policy):
+                return False
+            try:
+                await self._session.write_status(self._session.world.offers, OFFERS, offer.key, patch)
+            except ThrottledError as error:
+                await asyncio.sleep(error.retry_after)
+            except UnknownOutcomeError as error:
+                logger.warning("answer with unknown outcome", extra={"offer": str(offer.key), "error": str(error)})
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 5.0)
+            except (ConflictError, NotFoundError):
+                return await self._stands(offer, decision)
+            except ApiError as error:
+                # The object cannot take this status, for example because it was stored under other rules. Trying
+                # again at once would spin, so the next resync does.
+                logger.error("answer refused", extra={"offer": str(offer.key), "error": str(error)})
+                self._session.world.held_back.add(offer.uid)
+                return False
+            else:
+                return True
+
+    async def _stands(self, offer: OfferView, decision: Decision) -> bool:
+        """After a conflict: read the offer and tell whether an earlier try of this very write is what it carries."""
+        world = self._session.world
+        try:
+            raw = await self._session.kube.get(OFFERS, offer.key.namespace, offer.key.name)
+        except NotFoundError:
+            world.offers.forget(offer.uid, int(offer.resource_version))
+            return False
+        except (ApiError, ThrottledError, UnknownOutcomeError) as error:
+            logger.warning("offer not read after a conflict", extra={"offer": str(offer.key), "error": str(error)})
+            return False
+        if raw["metadata"]["uid"] != offer.uid:
+            world.offers.forget(offer.uid, int(raw["metadata"]["resourceVersion"]) - 1)
+        world.offers.observe("MODIFIED", raw)
+        entry = world.offers.get(offer.uid)
+        if entry is None or raw["metadata"]["uid"] != offer.uid:
+            return False
+        wanted = decision.answer.admission
+        if wanted is not None:
+            return entry.admission == wanted
+        return entry.reason == decision.answer.reason.value
+
+    def _policy_still_holds(self, ref: PolicyRef | None) -> bool:
+        """Tell whether the policy that a decision was made under is still the one in force."""
+        if ref is None:
+            return True
+        return any(entry.view.ref == ref for entry in self._session.world.policies)
+
+    def _tell(self, decision: Decision) -> None:
+        offer, answer = decision.offer, decision.answer
+        task_type = offer.spec.task_type.value if offer.spec else "unknown"
+        DECISIONS.labels(answer.verdict.value, answer.reason.value, task_type).inc()
+        subject = Subject(API_VERSION, "TaskOffer", offer.key.namespace, offer.key.name, offer.uid)
+        self._session.events.emit(subject, answer.reason, answer.message, warning=answer.verdict is Verdict.REJECT)
+
+    # Taking admissions back
+
+    async def revoke_overbooked(self) -> int:
+        """Where more is booked than a node has, take back the newest admissions that have no TrainingJob.
+
+        This is for what an old leader wrote at the last moment. Return how many were taken back.
+        """
+        world, revoked = self._session.world, 0
+        snapshot = world.snapshot(utcnow())
+        ledger = open_ledger(snapshot.claims)
+        for node in snapshot.nodes:
+            over = ledger.booked.get(node.name, 0) - node.allocatable if node.ready else 0
+            if over <= 0:
+                continue
+            for entry in self._revocable(node.name):
+                if over <= 0:
+                    break
+                assert entry.admission is not None  # noqa: S101
+                message = f"{ledger.booked[node.name]} of {node.allocatable} were booked on {node.name}"
+                if await self.revoke(entry, Reason.OVERBOOKED, message):
+                    over -= sum(a.count for a in entry.admission.assignments if a.node_name == node.name)
+                    revoked += 1
+        return revoked
+
+    def _revocable(self, node: str) -> list[OfferEntry]:
+        world = self._session.world
+        found = [
+            entry
+            for entry in world.by_state[OfferState.HOLDING].values()
+            if entry.admission is not None
+            and any(a.node_name == node for a in entry.admission.assignments)
+            and OfferKey(entry.key.namespace, entry.admission.job_name) not in world.jobs_by_key
+        ]
+        return sorted(found, key=lambda e: (e.admission.decided_at, e.uid), reverse=True)  # type: ignore[union-attr]
+
+    async def revoke(self, entry: OfferEntry, reason: Reason, message: str) -> bool:
+        """Take an admission back by a conditional write, if nothing has come of it yet."""
+        session, admission = self._session, entry.admission
+        assert admission is not None  # noqa: S101
+        if await self._jobs.exists(OfferKey(entry.key.namespace, admission.job_name), entry.uid):
+            return False
+        patch = revocation_patch(
+            reason,
+            message,
+            entry.conditions(),
+            uid=entry.uid,
+            resource_version=entry.version,
+            generation=entry.generation,
+            now=utcnow(),
+        )
+        try:
+            await session.write_status(session.world.offers, OFFERS, entry.key, patch)
+        except (ApiError, ThrottledError, UnknownOutcomeError) as error:
+            logger.warning("admission not taken back", extra={"offer": str(entry.key), "error": str(error)})
+            return False
+        subject = Subject(API_VERSION, "TaskOffer", entry.key.namespace, entry.key.name, entry.uid)
+        session.events.emit(subject, reason, message, warning=True)
+        session.cycle_wanted.set()
+        return True

@@ -1,0 +1,351 @@
+"""TrainingJobs: derive them from admissions, look at each whenever something about it changes, apply the next step.
+
+Level-triggered: a pass looks at everything anew. A few workers take keys from a queue; one key is looked at by one
+worker at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import timedelta
+
+from taskoffer.adapters.clock import utcnow
+from taskoffer.adapters.events import Subject
+from taskoffer.adapters.kube import (
+    BATCH_JOBS,
+    CONFIG_MAPS,
+    JOBS_OF_TRAINING,
+    OFFERS,
+    ApiError,
+    ConflictError,
+    Kube,
+    NotFoundError,
+    Object,
+    ThrottledError,
+    UnknownOutcomeError,
+)
+from taskoffer.adapters.lease import LeadershipLostError
+from taskoffer.api.contract import ProgressReport
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.meta import API_VERSION
+from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
+from taskoffer.api.v1alpha1.trainingjob import Attempt, TrainingJob
+from taskoffer.decision.cycle import Move
+from taskoffer.decision.lifecycle import (
+    Action,
+    DeleteJob,
+    EnsureAttempt,
+    JobFacts,
+    JobPlan,
+    OfferEnd,
+    OfferFacts,
+    SuspendJob,
+    step,
+)
+from taskoffer.decision.snapshot import OfferKey
+from taskoffer.reconcile.session import Session
+from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry
+from taskoffer.render.job import attempt_job, config_map
+from taskoffer.render.names import CONTAINER
+from taskoffer.render.offers import end_patch
+from taskoffer.render.trainingjob import training_job
+
+logger = logging.getLogger(__name__)
+
+Revoke = Callable[[OfferEntry, Reason, str], Awaitable[bool]]
+
+_LOG_LINES = 12
+
+
+class NameTakenError(Exception):
+    """An object of the wanted name belongs to somebody else."""
+
+
+class Jobs:
+    """The TrainingJob loop of a leading replica."""
+
+    def __init__(self, session: Session, *, workers: int = 16) -> None:
+        self._session = session
+        self._workers = workers
+        self._moved: dict[OfferKey, Attempt] = {}
+        self._timers: dict[OfferKey, asyncio.TimerHandle] = {}
+        self.busy: set[OfferKey] = set()
+        self.reports: dict[OfferKey, ProgressReport] = {}
+        self.revoke: Revoke | None = None
+
+    async def run(self) -> None:
+        """Work for ever."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._workers):
+                group.create_task(self._work())
+
+    def want_all(self) -> None:
+        """Have every admitted offer and every TrainingJob looked at: after a start and at each resync."""
+        world = self._session.world
+        for entry in world.offers:
+            if entry.admission is not None:
+                self._session.want_job(OfferKey(entry.key.namespace, entry.admission.job_name))
+        for key in world.jobs_by_key:
+            self._session.want_job(key)
+
+    def take_move(self, move: Move) -> None:
+        """Take in the place that the cycle found for a job's next attempt."""
+        self._session.world.moves.pop(move.key, None)
+        self._moved[move.key] = Attempt(job_name="moved", assignments=move.assignments, created_at=utcnow())
+        self._session.want_job(move.key)
+
+    async def exists(self, key: OfferKey, offer_uid: str) -> bool:
+        """Tell whether anything came of an admission: ask the server, not the cache."""
+        try:
+            await self._session.kube.get(JOBS_OF_TRAINING, key.namespace, key.name)
+        except NotFoundError:
+            pass
+        except (ApiError, ThrottledError, UnknownOutcomeError):
+            return True
+        else:
+            return True
+        world = self._session.world
+        return any(j.offer_uid == offer_uid for j in world.batch_jobs) or any(
+            p.offer_uid == offer_uid and not p.view.terminal for p in world.pods
+        )
+
+    async def _work(self) -> None:
+        session = self._session
+        while True:
+            key = await session.jobs_wanted.get()
+            session.jobs_queued.discard(key)
+            if session.draining:
+                continue
+            if key in self.busy:
+                self._later(key, 0.02)
+                continue
+            self.busy.add(key)
+            try:
+                await self._pass(key)
+            except LeadershipLostError:
+                raise
+            except ThrottledError as error:
+                self._later(key, error.retry_after)
+            except (ConflictError, NotFoundError) as error:
+                logger.info("job pass overtaken", extra={"job": str(key), "error": str(error)})
+                await self._refresh(key)
+                self._later(key, 0.05)
+            except (ApiError, UnknownOutcomeError) as error:
+                logger.warning("job pass failed", extra={"job": str(key), "error": str(error)})
+                self._later(key, 2.0)
+            except NameTakenError as error:
+                logger.error("name is taken", extra={"job": str(key), "error": str(error)})
+                self._later(key, 60.0)
+            finally:
+                self.busy.discard(key)
+
+    def _later(self, key: OfferKey, seconds: float) -> None:
+        pending = self._timers.get(key)
+        loop = asyncio.get_running_loop()
+        when = loop.time() + max(0.0, seconds)
+        if pending is not None and not pending.cancelled() and loop.time() < pending.when() <= when:
+            return
+        if pending is not None:
+            pending.cancel()
+        self._timers[key] = loop.call_at(when, self._session.want_job, key)
+
+    async def _refresh(self, key: OfferKey) -> None:
+        """Read the job anew after a conflict, so that the next pass does not decide on the same old version."""
+        entry = self._session.world.jobs_by_key.get(key)
+        try:
+            raw = await self._session.kube.get(JOBS_OF_TRAINING, key.namespace, key.name)
+        except NotFoundError:
+            if entry is not None:
+                self._session.world.jobs.forget(entry.uid, int(entry.version))
+        except (ApiError, ThrottledError, UnknownOutcomeError) as error:
+            logger.warning("job not read", extra={"job": str(key), "error": str(error)})
+        else:
+            self._session.world.jobs.observe("MODIFIED", raw)
+
+    # One pass
+
+    async def _pass(self, key: OfferKey) -> None:
+        world = self._session.world
+        entry = world.jobs_by_key.get(key)
+        if entry is None:
+            await self._derive(key)
+            return
+        if entry.job is None:
+            logger.error("stored TrainingJob is not valid", extra={"job": str(key), "error": entry.problem})
+            return
+        facts = self._facts(entry, entry.job)
+        made = step(facts)
+        if made.failed_pod is not None:
+            tail = await _log_tail(self._session.kube, key.namespace, made.failed_pod)
+            facts = replace(facts, log_tail=tail)
+            made = step(facts)
+        await self._apply(key, entry, made, facts)
+
+    def _facts(self, entry: TrainingJobEntry, job: TrainingJob) -> JobFacts:
+        world, key = self._session.world, entry.key
+        offer = world.offers.get(entry.offer_uid)
+        return JobFacts(
+            now=utcnow(),
+            job=job,
+            offer=OfferFacts(offer.active, offer.admission, offer.finished) if offer and not offer.deleting else None,
+            jobs={j.view.name: j.view for j in world.batch_of.get(key, {}).values()},
+            pods=[p.view for p in world.pods_of.get(key, {}).values()],
+            nodes={n.name: n.health for n in world.nodes},
+            report=self.reports.get(key),
+            moved_to=self._moved.get(key),
+            progress_interval=timedelta(seconds=self._session.settings.progress_interval),
+        )
+
+    async def _derive(self, key: OfferKey) -> None:
+        """Create the TrainingJob of an admission, or take the admission back when its policy has moved on."""
+        session = self._session
+        offer = next(
+            (
+                o
+                for o in session.world.offers
+                if o.admission is not None
+                and o.key.namespace == key.namespace
+                and o.admission.job_name == key.name
+                and not o.finished
+                and not o.deleting
+            ),
+            None,
+        )
+        if offer is None or offer.admission is None:
+            return
+        ref = offer.admission.policy_ref
+        policy = next((p.view for p in session.world.policies if p.view.ref == ref), None)
+        if policy is None or policy.spec is None:
+            if self.revoke is not None:
+                await self.revoke(
+                    offer,
+                    Reason.POLICY_CHANGED,
+                    f"policy {ref.name} is no longer at generation {ref.generation}",
+                )
+            return
+        raw = await session.kube.get(OFFERS, offer.key.namespace, offer.key.name)
+        if raw["metadata"]["uid"] != offer.uid:
+            session.world.offers.forget(offer.uid, int(raw["metadata"]["resourceVersion"]) - 1)
+            return
+        spec = TaskOfferSpec.model_validate(raw["spec"])
+        manifest = training_job(offer.key, offer.uid, spec, offer.admission, policy.spec)
+        try:
+            await session.create(session.world.jobs, JOBS_OF_TRAINING, key.namespace, manifest)
+        except ConflictError:
+            found = await session.kube.get(JOBS_OF_TRAINING, key.namespace, key.name)
+            if not _owned_by(found, offer.uid):
+                message = f"TrainingJob {key} exists and belongs to another owner: remove or rename it"
+                session.events.emit(_offer_subject(offer), Reason.NAME_CONFLICT, message, warning=True)
+                raise NameTakenError(message) from None
+            session.world.jobs.observe("ADDED", found)
+        session.want_job(key)
+
+    async def _apply(self, key: OfferKey, entry: TrainingJobEntry, made: JobPlan, facts: JobFacts) -> None:
+        session = self._session
+        for action in made.actions:
+            await self._do(entry, facts, action)
+        if made.status is not None:
+            status = made.status.to_wire()
+            before = facts.job.status.to_wire()
+            patch: Object = {
+                "metadata": {"resourceVersion": entry.version, "uid": entry.uid},
+                "status": {**{name: None for name in before if name not in status}, **status},
+            }
+            await session.write_status(session.world.jobs, JOBS_OF_TRAINING, key, patch)
+            if len(made.status.attempts) > len(facts.job.status.attempts):
+                self._moved.pop(key, None)
+            session.cycle_wanted.set()
+            session.want_job(key)
+        for notice in made.notices:
+            subject = Subject(API_VERSION, "TrainingJob", key.namespace, key.name, entry.uid)
+            session.events.emit(subject, notice.reason, notice.message, warning=notice.warning)
+        if made.move is not None:
+            session.world.moves[key] = made.move
+            session.cycle_wanted.set()
+        if made.offer_end is not None:
+            await self._end_offer(entry, made.offer_end)
+        if made.wake_at is not None:
+            self._later(key, max(0.05, (made.wake_at - utcnow()).total_seconds()))
+
+    async def _do(self, entry: TrainingJobEntry, facts: JobFacts, action: Action) -> None:
+        session, namespace = self._session, entry.key.namespace
+        session.lease.check()
+        if isinstance(action, EnsureAttempt):
+            await self._ensure_attempt(entry, facts.job, action)
+        elif isinstance(action, SuspendJob):
+            made = await session.kube.patch(BATCH_JOBS, namespace, action.name, {"spec": {"suspend": True}})
+            session.world.batch_jobs.observe("MODIFIED", made)
+        elif isinstance(action, DeleteJob):
+            try:
+                await session.kube.delete(BATCH_JOBS, namespace, action.name, uid=action.uid)
+            except NotFoundError:
+                job = session.world.batch_jobs.get(action.uid)
+                logger.info("Job is gone already", extra={"job": action.name, "known": job is not None})
+
+    async def _ensure_attempt(self, entry: TrainingJobEntry, job: TrainingJob, action: EnsureAttempt) -> None:
+        """Create ConfigMap and Job of an attempt. An object of the name is accepted only from the same owner."""
+        session, namespace = self._session, entry.key.namespace
+        for store, resource, manifest in (
+            (None, CONFIG_MAPS, config_map(job, action.attempt, action.number)),
+            (session.world.batch_jobs, BATCH_JOBS, attempt_job(job, action.attempt, action.number)),
+        ):
+            try:
+                await session.create(store, resource, namespace, manifest)
+            except ConflictError:
+                found = await session.kube.get(resource, namespace, manifest["metadata"]["name"])
+                if not _owned_by(found, entry.uid):
+                    raise NameTakenError(f"{manifest['kind']} {namespace}/{manifest['metadata']['name']}") from None
+                if store is not None:
+                    store.observe("ADDED", found)
+
+    async def _end_offer(self, entry: TrainingJobEntry, end: OfferEnd) -> None:
+        session = self._session
+        offer = session.world.offers.get(entry.offer_uid)
+        if offer is None or offer.finished:
+            return
+        patch = end_patch(
+            end,
+            offer.conditions(),
+            uid=offer.uid,
+            resource_version=offer.version,
+            generation=offer.generation,
+            now=utcnow(),
+        )
+        try:
+            await session.write_status(session.world.offers, OFFERS, offer.key, patch)
+        except (ConflictError, NotFoundError):
+            await self._refresh_offer(offer)
+            self._later(entry.key, 0.05)
+            return
+        session.events.emit(_offer_subject(offer), end.reason, end.message, warning=end.reason is Reason.FAILED)
+        self.reports.pop(entry.key, None)
+        session.cycle_wanted.set()
+        session.policies_wanted.set()
+
+    async def _refresh_offer(self, offer: OfferEntry) -> None:
+        try:
+            raw = await self._session.kube.get(OFFERS, offer.key.namespace, offer.key.name)
+        except NotFoundError:
+            self._session.world.offers.forget(offer.uid, int(offer.version))
+        else:
+            self._session.world.offers.observe("MODIFIED", raw)
+
+
+def _owned_by(raw: Object, uid: str) -> bool:
+    return any(o.get("uid") == uid and o.get("controller") for o in raw["metadata"].get("ownerReferences") or ())
+
+
+def _offer_subject(offer: OfferEntry) -> Subject:
+    return Subject(API_VERSION, "TaskOffer", offer.key.namespace, offer.key.name, offer.uid)
+
+
+async def _log_tail(kube: Kube, namespace: str, pod: str) -> str:
+    """Return the last lines of a training container's log, or nothing when the kubelet does not give them."""
+    try:
+        return (await kube.log_tail(namespace, pod, CONTAINER, lines=_LOG_LINES)).strip()
+    except (ApiError, ThrottledError, UnknownOutcomeError) as error:
+        logger.info("log not read", extra={"pod": pod, "error": str(error)})
+        return ""

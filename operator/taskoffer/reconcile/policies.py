@@ -1,0 +1,102 @@
+"""CapacityPolicies: validate, remember the last good spec, show capacity. Written at most once per interval."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from taskoffer.adapters.clock import utcnow
+from taskoffer.adapters.events import Subject
+from taskoffer.adapters.kube import (
+    POLICIES,
+    ApiError,
+    ConflictError,
+    NotFoundError,
+    ThrottledError,
+    UnknownOutcomeError,
+)
+from taskoffer.adapters.metrics import GPUS
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicyStatus
+from taskoffer.api.v1alpha1.meta import API_VERSION
+from taskoffer.decision.ledger import open_ledger
+from taskoffer.decision.policy_status import PolicyFacts, policy_status
+from taskoffer.decision.snapshot import OfferKey
+from taskoffer.reconcile.session import Session
+from taskoffer.reconcile.views import PolicyEntry, read
+from taskoffer.reconcile.world import node_views
+
+logger = logging.getLogger(__name__)
+
+
+class Policies:
+    """The CapacityPolicy loop of a leading replica."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    async def run(self) -> None:
+        """Write the policies' status whenever something about it may have changed, with a pause between."""
+        while True:
+            await self._session.policies_wanted.wait()
+            self._session.policies_wanted.clear()
+            if self._session.world.complete:
+                for entry in list(self._session.world.policies):
+                    await self._one(entry)
+            await asyncio.sleep(self._session.settings.policy_status_interval)
+
+    async def _one(self, entry: PolicyEntry) -> None:
+        session, now = self._session, utcnow()
+        snapshot = session.world.snapshot(now)
+        before, _ = read(CapacityPolicyStatus, entry.status, "CapacityPolicy")
+        mine = [
+            offer
+            for offer in snapshot.offers
+            if offer.spec is not None
+            and (found := snapshot.policy_for(offer.spec)[0])
+            and found.name == entry.view.name
+        ]
+        made = policy_status(
+            PolicyFacts(
+                now=now,
+                policy=entry.view,
+                generation=entry.generation,
+                valid=not entry.view.problem,
+                nodes=tuple(node_views(session.world, entry.view)),
+                ledger=open_ledger(snapshot.claims),
+                pending=len(mine),
+                before=before or CapacityPolicyStatus(),
+            )
+        )
+        if made.capacity is not None:
+            GPUS.labels(entry.view.name, "total").set(made.capacity.total)
+            GPUS.labels(entry.view.name, "used").set(made.capacity.used)
+        if made == before:
+            return
+        wire = made.to_wire()
+        patch = {
+            "metadata": {"resourceVersion": entry.version, "uid": entry.view.uid},
+            "status": {**{name: None for name in entry.status if name not in wire}, **wire},
+        }
+        try:
+            await session.write_status(session.world.policies, POLICIES, OfferKey("", entry.view.name), patch)
+        except (ConflictError, NotFoundError) as error:
+            logger.info("policy status overtaken", extra={"policy": entry.view.name, "error": str(error)})
+            session.policies_wanted.set()
+        except (ApiError, ThrottledError, UnknownOutcomeError) as error:
+            logger.warning("policy status not written", extra={"policy": entry.view.name, "error": str(error)})
+        else:
+            self._tell(entry, before, made)
+
+    def _tell(self, entry: PolicyEntry, before: CapacityPolicyStatus | None, made: CapacityPolicyStatus) -> None:
+        known = {(c.type, c.reason) for c in before.conditions} if before else set()
+        subject = Subject(API_VERSION, "CapacityPolicy", None, entry.view.name, entry.view.uid)
+        for condition in made.conditions:
+            good = condition.status == "True" and condition.type != "Ready"
+            if (condition.type, condition.reason) not in known and not good:
+                warning = condition.reason in (Reason.INVALID_POLICY, Reason.ALLOCATABLE_BELOW_BOOKED)
+                self._session.events.emit(subject, _reason(condition.reason), condition.message, warning=warning)
+
+
+def _reason(value: str) -> Reason:
+    return next(reason for reason in Reason if reason.value == value)

@@ -1,0 +1,214 @@
+"""One replica: keep the cache warm, stand for election, lead, and leave as soon as any part of that ends.
+
+A replica that loses its lease, or any of whose loops ends, exits; whoever started it starts it again. That is the
+one way out of every unclear state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import aiohttp
+
+from taskoffer.adapters.kube import (
+    BATCH_JOBS,
+    JOBS_OF_TRAINING,
+    NODES,
+    OFFERS,
+    PODS,
+    POLICIES,
+    ApiError,
+    Resource,
+    ThrottledError,
+    UnknownOutcomeError,
+)
+from taskoffer.adapters.metrics import LEADER, LEASE_TRANSITIONS, RESYNC_DIFFERENCES
+from taskoffer.adapters.progress import fetch_report
+from taskoffer.decision.snapshot import OfferKey
+from taskoffer.reconcile.admission import Admission
+from taskoffer.reconcile.cache import Raw, Store
+from taskoffer.reconcile.jobs import Jobs
+from taskoffer.reconcile.policies import Policies
+from taskoffer.reconcile.session import Session
+from taskoffer.reconcile.views import PodEntry
+
+logger = logging.getLogger(__name__)
+
+JOB_SELECTOR = "app.kubernetes.io/managed-by=taskoffer"
+
+
+class Replica:
+    """One process of the operator."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.jobs = Jobs(session)
+        self.admission = Admission(session, self.jobs)
+        self.jobs.revoke = self.admission.revoke
+        self.policies = Policies(session)
+        self.leading = False
+
+    # Fed by the watches
+
+    def observe(self, kind: str, event_type: str | None, raw: Raw) -> None:
+        """Take in a watch event and wake whoever it concerns. Malformed objects are kept out, never raised."""
+        world = self.session.world
+        if kind == "Pod" and not concerns(raw):
+            return
+        store = next(s for s in world.stores if s.kind == kind)
+        if not store.observe(event_type, raw):
+            return
+        if not self.leading:
+            return
+        self.session.cycle_wanted.set()
+        if kind in ("Node", "CapacityPolicy"):
+            self.session.policies_wanted.set()
+        self._wake_jobs(kind, raw)
+
+    def _wake_jobs(self, kind: str, raw: Raw) -> None:
+        metadata = raw["metadata"]
+        namespace = metadata.get("namespace", "")
+        if kind == "TrainingJob":
+            self.session.want_job(OfferKey(namespace, metadata["name"]))
+        elif kind in ("Pod", "Job"):
+            name = (metadata.get("labels") or {}).get("taskoffer.dev/job")
+            if name:
+                self.session.want_job(OfferKey(namespace, name))
+        elif kind == "TaskOffer":
+            admission = (raw.get("status") or {}).get("admission") or {}
+            if admission.get("jobName"):
+                self.session.want_job(OfferKey(namespace, admission["jobName"]))
+        elif kind == "Node":
+            for key in self.session.world.jobs_by_key:
+                self.session.want_job(key)
+
+    # Life
+
+    async def run(self) -> None:
+        """Stand for election, then lead until the lease or a loop is lost.
+
+        Raises:
+            LeadershipLostError: when the lease is lost; the process is to exit.
+        """
+        session = self.session
+        await session.lease.acquire()
+        LEASE_TRANSITIONS.set(session.lease.transitions)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(session.lease.keep())
+            group.create_task(self._lead())
+
+    async def _lead(self) -> None:
+        session = self.session
+        if not session.lease.released_before:
+            # A write of the leader before may still be on its way for as long as a write may take.
+            await asyncio.sleep(session.settings.write_timeout)
+        await self.resync()
+        self.leading = True
+        LEADER.set(1)
+        logger.info("leading", extra={"offers": len(session.world.offers), "nodes": len(session.world.nodes)})
+        revoked = await self.admission.revoke_overbooked()
+        if revoked:
+            logger.warning("admissions taken back", extra={"count": revoked})
+        self.jobs.want_all()
+        session.cycle_wanted.set()
+        session.policies_wanted.set()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.admission.run())
+            group.create_task(self.jobs.run())
+            group.create_task(self.policies.run())
+            group.create_task(session.events.run())
+            group.create_task(self._resync_forever())
+            group.create_task(self._poll_progress())
+
+    async def drain(self, seconds: float) -> bool:
+        """Decide nothing more and wait for what is on its way. Tell whether all of it has ended."""
+        self.session.draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                # Two sets, watched for a moment at the very end of a process.
+                while self.session.world.in_flight or self.jobs.busy:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            logger.warning("writes left unfinished", extra={"offers": len(self.session.world.in_flight)})
+            return False
+        if self.leading:
+            await self.session.events.flush(seconds=1.0)
+        return True
+
+    async def resync(self) -> None:
+        """List every kind and correct the cache. Tries until it succeeds: without it nothing may be decided."""
+        resources: dict[str, tuple[Resource, str | None]] = {
+            "Node": (NODES, None),
+            "Pod": (PODS, None),
+            "Job": (BATCH_JOBS, JOB_SELECTOR),
+            "TrainingJob": (JOBS_OF_TRAINING, None),
+            "CapacityPolicy": (POLICIES, None),
+            "TaskOffer": (OFFERS, None),
+        }
+        for store in self.session.world.stores:
+            resource, selector = resources[store.kind]
+            await self._list(store, resource, selector)
+        self.session.world.held_back.clear()
+
+    async def _list(self, store: Store[object], resource: Resource, selector: str | None) -> None:
+        delay = 0.2
+        while True:
+            try:
+                items, version = await self.session.kube.list(resource, label_selector=selector)
+            except (ApiError, ThrottledError, UnknownOutcomeError) as error:
+                logger.warning("list failed", extra={"kind": store.kind, "error": str(error)})
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 10.0)
+                continue
+            if store.kind == "Pod":
+                items = [raw for raw in items if concerns(raw)]
+            first = not store.listed
+            corrected = store.replace(items, version)
+            if corrected and not first:
+                RESYNC_DIFFERENCES.labels(store.kind).inc(corrected)
+                logger.warning("the watch had missed changes", extra={"kind": store.kind, "count": corrected})
+            return
+
+    async def _resync_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self.session.settings.resync)
+            await self.resync()
+            self.jobs.want_all()
+            self.session.cycle_wanted.set()
+
+    async def _poll_progress(self) -> None:
+        """Ask running trainers for their progress, each once per interval."""
+        timeout = aiohttp.ClientTimeout(total=5)
+        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=32)) as http:
+            while True:
+                await asyncio.sleep(self.session.settings.progress_interval / 2)
+                running = [p for p in self.session.world.pods if _reports(p)]
+                await asyncio.gather(*(self._ask(http, pod) for pod in running))
+
+    async def _ask(self, http: aiohttp.ClientSession, pod: PodEntry) -> None:
+        report = await fetch_report(http, pod.ip or "")
+        if report is not None and pod.training_job:
+            key = OfferKey(pod.namespace, pod.training_job)
+            self.jobs.reports[key] = report
+            self.session.want_job(key)
+
+
+def _reports(pod: PodEntry) -> bool:
+    return bool(pod.ip and pod.training_job and pod.view.started_at and not pod.view.terminal)
+
+
+def concerns(raw: Raw) -> bool:
+    """Tell whether a pod matters: it is ours, or it asks for an extended resource.
+
+    Works on the raw object, so that the many other pods of a cluster cost next to nothing.
+    """
+    if "taskoffer.dev/job" in (raw["metadata"].get("labels") or {}):
+        return True
+    spec = raw.get("spec") or {}
+    for container in (*(spec.get("containers") or ()), *(spec.get("initContainers") or ())):
+        resources = container.get("resources") or {}
+        for wanted in (resources.get("limits"), resources.get("requests")):
+            if wanted and any("/" in name for name in wanted):
+                return True
+    return False

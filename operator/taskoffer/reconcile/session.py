@@ -1,0 +1,83 @@
+"""What the reconcilers of one replica share: the world, the connection, the lease, and the wake-up calls."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from taskoffer.adapters.events import EventWriter
+from taskoffer.adapters.kube import Kube, Object, Resource
+from taskoffer.adapters.lease import Lease
+from taskoffer.adapters.metrics import WRITES
+from taskoffer.decision.snapshot import OfferKey
+from taskoffer.reconcile.cache import Store
+from taskoffer.reconcile.world import World
+
+
+@dataclass(slots=True)
+class Settings:
+    """Settings of a replica. Times are seconds."""
+
+    lease_namespace: str = "taskoffer-system"
+    lease_name: str = "taskoffer"
+    coalesce: float = 0.003
+    """How long a wake-up waits for others, so that a burst becomes one cycle."""
+    concurrent_writes: int = 24
+    write_timeout: float = 4.0
+    resync: float = 300.0
+    progress_interval: float = 10.0
+    policy_status_interval: float = 1.0
+
+
+@dataclass(slots=True)
+class Session:
+    """The shared state of one replica."""
+
+    kube: Kube
+    lease: Lease
+    events: EventWriter
+    settings: Settings
+    world: World = field(default_factory=World)
+    cycle_wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    policies_wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    jobs_wanted: asyncio.Queue[OfferKey] = field(default_factory=asyncio.Queue)
+    draining: bool = False
+    """Set when the replica is about to stop: nothing new is decided."""
+    jobs_queued: set[OfferKey] = field(default_factory=set)
+
+    def want_job(self, key: OfferKey) -> None:
+        """Have a TrainingJob looked at; several calls before that become one."""
+        if key not in self.jobs_queued:
+            self.jobs_queued.add(key)
+            self.jobs_wanted.put_nowait(key)
+
+    async def write_status(self, store: Store[Any], resource: Resource, key: OfferKey, patch: Object) -> Object:
+        """Patch a status under the lease and take the answer into the store.
+
+        Raises:
+            LeadershipLostError: when this replica may not write.
+            ApiError, ThrottledError, UnknownOutcomeError: as :meth:`Kube.request`.
+        """
+        self.lease.check()
+        try:
+            made = await self.kube.patch_status(resource, key.namespace or None, key.name, patch)
+        except Exception:
+            WRITES.labels(f"{store.kind}.status", "refused or unknown").inc()
+            raise
+        WRITES.labels(f"{store.kind}.status", "done").inc()
+        store.observe("MODIFIED", made)
+        return made
+
+    async def create(self, store: Store[Any] | None, resource: Resource, namespace: str, manifest: Object) -> Object:
+        """Create an object under the lease and take the answer into the store."""
+        self.lease.check()
+        try:
+            made = await self.kube.create(resource, namespace, manifest)
+        except Exception:
+            WRITES.labels(str(manifest["kind"]), "refused or unknown").inc()
+            raise
+        WRITES.labels(str(manifest["kind"]), "done").inc()
+        if store is not None:
+            store.observe("ADDED", made)
+        return made

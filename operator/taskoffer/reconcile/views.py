@@ -1,0 +1,391 @@
+"""From raw objects to the few facts that are kept of them. Nothing here raises on a malformed object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from taskoffer.adapters.metrics import UNREADABLE
+from taskoffer.api.v1alpha1.capacitypolicy import DEFAULT_POLICY_ANNOTATION, CapacityPolicySpec
+from taskoffer.api.v1alpha1.meta import Condition
+from taskoffer.api.v1alpha1.taskoffer import Admission, TaskOfferSpec
+from taskoffer.api.v1alpha1.trainingjob import TrainingJob
+from taskoffer.decision.evaluate import Evaluation
+from taskoffer.decision.ledger import NodeView
+from taskoffer.decision.lifecycle import JobView, NodeHealth, PodView
+from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView
+from taskoffer.reconcile.cache import Raw
+from taskoffer.render.names import CONTAINER, JOB_LABEL, LANE_LABEL, OFFER_UID_LABEL, POLICY_LABEL
+
+_CONDITIONS = TypeAdapter(tuple[Condition, ...])
+
+
+def moment(text: str | None) -> datetime | None:
+    """Read an RFC 3339 time, or None."""
+    if not text:
+        return None
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
+
+
+def explain(error: ValidationError) -> str:
+    """Put the first faults of a failed validation into one line that names the fields."""
+    faults = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()[:3]]
+    more = error.error_count() - len(faults)
+    return "; ".join(faults) + (f" (and {more} more)" if more > 0 else "")
+
+
+def read(model: type[BaseModel], raw: object, kind: str) -> tuple[Any, str | None]:
+    """Validate a part of an object. Return the value, or None and what is wrong with it."""
+    try:
+        return model.model_validate(raw), None
+    except ValidationError as error:
+        UNREADABLE.labels(kind).inc()
+        return None, explain(error)
+
+
+class OfferState(StrEnum):
+    """Where an offer stands in the ledger."""
+
+    PENDING = "Pending"
+    HOLDING = "Holding"
+    DONE = "Done"
+
+
+@dataclass(slots=True)
+class OfferEntry:
+    """An offer as it is kept. The raw parts of a finished offer are dropped, of a pending one once they are read."""
+
+    key: OfferKey
+    uid: str
+    version: str
+    generation: int
+    created: datetime
+    deleting: bool
+    state: OfferState
+    task_id: str
+    reason: str
+    active: bool
+    finished: bool
+    spec: Raw | None
+    status: Raw | None
+    view: OfferView | None = None
+    admission: Admission | None = None
+    evaluation: tuple[str, int, Evaluation] | None = None
+
+    def read_view(self) -> OfferView:
+        """Return the offer as the cycle sees it; parsed once."""
+        if self.view is None:
+            spec, invalid = read(TaskOfferSpec, self.spec or {}, "TaskOffer")
+            self.view = OfferView(
+                key=self.key,
+                uid=self.uid,
+                resource_version=self.version,
+                generation=self.generation,
+                created=self.created,
+                spec=spec,
+                invalid=invalid,
+                conditions=self.conditions(),
+                observed_generation=(self.status or {}).get("observedGeneration"),
+            )
+            self.spec = None
+        return self.view
+
+    def conditions(self) -> tuple[Condition, ...]:
+        """Return the stored conditions; unreadable ones count as absent."""
+        try:
+            return _CONDITIONS.validate_python((self.status or {}).get("conditions") or ())
+        except ValidationError:
+            UNREADABLE.labels("TaskOffer").inc()
+            return ()
+
+
+def offer_entry(raw: Raw) -> OfferEntry:
+    """Reduce a TaskOffer."""
+    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    conditions = {c.get("type"): c for c in status.get("conditions") or () if isinstance(c, dict)}
+    finished = (conditions.get("Finished") or {}).get("status") == "True"
+    admission: Admission | None = None
+    if status.get("admission") is not None:
+        admission, _ = read(Admission, status["admission"], "TaskOffer")
+    if finished:
+        state = OfferState.DONE
+    else:
+        state = OfferState.HOLDING if status.get("admission") is not None else OfferState.PENDING
+    keep = state is not OfferState.DONE
+    return OfferEntry(
+        key=OfferKey(metadata.get("namespace", ""), metadata["name"]),
+        uid=metadata["uid"],
+        version=metadata["resourceVersion"],
+        generation=metadata.get("generation", 0),
+        created=datetime.fromisoformat(metadata["creationTimestamp"]),
+        deleting="deletionTimestamp" in metadata,
+        state=state,
+        task_id=str(spec.get("taskID", "")),
+        reason=str((conditions.get("Admitted") or {}).get("reason", "undecided")),
+        active=spec.get("active") is not False,
+        finished=finished,
+        spec=spec if keep else None,
+        status=status if keep else None,
+        admission=admission if keep else None,
+    )
+
+
+def policy_view(raw: Raw) -> PolicyView:
+    """Reduce a CapacityPolicy: the spec if it is valid, else the last good one from its status."""
+    metadata = raw["metadata"]
+    annotations = metadata.get("annotations") or {}
+    generation = metadata.get("generation", 0)
+    spec, problem = read(CapacityPolicySpec, raw.get("spec") or {}, "CapacityPolicy")
+    status = raw.get("status") or {}
+    if spec is None and status.get("activeSpec") is not None:
+        spec, _ = read(CapacityPolicySpec, status["activeSpec"], "CapacityPolicy")
+        generation = status.get("activeGeneration", generation)
+    return PolicyView(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=generation,
+        spec=spec,
+        is_default=annotations.get(DEFAULT_POLICY_ANNOTATION) == "true",
+        created=datetime.fromisoformat(metadata["creationTimestamp"]),
+        problem=problem or "",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyEntry:
+    """A policy as decisions see it, and its stored status."""
+
+    view: PolicyView
+    raw_spec: Raw
+    status: Raw
+    version: str
+    generation: int
+
+
+def policy_entry(raw: Raw) -> PolicyEntry:
+    """Reduce a CapacityPolicy together with what writing its status needs."""
+    metadata = raw["metadata"]
+    return PolicyEntry(
+        policy_view(raw),
+        raw.get("spec") or {},
+        raw.get("status") or {},
+        metadata["resourceVersion"],
+        metadata.get("generation", 0),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEntry:
+    """A node: what it offers of each extended resource, and its health."""
+
+    name: str
+    labels: dict[str, str]
+    allocatable: dict[str, int]
+    schedulable: bool
+    health: NodeHealth
+
+    def view(self, resource: str) -> NodeView:
+        """Return the node as far as one resource goes."""
+        ready = self.health.ready and self.schedulable
+        return NodeView(self.name, self.allocatable.get(resource, 0), ready, self.labels)
+
+
+def node_entry(raw: Raw) -> NodeEntry:
+    """Reduce a Node; only extended resources (those with a domain) are kept."""
+    metadata, status = raw["metadata"], raw.get("status") or {}
+    ready: Raw = next((c for c in status.get("conditions") or () if c.get("type") == "Ready"), {})
+    return NodeEntry(
+        name=metadata["name"],
+        labels=metadata.get("labels") or {},
+        allocatable={k: _whole(v) for k, v in (status.get("allocatable") or {}).items() if "/" in k},
+        schedulable=not (raw.get("spec") or {}).get("unschedulable") and "deletionTimestamp" not in metadata,
+        health=NodeHealth(ready.get("status") == "True", moment(ready.get("lastTransitionTime"))),
+    )
+
+
+def _whole(quantity: object) -> int:
+    text = str(quantity)
+    return int(text) if text.isdigit() else 0
+
+
+def requested(pod_spec: Raw) -> dict[str, int]:
+    """Return the extended resources that a pod asks for.
+
+    As the scheduler counts: the sum over containers and restartable init containers, or the largest ordinary init
+    container if that is more.
+    """
+    total: dict[str, int] = {}
+    peak: dict[str, int] = {}
+    for container in pod_spec.get("containers") or ():
+        _add(total, container)
+    for container in pod_spec.get("initContainers") or ():
+        if container.get("restartPolicy") == "Always":
+            _add(total, container)
+        else:
+            for name, count in _extended(container).items():
+                peak[name] = max(peak.get(name, 0), count)
+    return {name: max(total.get(name, 0), peak.get(name, 0)) for name in total.keys() | peak.keys()}
+
+
+def _extended(container: Raw) -> dict[str, int]:
+    resources = container.get("resources") or {}
+    wanted = {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
+    return {name: _whole(value) for name, value in wanted.items() if "/" in name}
+
+
+def _add(total: dict[str, int], container: Raw) -> None:
+    for name, count in _extended(container).items():
+        total[name] = total.get(name, 0) + count
+
+
+@dataclass(frozen=True, slots=True)
+class PodEntry:
+    """A pod that asks for an extended resource or belongs to a training job."""
+
+    namespace: str
+    uid: str
+    offer_uid: str | None
+    training_job: str | None
+    policy: str | None
+    lane: str | None
+    node: str | None
+    requests: dict[str, int]
+    ip: str | None
+    view: PodView
+
+
+def pod_entry(raw: Raw) -> PodEntry:
+    """Reduce a Pod."""
+    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    labels = metadata.get("labels") or {}
+    owner: Raw = next((o for o in metadata.get("ownerReferences") or () if o.get("kind") == "Job"), {})
+    phase = status.get("phase")
+    container: Raw = next((c for c in status.get("containerStatuses") or () if c.get("name") == CONTAINER), {})
+    state = container.get("state") or {}
+    ended = state.get("terminated") or {}
+    started = (state.get("running") or {}).get("startedAt") or ended.get("startedAt")
+    return PodEntry(
+        namespace=metadata.get("namespace", ""),
+        uid=metadata["uid"],
+        offer_uid=labels.get(OFFER_UID_LABEL),
+        training_job=labels.get(JOB_LABEL),
+        policy=labels.get(POLICY_LABEL),
+        lane=labels.get(LANE_LABEL),
+        node=spec.get("nodeName") or pinned_node(spec),
+        requests=requested(spec),
+        ip=status.get("podIP"),
+        view=PodView(
+            name=metadata["name"],
+            uid=metadata["uid"],
+            job_name=owner.get("name", ""),
+            node=spec.get("nodeName"),
+            created=datetime.fromisoformat(metadata["creationTimestamp"]),
+            terminal=phase in ("Succeeded", "Failed"),
+            succeeded=phase == "Succeeded",
+            started_at=moment(started),
+            finished_at=moment(ended.get("finishedAt")),
+            exit_code=ended.get("exitCode"),
+            message=str(ended.get("message") or status.get("message") or ""),
+            waiting=_waiting(status, state),
+        ),
+    )
+
+
+def _waiting(status: Raw, state: Raw) -> str:
+    """Say why a container has not started, in the kubelet's or the scheduler's words."""
+    waiting = state.get("waiting") or {}
+    if waiting:
+        return f"{waiting.get('reason', 'waiting')} {waiting.get('message', '')}".strip()[:500]
+    scheduled: Raw = next((c for c in status.get("conditions") or () if c.get("type") == "PodScheduled"), {})
+    if scheduled.get("status") == "False":
+        return f"{scheduled.get('reason', 'unscheduled')} {scheduled.get('message', '')}".strip()[:500]
+    return ""
+
+
+def pinned_node(pod_spec: Raw) -> str | None:
+    """Return the node that a pod is tied to by our node affinity, or None."""
+    required = ((pod_spec.get("affinity") or {}).get("nodeAffinity") or {}).get(
+        "requiredDuringSchedulingIgnoredDuringExecution"
+    ) or {}
+    for term in required.get("nodeSelectorTerms") or ():
+        for field in term.get("matchFields") or ():
+            if field.get("key") == "metadata.name" and len(field.get("values") or ()) == 1:
+                return str(field["values"][0])
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchJobEntry:
+    """A Job of ours."""
+
+    namespace: str
+    uid: str
+    offer_uid: str
+    training_job: str
+    policy: str | None
+    lane: str | None
+    node: str | None
+    requests: dict[str, int]
+    view: JobView
+
+
+def batch_job_entry(raw: Raw) -> BatchJobEntry:
+    """Reduce a batch/v1 Job."""
+    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    labels = metadata.get("labels") or {}
+    true = {c.get("type") for c in status.get("conditions") or () if c.get("status") == "True"}
+    template = (spec.get("template") or {}).get("spec") or {}
+    return BatchJobEntry(
+        namespace=metadata.get("namespace", ""),
+        uid=metadata["uid"],
+        offer_uid=labels.get(OFFER_UID_LABEL, ""),
+        training_job=labels.get(JOB_LABEL, ""),
+        policy=labels.get(POLICY_LABEL),
+        lane=labels.get(LANE_LABEL),
+        node=pinned_node(template),
+        requests=requested(template),
+        view=JobView(
+            metadata["name"],
+            metadata["uid"],
+            bool(spec.get("suspend")),
+            bool(true & {"Complete", "Failed"}),
+            "Complete" in true,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingJobEntry:
+    """A TrainingJob; ``job`` is None where the stored object cannot be read."""
+
+    key: OfferKey
+    uid: str
+    version: str
+    offer_uid: str
+    job: TrainingJob | None
+    problem: str | None
+
+
+def training_job_entry(raw: Raw) -> TrainingJobEntry:
+    """Reduce a TrainingJob."""
+    metadata = raw["metadata"]
+    job, problem = read(TrainingJob, {k: v for k, v in raw.items() if k in _JOB_FIELDS}, "TrainingJob")
+    offer = (raw.get("spec") or {}).get("offerRef") or {}
+    return TrainingJobEntry(
+        OfferKey(metadata.get("namespace", ""), metadata["name"]),
+        metadata["uid"],
+        metadata["resourceVersion"],
+        str(offer.get("uid", "")),
+        job,
+        problem,
+    )
+
+
+_JOB_FIELDS = ("apiVersion", "kind", "metadata", "spec", "status")

@@ -1,0 +1,228 @@
+"""The stores of all kinds with the indices that gathering needs, and the snapshot that a cycle decides on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, TypeVar
+
+from taskoffer.api.v1alpha1.meta import Assignment
+from taskoffer.api.v1alpha1.taskoffer import Admission
+from taskoffer.decision.evaluate import Evaluation, evaluate
+from taskoffer.decision.ledger import Claim, NodeView, Source
+from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Sibling, Snapshot
+from taskoffer.reconcile.cache import Store
+from taskoffer.reconcile.views import (
+    BatchJobEntry,
+    NodeEntry,
+    OfferEntry,
+    OfferState,
+    PodEntry,
+    PolicyEntry,
+    TrainingJobEntry,
+    batch_job_entry,
+    node_entry,
+    offer_entry,
+    pod_entry,
+    policy_entry,
+    training_job_entry,
+)
+
+E = TypeVar("E", PodEntry, BatchJobEntry)
+
+
+@dataclass(slots=True)
+class Assumed:
+    """A booking whose write is on its way or has an unknown outcome."""
+
+    uid: str
+    admission: Admission
+
+
+@dataclass(slots=True)
+class World:
+    """All that is known of the cluster. Only the event loop's thread touches it."""
+
+    offers: Store[OfferEntry] = field(default_factory=lambda: Store("TaskOffer", offer_entry))
+    jobs: Store[TrainingJobEntry] = field(default_factory=lambda: Store("TrainingJob", training_job_entry))
+    policies: Store[PolicyEntry] = field(default_factory=lambda: Store("CapacityPolicy", policy_entry))
+    batch_jobs: Store[BatchJobEntry] = field(default_factory=lambda: Store("Job", batch_job_entry))
+    pods: Store[PodEntry] = field(default_factory=lambda: Store("Pod", pod_entry))
+    nodes: Store[NodeEntry] = field(default_factory=lambda: Store("Node", node_entry))
+    assumed: dict[str, Assumed] = field(default_factory=dict)
+    in_flight: set[str] = field(default_factory=set)
+    """Offers whose answer is being written; they are not decided again meanwhile."""
+    held_back: set[str] = field(default_factory=set)
+    """Offers whose status the server refuses to write; they are tried again at the next resync."""
+    moves: dict[OfferKey, MoveRequest] = field(default_factory=dict)
+    by_state: dict[OfferState, dict[str, OfferEntry]] = field(default_factory=lambda: {s: {} for s in OfferState})
+    siblings: dict[tuple[str, str], dict[str, Sibling]] = field(default_factory=lambda: defaultdict(dict))
+    jobs_by_key: dict[OfferKey, TrainingJobEntry] = field(default_factory=dict)
+    pods_of: dict[OfferKey, dict[str, PodEntry]] = field(default_factory=lambda: defaultdict(dict))
+    batch_of: dict[OfferKey, dict[str, BatchJobEntry]] = field(default_factory=lambda: defaultdict(dict))
+
+    def __post_init__(self) -> None:
+        self.offers.on_change = self._index_offer
+        self.jobs.on_change = self._index_job
+        self.pods.on_change = self._index_pod
+        self.batch_jobs.on_change = self._index_batch
+
+    @property
+    def stores(self) -> tuple[Store[Any], ...]:
+        """All stores, in the order in which they are listed: what charges GPUs comes before what asks for them."""
+        return (self.nodes, self.pods, self.batch_jobs, self.jobs, self.policies, self.offers)
+
+    @property
+    def complete(self) -> bool:
+        """Tell whether every kind has been listed; before that no decision is safe."""
+        return all(store.listed for store in self.stores)
+
+    # Indices
+
+    def _index_offer(self, before: OfferEntry | None, after: OfferEntry | None) -> None:
+        if before is not None:
+            self.by_state[before.state].pop(before.uid, None)
+            place = self.siblings[before.key.namespace, before.task_id]
+            place.pop(before.uid, None)
+            if not place:
+                del self.siblings[before.key.namespace, before.task_id]
+        if after is not None:
+            self.by_state[after.state][after.uid] = after
+            self.siblings[after.key.namespace, after.task_id][after.uid] = Sibling(
+                after.created, after.uid, after.key.name, after.reason
+            )
+            if after.admission is not None or after.state is OfferState.DONE:
+                self.assumed.pop(after.uid, None)
+        else:
+            assert before is not None  # noqa: S101
+            self.assumed.pop(before.uid, None)
+
+    def _index_job(self, before: TrainingJobEntry | None, after: TrainingJobEntry | None) -> None:
+        if before is not None and after is None:
+            self.jobs_by_key.pop(before.key, None)
+            self.moves.pop(before.key, None)
+        if after is not None:
+            self.jobs_by_key[after.key] = after
+
+    def _index_pod(self, before: PodEntry | None, after: PodEntry | None) -> None:
+        _reindex(self.pods_of, _job_key(before), _job_key(after), before, after)
+
+    def _index_batch(self, before: BatchJobEntry | None, after: BatchJobEntry | None) -> None:
+        _reindex(self.batch_of, _job_key(before), _job_key(after), before, after)
+
+    # The snapshot
+
+    def snapshot(self, now: datetime) -> Snapshot:
+        """Return what a cycle decides on: pending offers that are not being written, and every claim on a GPU."""
+        policies = {entry.view.name: entry.view for entry in self.policies}
+        resource = _resource(policies)
+        pending = [
+            entry
+            for entry in self.by_state[OfferState.PENDING].values()
+            if not entry.deleting and entry.uid not in self.in_flight and entry.uid not in self.held_back
+        ]
+        views = [entry.read_view() for entry in pending]
+        nodes = [node.view(resource) for node in self.nodes]
+        snapshot = Snapshot(
+            now=now,
+            offers=views,
+            policies=policies,
+            nodes=nodes,
+            claims=list(self.claims(resource)),
+            siblings={key: tuple(same.values()) for key, same in self.siblings.items() if len(same) > 1},
+            moves=tuple(self.moves.values()),
+        )
+        return _with_evaluations(snapshot, pending, views)
+
+    def claims(self, resource: str) -> Iterator[Claim]:
+        """Yield every claim on a GPU, from every source."""
+        for entry in self.by_state[OfferState.HOLDING].values():
+            if entry.admission is not None:
+                policy = entry.admission.policy_ref.name
+                for assignment in self._current_assignments(entry, entry.admission):
+                    yield _claim(entry.uid, assignment, "admission", policy)
+        for assumed in self.assumed.values():
+            for assignment in assumed.admission.assignments:
+                yield _claim(assumed.uid, assignment, "assumed", assumed.admission.policy_ref.name)
+        for job in self.batch_jobs:
+            count = job.requests.get(resource, 0)
+            if count and job.node is not None and not job.view.finished and not job.view.suspended:
+                yield Claim(job.offer_uid, job.node, count, "job", job.policy, job.lane)
+        for pod in self.pods:
+            count = pod.requests.get(resource, 0)
+            if count and pod.node is not None and not pod.view.terminal:
+                yield Claim(pod.offer_uid or f"pod:{pod.uid}", pod.node, count, "pod", pod.policy, pod.lane)
+
+    def _current_assignments(self, entry: OfferEntry, admission: Admission) -> tuple[Assignment, ...]:
+        """Return where an admitted offer's booking is now: the last attempt's place, else the admission's."""
+        job = self.jobs_by_key.get(OfferKey(entry.key.namespace, admission.job_name))
+        if job is None or job.job is None or job.offer_uid != entry.uid or not job.job.status.attempts:
+            return admission.assignments
+        return job.job.status.attempts[-1].assignments
+
+
+def _with_evaluations(snapshot: Snapshot, pending: list[OfferEntry], views: list[OfferView]) -> Snapshot:
+    found: dict[tuple[str, str], Evaluation] = {}
+    for entry, view in zip(pending, views, strict=True):
+        if view.spec is None:
+            continue
+        policy, _, _ = snapshot.policy_for(view.spec)
+        if policy is None or policy.spec is None:
+            continue
+        kept = entry.evaluation
+        if kept is None or kept[0] != policy.uid or kept[1] != policy.generation:
+            kept = entry.evaluation = (policy.uid, policy.generation, evaluate(view.spec, policy.spec))
+        found[entry.uid, policy.name] = kept[2]
+    return Snapshot(
+        now=snapshot.now,
+        offers=snapshot.offers,
+        policies=snapshot.policies,
+        nodes=snapshot.nodes,
+        claims=snapshot.claims,
+        siblings=snapshot.siblings,
+        evaluations=found,
+        moves=snapshot.moves,
+    )
+
+
+def _resource(policies: dict[str, PolicyView]) -> str:
+    """Return the resource that the ledger counts. Policies of one cluster hand out the same one."""
+    for policy in policies.values():
+        if policy.spec is not None:
+            return policy.spec.resources[0].name
+    return "nvidia.com/gpu"
+
+
+def node_views(world: World, policy: PolicyView) -> list[NodeView]:
+    """Return the nodes that a policy selects."""
+    if policy.spec is None:
+        return []
+    resource = policy.spec.resources[0].name
+    return [view for node in world.nodes if policy.selects(view := node.view(resource)) and view.allocatable >= 0]
+
+
+def _claim(holder: str, assignment: Assignment, source: Source, policy: str) -> Claim:
+    return Claim(holder, assignment.node_name, assignment.count, source, policy, assignment.lane)
+
+
+def _job_key(entry: PodEntry | BatchJobEntry | None) -> OfferKey | None:
+    if entry is None or not entry.training_job:
+        return None
+    return OfferKey(entry.namespace, entry.training_job)
+
+
+def _reindex(
+    index: dict[OfferKey, dict[str, E]],
+    old: OfferKey | None,
+    new: OfferKey | None,
+    before: E | None,
+    after: E | None,
+) -> None:
+    if before is not None and old is not None and old in index:
+        index[old].pop(before.uid, None)
+        if not index[old] and old != new:
+            del index[old]
+    if after is not None and new is not None:
+        index[new][after.uid] = after
