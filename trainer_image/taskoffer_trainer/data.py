@@ -1,4 +1,4 @@
-"""From files of rows to examples: reading, columns and templates, the held-out split. No heavy library here."""
+"""From files of rows to examples: reading, columns and templates, the held-out split. No heavy library."""
 
 from __future__ import annotations
 

@@ -1,0 +1,177 @@
+"""A stopped run goes on exactly where it stopped, and never from a checkpoint that cannot be trusted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import MakeTraining, Outcome, Training
+
+pytestmark = pytest.mark.trainer
+
+# Two epochs and a half, with what makes an exact resume hard: dropout, accumulation, shuffling in every epoch.
+STEPS = 60
+STOP_AT = 33
+SETTINGS: dict[str, Any] = {
+    "lora": {"loraDropout": 0.1},
+    "train": {
+        "maxSteps": STEPS,
+        "perDeviceTrainBatchSize": 2,
+        "gradientAccumulationSteps": 4,
+        "evalSteps": 10,
+        "saveSteps": 10,
+        "groupByLength": True,
+    },
+}
+
+
+@dataclass
+class Stopped:
+    """A run that was stopped in its second epoch, and the same run without a stop."""
+
+    whole: Training
+    whole_outcome: Outcome
+    stopped: Training
+    outcome: Outcome
+    report: dict[str, Any]
+    metrics: str
+
+    def resumed(self, make: MakeTraining, name: str) -> Training:
+        """A new attempt with a copy of what the stopped one left."""
+        training = make(name, **self.stopped.config, attempt=2)
+        place = {"outputDir": str(training.folder / "out"), "checkpointDir": str(training.folder / "checkpoints")}
+        training.config.update(place)
+        shutil.copytree(self.stopped.checkpoints, training.checkpoints)
+        return training
+
+
+def stop_and_compare(make: MakeTraining, processes: int) -> Stopped:
+    settings = {**SETTINGS, "gpus": processes}
+    settings["train"] = {**SETTINGS["train"], "gradientAccumulationSteps": 4 // processes}
+    whole = make(f"whole-{processes}", **settings)
+    whole_outcome = whole.run()
+    assert whole_outcome.code == 0, whole_outcome.log
+    stopped = make(f"stopped-{processes}", **settings).start()
+    report = stopped.wait_for_step(STOP_AT)
+    metrics = stopped.get("/metrics")
+    stopped.signal(signal.SIGTERM)
+    return Stopped(whole, whole_outcome, stopped, stopped.finish(), report, metrics)
+
+
+@pytest.fixture(scope="module")
+def alone(shared_training: MakeTraining) -> Stopped:
+    return stop_and_compare(shared_training, 1)
+
+
+def weights(training: Training) -> bytes:
+    return (training.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+def test_sigterm_leaves_a_complete_checkpoint_and_exit_code_143(alone: Stopped) -> None:
+    assert alone.outcome.code == 143, alone.outcome.log
+    termination = alone.outcome.termination
+    assert (termination["exitCode"], termination["reason"]) == (143, "Stopped")
+    assert STOP_AT <= termination["step"] < STEPS
+    newest = alone.stopped.checkpoints / f"checkpoint-{termination['step']}"
+    record = json.loads((newest / "COMPLETE").read_text())
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= set(record["files"])
+    assert not alone.stopped.output.exists() or list(alone.stopped.output.iterdir()) == []
+
+
+def test_a_stopped_run_resumes_to_bit_equal_weights(alone: Stopped, training: MakeTraining) -> None:
+    resumed = alone.resumed(training, "resumed")
+    outcome = resumed.run()
+    assert outcome.code == 0, outcome.log
+    assert outcome.termination["resumedFromStep"] == alone.outcome.termination["step"]
+    assert weights(resumed) == weights(alone.whole)
+    for figure in ("evalLossBefore", "evalLossAfter", "trainLoss", "step"):
+        assert outcome.termination[figure] == alone.whole_outcome.termination[figure]
+
+
+def test_damaged_and_unfinished_checkpoints_are_skipped_and_removed(
+    alone: Stopped, training: MakeTraining
+) -> None:
+    resumed = alone.resumed(training, "damaged")
+    newest, older = sorted(steps_of(resumed.checkpoints))[-1], sorted(steps_of(resumed.checkpoints))[-2]
+    optimizer = resumed.checkpoints / f"checkpoint-{newest}" / "optimizer.pt"
+    data = bytearray(optimizer.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    optimizer.write_bytes(data)
+    unfinished = resumed.checkpoints / f"checkpoint-{STEPS - 1}"
+    shutil.copytree(resumed.checkpoints / f"checkpoint-{older}", unfinished)
+    (unfinished / "COMPLETE").unlink()
+    outcome = resumed.run()
+    assert outcome.code == 0, outcome.log
+    assert f"checkpoint-{newest} is left out and removed: the content of optimizer.pt has changed" in outcome.log
+    assert f"checkpoint-{STEPS - 1} is left out and removed: it was not finished" in outcome.log
+    assert outcome.termination["resumedFromStep"] == older
+    assert weights(resumed) == weights(alone.whole)
+
+
+def test_no_more_checkpoints_are_kept_than_asked_for_beside_the_best(alone: Stopped) -> None:
+    complete = alone.whole.checkpoints.glob("checkpoint-*/COMPLETE")
+    losses = {json.loads(path.read_text())["step"]: json.loads(path.read_text())["eval_loss"] for path in complete}
+    assert set(losses) >= {STEPS - 10, STEPS}
+    assert len(losses) <= 3
+    assert alone.whole_outcome.termination["evalLossAfter"] == pytest.approx(min(losses.values()), rel=1e-4)
+
+
+def test_the_progress_report_tells_step_percentage_time_and_loss(alone: Stopped) -> None:
+    report = alone.report
+    assert report["state"] == "Training"
+    assert report["totalSteps"] == STEPS
+    assert report["progressPercentage"] == 100 * report["step"] // STEPS
+    assert 0 < report["estimatedRemainingSeconds"] < 120
+    values = {metric["name"]: float(metric["value"]) for metric in report["metrics"]}
+    assert {"loss", "eval_loss", "learning_rate", "tokens_per_second"} <= set(values)
+    assert 0 < values["loss"] < 20
+    assert values["tokens_per_second"] > 0
+
+
+def test_the_metrics_are_prometheus_text(alone: Stopped) -> None:
+    lines = alone.metrics.splitlines()
+    samples = {line.partition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    assert samples["taskoffer_trainer_total_steps"] == STEPS
+    assert samples['taskoffer_trainer_state{state="Training"}'] == 1
+    assert STOP_AT / STEPS <= samples["taskoffer_trainer_progress_ratio"] < 1
+    assert samples["taskoffer_trainer_loss"] > 0
+    types = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+    assert len(types) == len(set(types))
+
+
+def test_checkpoints_of_another_run_are_refused_with_what_differs(alone: Stopped, training: MakeTraining) -> None:
+    other = alone.resumed(training, "other")
+    other.config["lora"] = {**other.config["lora"], "r": 4}
+    outcome = other.run()
+    assert (outcome.code, outcome.termination["reason"]) == (64, "CheckpointsOfAnotherRun")
+    assert "lora.r (8 then, 4 now)" in outcome.termination["message"]
+
+
+def test_two_processes_stop_together_and_resume_to_equal_weights(training: MakeTraining) -> None:
+    pair = stop_and_compare(training, 2)
+    assert pair.outcome.code == 143, pair.outcome.log
+    resumed = pair.resumed(training, "resumed")
+    outcome = resumed.run()
+    assert outcome.code == 0, outcome.log
+    assert outcome.termination["resumedFromStep"] == pair.outcome.termination["step"]
+    assert weights(resumed) == weights(pair.whole)
+
+
+def test_a_signal_before_the_training_begins_ends_with_143(training: MakeTraining) -> None:
+    run = training().start()
+    run.wait_for(run.children)
+    assert run.progress()["state"] == "Starting"
+    assert run.get("/healthz") == "ok\n"
+    run.signal(signal.SIGTERM)
+    outcome = run.finish()
+    assert (outcome.code, outcome.termination["reason"]) == (143, "Stopped")

@@ -1,0 +1,148 @@
+"""A training through the real entry point: it learns, verifies what it made, and leaves a complete adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import MakeTraining, Outcome, Training
+
+pytestmark = pytest.mark.trainer
+
+
+@pytest.fixture(scope="module")
+def one_process(shared_training: MakeTraining) -> tuple[Training, Outcome]:
+    training = shared_training("one")
+    return training, training.run()
+
+
+def manifest_of(training: Training) -> dict[str, Any]:
+    value = json.loads((training.adapter / "manifest.json").read_text())
+    assert isinstance(value, dict)
+    return value
+
+
+def test_learning_lowers_the_held_out_loss(one_process: tuple[Training, Outcome]) -> None:
+    _, outcome = one_process
+    assert outcome.code == 0, outcome.log
+    assert outcome.termination["reason"] == "Completed"
+    assert outcome.termination["step"] == outcome.termination["totalSteps"] == 24
+    assert outcome.termination["evalLossAfter"] < outcome.termination["evalLossBefore"] - 0.3
+
+
+def test_the_manifest_names_every_file_with_its_hash(one_process: tuple[Training, Outcome]) -> None:
+    training, outcome = one_process
+    manifest = manifest_of(training)
+    files = {path.name for path in training.adapter.iterdir()} - {"manifest.json"}
+    assert files == set(manifest["files"]) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    for name, entry in manifest["files"].items():
+        data = (training.adapter / name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
+    assert outcome.termination["adapterSha256"] == manifest["files"]["adapter_model.safetensors"]["sha256"]
+    assert outcome.termination["adapterDir"] == str(training.adapter)
+
+
+def test_the_adapter_names_the_public_base_model_and_not_a_path(one_process: tuple[Training, Outcome]) -> None:
+    training, _ = one_process
+    settings = json.loads((training.adapter / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "acme/tiny-llama"
+    assert str(training.folder.parent.parent) not in json.dumps(settings)
+    assert 'base_model: "acme/tiny-llama"' in (training.adapter / "README.md").read_text()
+
+
+def test_answers_before_and_after_are_recorded_and_differ(one_process: tuple[Training, Outcome]) -> None:
+    training, _ = one_process
+    (sample,) = manifest_of(training)["sampleAnswers"]
+    assert sample["prompt"] == "Quote the Python reference on Modules."
+    assert sample["after"]
+    assert sample["before"] != sample["after"]
+
+
+def test_only_the_output_and_checkpoint_folders_are_written(one_process: tuple[Training, Outcome]) -> None:
+    training, _ = one_process
+    assert sorted(path.name for path in training.output.iterdir()) == ["adapter"]
+    assert list((training.folder / "tmp").iterdir()) == []
+    known = {"run.json", "FINISHED.json"}
+    assert {path.name for path in training.checkpoints.iterdir()} - known == {"checkpoint-16", "checkpoint-24"}
+
+
+def test_a_finished_run_is_reported_at_once(one_process: tuple[Training, Outcome]) -> None:
+    training, first = one_process
+    again = Training(training.folder, training.config).run()
+    assert (again.code, again.termination) == (0, first.termination)
+    assert again.seconds < first.seconds / 2
+    assert "nothing to do" in again.log
+
+
+def test_an_adapter_that_does_not_do_what_it_did_in_training_fails_verification(
+    one_process: tuple[Training, Outcome], shared_training: MakeTraining
+) -> None:
+    """The checkpoint says another loss than its weights give, as when the export had lost a part of them."""
+    source, _ = one_process
+    training = shared_training("unverified")
+    for path in sorted(source.checkpoints.rglob("*")):
+        target = training.checkpoints / path.relative_to(source.checkpoints)
+        if path.is_file() and path.name != "FINISHED.json":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    for marker in training.checkpoints.glob("checkpoint-*/COMPLETE"):
+        record = json.loads(marker.read_text())
+        marker.write_text(json.dumps({**record, "eval_loss": record["eval_loss"] - 1}))
+    outcome = training.run()
+    assert (outcome.code, outcome.termination["reason"]) == (74, "VerifyFailed")
+    assert "after loading" in outcome.termination["message"]
+    assert list(training.output.iterdir()) == []
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_more_processes_learn_the_same_from_the_same_global_batch(
+    processes: int, one_process: tuple[Training, Outcome], training: MakeTraining
+) -> None:
+    """Rows of a step and their order do not depend on how many processes share them."""
+    _, alone = one_process
+    together = training(gpus=processes, train={"perDeviceTrainBatchSize": 4 // processes}).run()
+    assert together.code == 0, together.log
+    assert together.termination["evalLossBefore"] == pytest.approx(alone.termination["evalLossBefore"], rel=1e-5)
+    assert together.termination["evalLossAfter"] == pytest.approx(alone.termination["evalLossAfter"], rel=2e-3)
+    assert f"{processes} process(es)" in together.log
+
+
+def test_text_without_an_output_column_is_trained_as_plain_text_and_ranks_are_clamped(
+    training: MakeTraining, fixtures_dir: Path
+) -> None:
+    """Phi-3 names its layers differently (qkv_proj, gate_up_proj); each gets the rank that it can use."""
+    run = training(
+        model={"name": "acme/tiny-phi3", "path": str(fixtures_dir / "phi3")},
+        data={"instruct": {"fieldInstruction": "output", "fieldInput": None, "fieldOutput": None}},
+        lora={"r": 512, "loraAlpha": 1024},
+    )
+    outcome = run.run()
+    assert outcome.code == 0, outcome.log
+    assert outcome.termination["evalLossAfter"] < outcome.termination["evalLossBefore"] - 0.3
+    clamps = {clamp["field"]: clamp for clamp in outcome.termination["clamps"] if clamp["reason"] == "RankClamped"}
+    # Hidden size 64, feed-forward 128, 4 heads of 16 with 2 key-value heads: in and out of each layer, half harmonic.
+    effective = {"qkv_proj": 21, "o_proj": 16, "gate_up_proj": 25, "down_proj": 21}
+    assert {name: clamp["effective"] for name, clamp in clamps.items()} == {
+        f"lora.r[{name}]": str(rank) for name, rank in effective.items()
+    }
+    settings = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert settings["rank_pattern"] == effective
+    for name, rank in effective.items():
+        assert settings["alpha_pattern"][name] / rank == pytest.approx(1024 / 512)
+
+
+def test_the_deadline_ends_the_training_in_time_with_the_best_so_far(training: MakeTraining) -> None:
+    from datetime import UTC, datetime, timedelta
+
+    deadline = datetime.now(UTC) + timedelta(seconds=30)
+    run = training(deadline=deadline.isoformat(), train={"maxSteps": 100000})
+    outcome = run.run()
+    assert (outcome.code, outcome.termination["reason"]) == (0, "DeadlineReached"), outcome.log
+    assert datetime.now(UTC) < deadline
+    assert 0 < outcome.termination["step"] < outcome.termination["totalSteps"] == 100000
+    assert outcome.termination["evalLossAfter"] < outcome.termination["evalLossBefore"]
+    assert (run.adapter / "adapter_model.safetensors").is_file()
