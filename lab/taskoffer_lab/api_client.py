@@ -104,9 +104,7 @@ class ApiClient:
         parts = urllib.parse.urlsplit(config.server)
         self._host, self._port, self._prefix = parts.hostname or "", parts.port or 443, parts.path.rstrip("/")
 
-    def raw(
-        self, method: str, path: str, body: Any = None, kind: str = "application/json"
-    ) -> tuple[int, bytes]:
+    def raw(self, method: str, path: str, body: Any = None, kind: str = "application/json") -> tuple[int, bytes]:
         """Send one request; returns status and body.
 
         Raises:
@@ -116,9 +114,7 @@ class ApiClient:
         payload = None
         if body is not None:
             payload, headers["Content-Type"] = json.dumps(body).encode(), kind
-        connection = http.client.HTTPSConnection(
-            self._host, self._port, timeout=self._timeout, context=self._context
-        )
+        connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout, context=self._context)
         try:
             connection.request(method, self._prefix + path, payload, headers)
             response = connection.getresponse()

@@ -78,9 +78,7 @@ class Cluster:
         path = os.pathsep.join([str(self.bin_dir), os.environ.get("PATH", "")])
         return {**os.environ, "KUBECONFIG": str(self.kubeconfig), "PATH": path}
 
-    def kubectl(
-        self, *arguments: str, stdin: str | None = None, check: bool = True, timeout: float = 60.0
-    ) -> str:
+    def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True, timeout: float = 60.0) -> str:
         """Run kubectl as administrator and return what it prints.
 
         Args:

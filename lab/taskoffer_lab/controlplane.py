@@ -103,9 +103,7 @@ class ControlPlane:
         table.start(self.controller_manager())
         table.start(self.scheduler())
         # A pod is refused before its namespace has the default ServiceAccount.
-        wait_until(
-            lambda: client.exists(_DEFAULT_ACCOUNT), "the default ServiceAccount", READY_SECONDS, check=check
-        )
+        wait_until(lambda: client.exists(_DEFAULT_ACCOUNT), "the default ServiceAccount", READY_SECONDS, check=check)
 
     def etcd(self) -> Command:
         """How to start etcd; without fsync, for a lab's data is thrown away."""

@@ -98,9 +98,7 @@ def _probe(program: Path) -> Go | None:
     if not program.exists():
         return None
     environment = {**os.environ, "GOTOOLCHAIN": "local"}
-    result = subprocess.run(
-        [program, "env", "GOVERSION"], capture_output=True, text=True, check=False, env=environment
-    )
+    result = subprocess.run([program, "env", "GOVERSION"], capture_output=True, text=True, check=False, env=environment)
     match = re.fullmatch(r"go(\d+(?:\.\d+)*)\S*", result.stdout.strip())
     return Go(program, match.group(1)) if match else None
 

@@ -91,9 +91,7 @@ class GpuInventory:
 
     def write(self, path: Path) -> None:
         """Write the device plugin's state file, atomically; a running plugin follows within 0.1 s."""
-        devices = [
-            {"uuid": uuid_, "healthy": index not in self.unhealthy} for index, uuid_ in enumerate(self.uuids)
-        ]
+        devices = [{"uuid": uuid_, "healthy": index not in self.unhealthy} for index, uuid_ in enumerate(self.uuids)]
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"replicas": self.replicas, "devices": devices}, indent=1))
         temporary.replace(path)
@@ -115,8 +113,6 @@ def gpu_uuids(cluster: str, node: str, count: int) -> tuple[str, ...]:
     return tuple(f"GPU-{uuid.uuid5(_NAMESPACE, f'{cluster}/{node}/{index}')}" for index in range(count))
 
 
-def inventory(
-    cluster: str, node: str, count: int, unhealthy: Collection[int] = (), replicas: int = 1
-) -> GpuInventory:
+def inventory(cluster: str, node: str, count: int, unhealthy: Collection[int] = (), replicas: int = 1) -> GpuInventory:
     """Return the inventory of a node with `count` GPUs."""
     return GpuInventory(gpu_uuids(cluster, node, count), frozenset(unhealthy), replicas)

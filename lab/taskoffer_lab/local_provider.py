@@ -69,9 +69,7 @@ class LocalProcess(ProcessHandle):
 class LocalCluster(Cluster):
     """A cluster of the local provider."""
 
-    def __init__(
-        self, record: ClusterRecord, kubectl: Path, supervisor: "subprocess.Popen[bytes] | None"
-    ) -> None:
+    def __init__(self, record: ClusterRecord, kubectl: Path, supervisor: "subprocess.Popen[bytes] | None") -> None:
         layout = record.layout
         super().__init__(record.name, layout.admin_kubeconfig, kubectl, record.spec.node_names)
         self.record = record
@@ -203,9 +201,7 @@ class LocalProvider:
                 failure = LabError(event["message"], event["remedy"])
             elif event["event"] == "down" and failure is not None:
                 failure.remedy = " · ".join(filter(None, [failure.remedy, f"logs: {event['logs']}"]))
-        raise failure or LabError(
-            f"the supervisor of {record.name} ended without a word", f"see {record.layout.logs}"
-        )
+        raise failure or LabError(f"the supervisor of {record.name} ended without a word", f"see {record.layout.logs}")
 
 
 def attach(name: str) -> LocalCluster:

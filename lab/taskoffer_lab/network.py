@@ -181,7 +181,4 @@ def _run(program: str, arguments: Sequence[str], accept: str = "", stdin: str | 
 
 def _succeeds(program: str, arguments: Sequence[str]) -> bool:
     path = find_program(program)
-    return (
-        path is not None
-        and subprocess.run([path, *arguments], capture_output=True, check=False).returncode == 0
-    )
+    return path is not None and subprocess.run([path, *arguments], capture_output=True, check=False).returncode == 0

@@ -70,9 +70,7 @@ class Node:
             old.replicas if replicas is None else replicas,
         )
         new.write(self._gpu_file)
-        self._api.request(
-            "PATCH", f"/api/v1/nodes/{self.name}", {"metadata": {"labels": new.labels}}, MERGE_PATCH
-        )
+        self._api.request("PATCH", f"/api/v1/nodes/{self.name}", {"metadata": {"labels": new.labels}}, MERGE_PATCH)
         if wait:
             what = f"{self.name} showing {new.allocatable} of {new.capacity} GPUs"
             wait_until(lambda: gpus_shown(self.get()["status"], new), what, SHOWN_SECONDS)

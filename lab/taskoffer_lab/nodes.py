@@ -24,6 +24,7 @@ from taskoffer_lab.node_store import Slot, claim_slot
 from taskoffer_lab.paths import package_root
 from taskoffer_lab.process_table import Command, ProcessTable, wait_until
 from taskoffer_lab.registry_hosts import write_hosts
+from taskoffer_lab.registry_name import REGISTRY
 from taskoffer_lab.state import claims_lock
 
 READY_SECONDS = 90.0
@@ -184,7 +185,7 @@ class NodeSet:
         config, tools, layout = node.config, self._plane.tools, self._plane.record.layout
         bind = {target: str(config.folder / source) for target, source in BOUND.items()}
         bind |= {f"/proc/sys/{name}": str(config.folder / "kernel" / name) for name in KERNEL_SETTINGS}
-        clean = [[str(tools["node-store-clean"]), str(config.store)]] if clean_store else []
+        clean = [[str(tools["node-store-clean"]), str(config.store), REGISTRY]] if clean_store else []
         return {
             "name": config.name,
             "folder": str(config.folder),

@@ -50,9 +50,7 @@ class ClusterSpec:
 
     def __post_init__(self) -> None:
         if _NAME.fullmatch(self.name) is None:
-            raise LabError(
-                f"cluster name {self.name!r} is not allowed", "at most 20 characters: a-z, 0-9 and - inside"
-            )
+            raise LabError(f"cluster name {self.name!r} is not allowed", "at most 20 characters: a-z, 0-9 and - inside")
         if not 0 <= self.nodes <= MOST_NODES:
             raise LabError(f"{self.nodes} nodes: 0 to {MOST_NODES} are possible")
         if self.gpus_per_node < 0:

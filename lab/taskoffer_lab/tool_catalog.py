@@ -28,8 +28,7 @@ class GoModule:
 KUBERNETES = GoModule(
     "kubernetes",
     ldflags=(
-        f"-s -w -X {_COMPONENT}.gitVersion={KUBERNETES_VERSION}"
-        f" -X {_COMPONENT}.gitMajor=1 -X {_COMPONENT}.gitMinor=36"
+        f"-s -w -X {_COMPONENT}.gitVersion={KUBERNETES_VERSION} -X {_COMPONENT}.gitMajor=1 -X {_COMPONENT}.gitMinor=36"
     ),
 )
 CONTAINERD = GoModule(

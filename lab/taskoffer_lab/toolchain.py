@@ -146,9 +146,7 @@ def _build_all(names: Sequence[str], go: Go) -> dict[str, Path]:
         todo = [CATALOG[name] for name in names if name not in built]
         if todo:
             cold = sum(tool.cold_seconds for tool in todo)
-            say(
-                f"building {len(todo)} tools with Go {go.version}, kept afterwards: up to {cold} s on 2 cores"
-            )
+            say(f"building {len(todo)} tools with Go {go.version}, kept afterwards: up to {cold} s on 2 cores")
         for tool in todo:
             built[tool.name] = _build(tool, go, root)
         prune_tools()
