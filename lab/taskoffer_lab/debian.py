@@ -37,6 +37,13 @@ SYSTEM_TOOLS = (
 )
 """What real nodes need beside the Go tools. The control plane alone needs none of it."""
 
+IMAGE_TOOLS = (
+    SystemTool("buildah", "buildah", "builds the images"),
+    SystemTool("debootstrap", "debootstrap", "makes the base image"),
+    SystemTool("docker-registry", "docker-registry", "serves images to the nodes"),
+)
+"""What building and serving the images needs; no container engine is involved."""
+
 
 def cni_folder() -> Path | None:
     """Return the folder with the CNI plugins `bridge`, `host-local` and `loopback`, if there is one."""
@@ -57,9 +64,10 @@ def find_program(name: str) -> Path | None:
 
 
 def missing_tools(programs: Iterable[str]) -> list[SystemTool]:
-    """Return those of `programs` (names in `SYSTEM_TOOLS`) that this machine lacks."""
+    """Return those of `programs` (names in `SYSTEM_TOOLS` or `IMAGE_TOOLS`) that this machine lacks."""
     wanted = set(programs)
-    return [tool for tool in SYSTEM_TOOLS if tool.program in wanted and find_program(tool.program) is None]
+    known = [tool for tool in (*SYSTEM_TOOLS, *IMAGE_TOOLS) if tool.program in wanted]
+    return [tool for tool in known if find_program(tool.program) is None]
 
 
 def ensure_programs(programs: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taskoffer_lab.cgroups import hierarchies, is_unified
-from taskoffer_lab.debian import SYSTEM_TOOLS, SystemTool, find_program
+from taskoffer_lab.debian import IMAGE_TOOLS, SYSTEM_TOOLS, find_program
 from taskoffer_lab.go_toolchain import find_go, required_version
 from taskoffer_lab.node_requirements import HOST_REQUIREMENTS
 from taskoffer_lab.paths import cache_root
@@ -23,11 +23,6 @@ BUILD_BYTES = 30_000_000_000
 BUILD_MEMORY_BYTES = 6_000_000_000
 """Memory for compiling kube-apiserver on 2 cores."""
 
-_IMAGE_TOOLS = (
-    SystemTool("buildah", "buildah", "builds the images"),
-    SystemTool("debootstrap", "debootstrap", "makes the base image"),
-    SystemTool("docker-registry", "docker-registry", "serves images to the nodes"),
-)
 CAPABILITIES = ("control plane", "nodes", "images", "kind", "kubeconfig")
 """What a machine may be able to do; a finding belongs to those it is needed for."""
 
@@ -115,14 +110,14 @@ def _programs() -> list[Finding]:
             )
         )
     can_install = os.geteuid() == 0 and find_program("apt-get") is not None
-    for tool in (*SYSTEM_TOOLS, *_IMAGE_TOOLS):
+    for tool in (*SYSTEM_TOOLS, *IMAGE_TOOLS):
         path = find_program(tool.program)
         findings.append(
             Finding(
                 tool.program,
                 str(path) if path else f"missing; {tool.purpose}",
                 path is not None,
-                ("images",) if tool in _IMAGE_TOOLS else ("nodes",),
+                ("images",) if tool in IMAGE_TOOLS else ("nodes",),
                 f"apt-get install {tool.package}",
                 automatic=can_install,
             )
@@ -179,7 +174,7 @@ def _docker_engine() -> str:
     program = find_program("docker")
     if program is None:
         return ""
-    command = [program, "version", "--format", "{{.Server.Version}}"]
+    command: list[str | Path] = [program, "version", "--format", "{{.Server.Version}}"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except subprocess.TimeoutExpired:

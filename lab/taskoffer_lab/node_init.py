@@ -62,7 +62,7 @@ class NodeInit:
 
     def _start_containerd(self) -> None:
         for program in self._node["before"]:
-            _run(*program)
+            self._log("store.log", _run(*program))
         self._table.start(self._command("containerd"))
         client = self._node["containerd_client"]
         wait_until(
@@ -75,6 +75,10 @@ class NodeInit:
         for name, archive in self._node["images"].items():
             if name not in present:
                 _run(*client, "-n", "k8s.io", "images", "import", archive)
+
+    def _log(self, name: str, text: str) -> None:
+        with (Path(self._node["logs"]) / name).open("a") as log:
+            log.write(text)
 
     def _check(self) -> None:
         for name, status, log in self._table.dead():
@@ -99,10 +103,11 @@ class NodeInit:
 
 
 def _run(*command: str) -> str:
+    """Run a program to its end; returns what it said on both streams."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise LabError(f"{' '.join(command)} failed ({result.returncode}): {result.stderr.strip()}")
-    return result.stdout
+    return result.stdout + result.stderr
 
 
 def main(arguments: list[str]) -> int:
