@@ -94,20 +94,21 @@ def _ready(replica: Replica) -> str | None:
 async def _watch(replica: Replica, options: Options, stop: asyncio.Event) -> None:
     """Run kopf without its peering, which is no leader election, and without its own signal handling.
 
-    kopf takes the signals over when it starts, so they are taken back in its startup handler: on SIGTERM the answers
-    on their way have to be finished while the watches still run.
+    kopf takes the signals over when it starts, so they are taken back right then: on SIGTERM the answers on their way
+    have to be finished while the watches still run.
     """
     if options.kubeconfig is not None:
         # kopf's kubeconfig login reads the variable and nothing else.
         os.environ["KUBECONFIG"] = str(options.kubeconfig)
-    with contextlib.suppress(asyncio.CancelledError):
-        await kopf.operator(
-            registry=registry_for(replica, options.kubeconfig, on_start=lambda: _on_signals(stop)),
-            standalone=True,
-            clusterwide=True,
-        )
-        raise RuntimeError("kopf ended by itself")
-    raise asyncio.CancelledError
+    before = asyncio.all_tasks()
+    tasks = await kopf.spawn_tasks(
+        registry=registry_for(replica, options.kubeconfig),
+        standalone=True,
+        clusterwide=True,
+    )
+    _on_signals(stop)
+    await kopf.run_tasks(tasks, ignored=before)
+    raise RuntimeError("kopf ended by itself")
 
 
 def main(options: Options) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class NoProgress(kopf.ProgressStorage):
         return essence
 
 
-def registry_for(replica: Replica, kubeconfig: Path | None, *, on_start: Callable[[], None]) -> kopf.OperatorRegistry:
+def registry_for(replica: Replica, kubeconfig: Path | None) -> kopf.OperatorRegistry:
     """Return kopf's registry: settings, login and one event handler per kind."""
     registry = kopf.OperatorRegistry()
 
@@ -80,7 +80,6 @@ def registry_for(replica: Replica, kubeconfig: Path | None, *, on_start: Callabl
         settings.watching.reconnect_backoff = 0.1
         settings.watching.label_selectors["batch", "v1", "jobs"] = JOB_SELECTOR
         settings.networking.request_timeout = 30
-        on_start()
 
     @kopf.on.login(registry=registry)
     async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
