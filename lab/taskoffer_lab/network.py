@@ -34,6 +34,11 @@ class ClusterNetwork:
         return f"tolab{self.octet}"
 
     @property
+    def bridge_mac(self) -> str:
+        """The bridge's link address, locally administered."""
+        return f"02:10:{self.octet:02x}:00:00:01"
+
+    @property
     def host_address(self) -> str:
         """The host's address on the bridge: the API server's, and the nodes' gateway."""
         return f"10.{self.octet}.0.1"
@@ -119,7 +124,9 @@ def run_ip(*arguments: str) -> str:
 
 def create_bridge(network: ClusterNetwork) -> None:
     """Make the cluster's bridge, the firewall's rules, and let the host forward between bridge and world."""
-    run_ip("link", "add", network.bridge, "type", "bridge")
+    # A bridge without a fixed address takes its ports' lowest one; it would change when a node vanishes, and
+    # the other nodes would not find the API server until their neighbour caches expire.
+    run_ip("link", "add", network.bridge, "address", network.bridge_mac, "type", "bridge")
     run_ip("addr", "add", f"{network.host_address}/24", "dev", network.bridge)
     run_ip("link", "set", network.bridge, "up")
     for table, chain, *rule in network.firewall_rules:
