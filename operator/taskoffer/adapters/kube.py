@@ -200,6 +200,8 @@ def _raise(status: int, retry_after: str | None, data: bytes, what: str) -> None
         answer = json.loads(data)
     except ValueError:
         answer = {}
+    if not isinstance(answer, dict):
+        answer = {}
     reason = str(answer.get("reason") or status)
     message = str(answer.get("message") or data[:500].decode(errors="replace"))
     if status == 429:

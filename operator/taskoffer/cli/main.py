@@ -110,8 +110,11 @@ def _lint(args: argparse.Namespace) -> int:
 
     try:
         manifest = yaml.safe_load(args.file.read_text(encoding="utf-8"))
-        spec = CapacityPolicySpec.model_validate((manifest or {}).get("spec") or {})
-    except (OSError, yaml.YAMLError) as error:
+        if not isinstance(manifest, dict) or manifest.get("kind") != "CapacityPolicy":
+            print(f"taskoffer: {args.file} holds no CapacityPolicy: give a manifest of this kind", file=sys.stderr)
+            return 2
+        spec = CapacityPolicySpec.model_validate(manifest.get("spec") or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         print(f"taskoffer: {args.file} cannot be read: {error}", file=sys.stderr)
         return 2
     except ValidationError as error:

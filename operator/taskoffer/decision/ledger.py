@@ -76,7 +76,8 @@ def open_ledger(claims: Iterable[Claim]) -> Ledger:
         by_source[claim.source] = by_source.get(claim.source, 0) + claim.count
         if claim.policy is not None:
             holders[claim.policy].add(claim.holder)
-            if claim.lane is not None:
+            # Labels hold shortened names, so what an admission says of the lane counts before what a pod says.
+            if claim.lane is not None and (place not in lane_of or claim.source in ("assumed", "admission")):
                 lane_of[place] = (claim.policy, claim.lane)
     booked: dict[str, int] = defaultdict(int)
     lanes: dict[tuple[str, str], int] = defaultdict(int)
@@ -90,5 +91,5 @@ def open_ledger(claims: Iterable[Claim]) -> Ledger:
 
 def best_fit(nodes: Iterable[NodeView], ledger: Ledger, count: int) -> NodeView | None:
     """Return the node that fits ``count`` GPUs and keeps the least free, so that gaps stay whole; ties by name."""
-    fitting = [(ledger.free(node), node.name, node) for node in nodes if ledger.free(node) >= count]
-    return min(fitting)[2] if fitting else None
+    fitting = [node for node in nodes if ledger.free(node) >= count]
+    return min(fitting, key=lambda node: (ledger.free(node), node.name), default=None)

@@ -41,6 +41,7 @@ class JobView:
     suspended: bool
     finished: bool
     succeeded: bool = False
+    created: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +259,9 @@ class _Pass:
         return self._plan("Pending")
 
     def _pending(self) -> JobPlan:
-        gives_up = self.current.created_at + timedelta(seconds=self.limits.start_timeout_seconds)
+        # The Job can be much younger than the decision, for example when the operator was away in between.
+        since = max(self.current.created_at, (self.job.created if self.job else None) or self.current.created_at)
+        gives_up = since + timedelta(seconds=self.limits.start_timeout_seconds)
         waiting = self.pod.waiting if self.pod and self.pod.waiting else "the pod has not started"
         if self.facts.now >= gives_up:
             message = f"the container did not start within {self.limits.start_timeout_seconds} s: {waiting}"
@@ -369,7 +372,9 @@ class _Pass:
     def _next_attempt(self) -> JobPlan:
         """The last attempt is over: place the next one, on the same GPUs where that is possible."""
         last = self.current
-        if self.job is not None and not self.job.finished:
+        move_away = last.outcome in (AttemptOutcome.NODE_LOST, AttemptOutcome.START_TIMEOUT)
+        # A Job whose pod has failed ends by itself and keeps the log; one that was given up would go on.
+        if move_away and self.job is not None and not self.job.finished:
             self.actions.append(DeleteJob(self.job.name, self.job.uid))
         if len(self.attempts) >= self.limits.max_attempts:
             return self._fail(
@@ -379,7 +384,6 @@ class _Pass:
         if self.facts.now < ready_at:
             self._wake(ready_at)
             return self._plan("Pending")
-        move_away = last.outcome in (AttemptOutcome.NODE_LOST, AttemptOutcome.START_TIMEOUT)
         stays = not move_away and all(self._is_ready(a.node_name) for a in last.assignments)
         if stays:
             if self.pod is not None and not self.pod.terminal:
@@ -414,13 +418,13 @@ class _Pass:
 
     def _append(self, assignments: tuple[Assignment, ...]) -> None:
         number = len(self.attempts) + 1
-        training = self.run_spec.clock_mode is ClockMode.TRAINING
         self.attempts.append(
             Attempt(
                 job_name=attempt_name(self.facts.job.metadata.name, number),
                 assignments=assignments,
                 created_at=self.facts.now,
-                deadline=self.attempts[0].deadline if not training or self.attempts[0].started_at else None,
+                # Stamped once: by the admission, or when a container first started.
+                deadline=self.current.deadline,
             )
         )
         node = ", ".join(a.node_name for a in assignments)
@@ -485,10 +489,12 @@ class _Pass:
             return
         if before is not None and report.last_updated_time <= before.last_updated_time:
             return
+        # The pod runs foreign data: names that occur twice or too often must not make the status unwritable.
+        metrics = {metric.name: metric for metric in report.metrics}
         self.trainer_status = TrainerStatus(
             progress_percentage=report.progress_percentage,
             estimated_remaining_seconds=report.estimated_remaining_seconds,
-            metrics=report.metrics,
+            metrics=tuple(metrics.values())[:256],
             last_updated_time=report.last_updated_time,
         )
 
@@ -535,8 +541,8 @@ def _result(report: Termination | None) -> Result | None:
         return None if value is None else f"{value:.6g}"
 
     return Result(
-        adapter_path=report.adapter_dir,
-        sha256=report.adapter_sha256,
+        adapter_path=report.adapter_dir[:2048] if report.adapter_dir else None,
+        sha256=report.adapter_sha256[:64] if report.adapter_sha256 else None,
         eval_loss_before=text(report.eval_loss_before),
         eval_loss_after=text(report.eval_loss_after),
     )

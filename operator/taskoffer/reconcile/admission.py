@@ -72,6 +72,7 @@ class Admission:
         """Decide all pending offers and start the writes. No await: nothing changes between snapshot and booking."""
         world = self._session.world
         if not world.complete or self._session.draining:
+            self._wake_at = None
             return
         now = utcnow()
         started = monotonic()
@@ -108,9 +109,10 @@ class Admission:
 
     async def _commit(self, decision: Decision, patch: Object) -> bool:
         """Write an answer. Tell whether it stands; False means that the offer is to be decided again."""
-        offer, delay = decision.offer, 0.1
+        offer, delay, maybe_written = decision.offer, 0.1, False
         while True:
-            if not self._policy_still_holds(decision.policy):
+            # After a write of unknown outcome only the server knows, so the same write goes out again.
+            if not maybe_written and not self._policy_still_holds(decision.policy):
                 return False
             try:
                 await self._session.write_status(self._session.world.offers, OFFERS, offer.key, patch)
@@ -118,6 +120,7 @@ class Admission:
                 await asyncio.sleep(error.retry_after)
             except UnknownOutcomeError as error:
                 logger.warning("answer with unknown outcome", extra={"offer": str(offer.key), "error": str(error)})
+                maybe_written = True
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 5.0)
             except (ConflictError, NotFoundError):
@@ -135,12 +138,9 @@ class Admission:
         """After a conflict: read the offer and tell whether an earlier try of this very write is what it carries."""
         world = self._session.world
         try:
-            raw = await self._session.kube.get(OFFERS, offer.key.namespace, offer.key.name)
+            raw = await self._read_again(offer)
         except NotFoundError:
             world.offers.forget(offer.uid, int(offer.resource_version))
-            return False
-        except (ApiError, ThrottledError, UnknownOutcomeError) as error:
-            logger.warning("offer not read after a conflict", extra={"offer": str(offer.key), "error": str(error)})
             return False
         if raw["metadata"]["uid"] != offer.uid:
             world.offers.forget(offer.uid, int(raw["metadata"]["resourceVersion"]) - 1)
@@ -151,7 +151,25 @@ class Admission:
         wanted = decision.answer.admission
         if wanted is not None:
             return entry.admission == wanted
-        return entry.reason == decision.answer.reason.value
+        looked_at = entry.state is OfferState.DONE or (entry.status or {}).get("observedGeneration") == offer.generation
+        return looked_at and entry.reason == decision.answer.reason.value
+
+    async def _read_again(self, offer: OfferView) -> Object:
+        """Read an offer until the server answers: a booking must not be forgotten before it is known not to stand.
+
+        Raises:
+            NotFoundError: when the offer is gone.
+        """
+        delay = 0.1
+        while True:
+            try:
+                return await self._session.kube.get(OFFERS, offer.key.namespace, offer.key.name)
+            except NotFoundError:
+                raise
+            except (ApiError, ThrottledError, UnknownOutcomeError) as error:
+                logger.warning("offer not read after a conflict", extra={"offer": str(offer.key), "error": str(error)})
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 5.0)
 
     def _policy_still_holds(self, ref: PolicyRef | None) -> bool:
         """Tell whether the policy that a decision was made under is still the one in force."""

@@ -83,8 +83,11 @@ class Policies:
         except (ConflictError, NotFoundError) as error:
             logger.info("policy status overtaken", extra={"policy": entry.view.name, "error": str(error)})
             session.policies_wanted.set()
-        except (ApiError, ThrottledError, UnknownOutcomeError) as error:
+        except ApiError as error:
+            logger.error("policy status refused", extra={"policy": entry.view.name, "error": str(error)})
+        except (ThrottledError, UnknownOutcomeError) as error:
             logger.warning("policy status not written", extra={"policy": entry.view.name, "error": str(error)})
+            session.policies_wanted.set()
         else:
             self._tell(entry, before, made)
 

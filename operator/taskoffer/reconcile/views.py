@@ -357,6 +357,7 @@ def batch_job_entry(raw: Raw) -> BatchJobEntry:
             bool(spec.get("suspend")),
             bool(true & {"Complete", "Failed"}),
             "Complete" in true,
+            moment(metadata.get("creationTimestamp")),
         ),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from taskoffer.api.v1alpha1.meta import GROUP
 
 OFFER_UID_LABEL = f"{GROUP}/offer-uid"
@@ -32,5 +34,5 @@ TRAINER_UID = 65532
 
 
 def label_value(text: str) -> str:
-    """Cut a text to what a label value may be (63 characters that end in a letter or digit)."""
-    return text[:63].strip("-._")
+    """Turn a text into what a label value may be: 63 characters, with a letter or digit at both ends."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text)[:63].strip("-._")

@@ -7,7 +7,7 @@ from typing import Any
 
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Condition
-from taskoffer.decision.conditions import set_condition
+from taskoffer.decision.conditions import is_true, set_condition
 from taskoffer.decision.cycle import Decision
 from taskoffer.decision.lifecycle import OfferEnd
 from taskoffer.decision.verdict import Verdict
@@ -31,6 +31,10 @@ def decision_patch(decision: Decision, now: datetime) -> Patch:
         now=now,
         generation=offer.generation,
     )
+    if answer.verdict is Verdict.ADMIT and is_true(conditions, "Evicted"):
+        conditions = set_condition(
+            conditions, "Evicted", False, answer.reason, answer.message, now=now, generation=offer.generation
+        )
     if answer.verdict is Verdict.REJECT:
         conditions = set_condition(
             conditions,
