@@ -38,8 +38,8 @@ class LeadershipLostError(Exception):
 class LeaseTimes:
     """Seconds: how long a lease counts, how long its holder may act on it, how often it is renewed."""
 
-    duration: float = 8.0
-    renew_deadline: float = 5.0
+    duration: float = 9.0
+    renew_deadline: float = 6.5
     retry_period: float = 1.0
 
     def __post_init__(self) -> None:
@@ -103,10 +103,11 @@ class Lease:
             logger.warning("lease not released, it runs out by itself", extra={"error": str(error)})
 
     async def _try(self) -> bool:
-        """Take or renew the lease once, within the retry period. Tell whether it is held."""
+        """Take or renew the lease once, within half the renew deadline. Tell whether it is held."""
         before = monotonic()
         try:
-            async with asyncio.timeout(max(self.times.retry_period, 1.0)):
+            # Half the deadline leaves room for a second try, and a slow answer of a busy server still counts.
+            async with asyncio.timeout(self.times.renew_deadline / 2):
                 if await self._take():
                     self._held_until = before + self.times.renew_deadline
                     return True
@@ -121,9 +122,10 @@ class Lease:
             await self._create()
             self.released_before = True
             return True
-        spec: dict[str, Any] = lease["spec"]
+        spec: dict[str, Any] = lease.setdefault("spec", {})
         holder = spec.get("holderIdentity") or ""
         if holder not in ("", self.identity) and not self._ran_out(lease):
+            self._held_until = 0.0
             return False
         now = _micro(utcnow())
         if holder != self.identity:

@@ -20,7 +20,7 @@ from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import Ledger, NodeView, best_fit, open_ledger
 from taskoffer.decision.naming import job_name
-from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Snapshot
+from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView, Snapshot
 from taskoffer.decision.verdict import Answer, Verdict
 
 
@@ -274,7 +274,15 @@ def _obstacle(
                 f"needs {gpus} x {resource} in lane {evaluation.lane}, where {used} of {size} are booked",
                 f"admitted once {used + gpus - size} more are free in lane {evaluation.lane}",
             )
-    freest = max(usable, key=lambda n: (ledger.free(n), n.name))
+    large = [n for n in usable if n.allocatable >= gpus]
+    if not large:
+        largest = max(usable, key=lambda n: (n.allocatable, n.name))
+        return (
+            Reason.WAITING_FOR_CAPACITY,
+            f"needs {gpus} x {resource} on one node; the largest Ready node, {largest.name}, has {largest.allocatable}",
+            f"admitted once a node with {gpus} x {resource} is Ready",
+        )
+    freest = max(large, key=lambda n: (ledger.free(n), n.name))
     if ledger.free(freest) < gpus:
         free = max(0, ledger.free(freest))
         return (
@@ -291,10 +299,17 @@ def _moves(snapshot: Snapshot, ledger: Ledger, by_policy: dict[str, list[NodeVie
         policy, eligible = snapshot.policies.get(request.policy), by_policy.get(request.policy)
         if policy is None or policy.spec is None or eligible is None:
             continue
-        node = best_fit(_allowed(eligible, request), ledger, request.count)
+        allowed = [n for n in eligible if n.name not in request.avoid_nodes]
+        kept = _kept_without_pods(snapshot, request.offer_uid)
+        node = best_fit([n for n in allowed if n.name not in kept], ledger, request.count)
+        if node is not None:
+            ledger.booked[node.name] = ledger.booked.get(node.name, 0) + request.count
+        else:
+            # Nowhere else is room, so the job may use the place again that is still booked for it.
+            own = [n for n in allowed if n.ready and ledger.free(n) + kept.get(n.name, 0) >= request.count]
+            node = min(own, key=lambda n: n.name, default=None)
         if node is None:
             continue
-        ledger.booked[node.name] = ledger.booked.get(node.name, 0) + request.count
         yield Move(
             request.key,
             request.offer_uid,
@@ -309,5 +324,8 @@ def _moves(snapshot: Snapshot, ledger: Ledger, by_policy: dict[str, list[NodeVie
         )
 
 
-def _allowed(nodes: Sequence[NodeView], request: MoveRequest) -> list[NodeView]:
-    return [n for n in nodes if n.name not in request.avoid_nodes]
+def _kept_without_pods(snapshot: Snapshot, holder: str) -> dict[str, int]:
+    """Return the GPUs by node that are booked for a holder although none of its Jobs or pods has them any more."""
+    own = [c for c in snapshot.claims if c.holder == holder]
+    in_use = {c.node for c in own if c.source in ("job", "pod")}
+    return {c.node: c.count for c in own if c.node not in in_use}

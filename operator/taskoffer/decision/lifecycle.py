@@ -90,7 +90,7 @@ class JobFacts:
     pods: Sequence[PodView]
     nodes: Mapping[str, NodeHealth]
     report: ProgressReport | None = None
-    moved_to: Attempt | None = None
+    moved_to: tuple[Assignment, ...] | None = None
     """The next attempt's place, once the cycle has found one for it."""
     progress_interval: timedelta = timedelta(seconds=10)
     log_tail: str | None = None
@@ -390,7 +390,7 @@ class _Pass:
                 return self._plan("Pending")
             self._append(last.assignments)
         elif self.facts.moved_to is not None:
-            self._append(self.facts.moved_to.assignments)
+            self._append(self.facts.moved_to)
         else:
             self._condition("Running", False, Reason.WAITING_FOR_CAPACITY, f"the next attempt waits for {self._need()}")
             return self._plan("Pending", move=self._move(move_away))

@@ -32,7 +32,8 @@ from taskoffer.api.contract import ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
-from taskoffer.api.v1alpha1.trainingjob import Attempt, TrainingJob
+from taskoffer.api.v1alpha1.trainingjob import TrainingJob
+from taskoffer.decision.conditions import is_true
 from taskoffer.decision.cycle import Move
 from taskoffer.decision.lifecycle import (
     Action,
@@ -51,6 +52,7 @@ from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry
 from taskoffer.render.job import attempt_job, config_map
 from taskoffer.render.names import CONTAINER
 from taskoffer.render.offers import end_patch
+from taskoffer.render.patch import merge_patch
 from taskoffer.render.trainingjob import training_job
 
 logger = logging.getLogger(__name__)
@@ -67,10 +69,9 @@ class NameTakenError(Exception):
 class Jobs:
     """The TrainingJob loop of a leading replica."""
 
-    def __init__(self, session: Session, *, workers: int = 16) -> None:
+    def __init__(self, session: Session, *, workers: int = 6) -> None:
         self._session = session
         self._workers = workers
-        self._moved: dict[OfferKey, Attempt] = {}
         self._timers: dict[OfferKey, asyncio.TimerHandle] = {}
         self.busy: set[OfferKey] = set()
         self.reports: dict[OfferKey, ProgressReport] = {}
@@ -94,7 +95,7 @@ class Jobs:
     def take_move(self, move: Move) -> None:
         """Take in the place that the cycle found for a job's next attempt."""
         self._session.world.moves.pop(move.key, None)
-        self._moved[move.key] = Attempt(job_name="moved", assignments=move.assignments, created_at=utcnow())
+        self._session.world.moved[move.key] = move
         self._session.want_job(move.key)
 
     async def exists(self, key: OfferKey, offer_uid: str) -> bool:
@@ -138,6 +139,10 @@ class Jobs:
                 self._later(key, 2.0)
             except NameTakenError as error:
                 logger.error("name is taken", extra={"job": str(key), "error": str(error)})
+                self._later(key, 60.0)
+            except ValueError:
+                # Something stored, or something that a pod said, cannot be handled. The other jobs go on.
+                logger.exception("job cannot be handled", extra={"job": str(key)})
                 self._later(key, 60.0)
             finally:
                 self.busy.discard(key)
@@ -190,12 +195,13 @@ class Jobs:
         return JobFacts(
             now=utcnow(),
             job=job,
-            offer=OfferFacts(offer.active, offer.admission, offer.finished) if offer and not offer.deleting else None,
+            # An offer that a finalizer keeps from being deleted counts as cancelled: its pods are to stop at once.
+            offer=OfferFacts(offer.active and not offer.deleting, offer.admission, offer.finished) if offer else None,
             jobs={j.view.name: j.view for j in world.batch_of.get(key, {}).values()},
             pods=[p.view for p in world.pods_of.get(key, {}).values()],
             nodes={n.name: n.health for n in world.nodes},
             report=self.reports.get(key),
-            moved_to=self._moved.get(key),
+            moved_to=moved.assignments if (moved := world.moved.get(key)) else None,
             progress_interval=timedelta(seconds=self._session.settings.progress_interval),
         )
 
@@ -219,18 +225,12 @@ class Jobs:
         ref = offer.admission.policy_ref
         policy = next((p.view for p in session.world.policies if p.view.ref == ref), None)
         if policy is None or policy.spec is None:
-            if self.revoke is not None:
-                await self.revoke(
-                    offer,
-                    Reason.POLICY_CHANGED,
-                    f"policy {ref.name} is no longer at generation {ref.generation}",
-                )
+            message = f"policy {ref.name} is no longer at generation {ref.generation}"
+            if self.revoke is not None and not await self.revoke(offer, Reason.POLICY_CHANGED, message):
+                self._later(key, 2.0)
             return
-        raw = await session.kube.get(OFFERS, offer.key.namespace, offer.key.name)
-        if raw["metadata"]["uid"] != offer.uid:
-            session.world.offers.forget(offer.uid, int(raw["metadata"]["resourceVersion"]) - 1)
-            return
-        spec = TaskOfferSpec.model_validate(raw["spec"])
+        # The spec of an admitted offer cannot change, so what is kept of it is what was admitted.
+        spec = TaskOfferSpec.model_validate(offer.spec)
         manifest = training_job(offer.key, offer.uid, spec, offer.admission, policy.spec)
         try:
             await session.create(session.world.jobs, JOBS_OF_TRAINING, key.namespace, manifest)
@@ -248,21 +248,21 @@ class Jobs:
         for action in made.actions:
             await self._do(entry, facts, action)
         if made.status is not None:
-            status = made.status.to_wire()
-            before = facts.job.status.to_wire()
             patch: Object = {
                 "metadata": {"resourceVersion": entry.version, "uid": entry.uid},
-                "status": {**{name: None for name in before if name not in status}, **status},
+                "status": merge_patch(facts.job.status.to_wire(), made.status.to_wire()),
             }
             await session.write_status(session.world.jobs, JOBS_OF_TRAINING, key, patch)
-            if len(made.status.attempts) > len(facts.job.status.attempts):
-                self._moved.pop(key, None)
+            grown = len(made.status.attempts) > len(facts.job.status.attempts)
+            if grown or is_true(made.status.conditions, "Complete") or is_true(made.status.conditions, "Failed"):
+                session.world.moves.pop(key, None)
+                session.world.moved.pop(key, None)
             session.cycle_wanted.set()
             session.want_job(key)
         for notice in made.notices:
             subject = Subject(API_VERSION, "TrainingJob", key.namespace, key.name, entry.uid)
             session.events.emit(subject, notice.reason, notice.message, warning=notice.warning)
-        if made.move is not None:
+        if made.move is not None and key not in session.world.moved:
             session.world.moves[key] = made.move
             session.cycle_wanted.set()
         if made.offer_end is not None:
@@ -276,14 +276,24 @@ class Jobs:
         if isinstance(action, EnsureAttempt):
             await self._ensure_attempt(entry, facts.job, action)
         elif isinstance(action, SuspendJob):
-            made = await session.kube.patch(BATCH_JOBS, namespace, action.name, {"spec": {"suspend": True}})
-            session.world.batch_jobs.observe("MODIFIED", made)
+            try:
+                made = await session.kube.patch(BATCH_JOBS, namespace, action.name, {"spec": {"suspend": True}})
+            except NotFoundError:
+                self._forget_batch_job(entry.key, action.name)
+            else:
+                session.world.batch_jobs.observe("MODIFIED", made)
         elif isinstance(action, DeleteJob):
             try:
                 await session.kube.delete(BATCH_JOBS, namespace, action.name, uid=action.uid)
             except NotFoundError:
-                job = session.world.batch_jobs.get(action.uid)
-                logger.info("Job is gone already", extra={"job": action.name, "known": job is not None})
+                self._forget_batch_job(entry.key, action.name)
+
+    def _forget_batch_job(self, key: OfferKey, name: str) -> None:
+        """Take in that a Job is gone whose deletion the watch has not told."""
+        world = self._session.world
+        for uid in [job.uid for job in world.batch_of.get(key, {}).values() if job.view.name == name]:
+            world.batch_jobs.forget(uid, 0)
+        self._session.want_job(key)
 
     async def _ensure_attempt(self, entry: TrainingJobEntry, job: TrainingJob, action: EnsureAttempt) -> None:
         """Create ConfigMap and Job of an attempt. An object of the name is accepted only from the same owner."""

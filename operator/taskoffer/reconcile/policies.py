@@ -25,6 +25,7 @@ from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import PolicyEntry, read
 from taskoffer.reconcile.world import node_views
+from taskoffer.render.patch import merge_patch
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +74,9 @@ class Policies:
             GPUS.labels(entry.view.name, "used").set(made.capacity.used)
         if made == before:
             return
-        wire = made.to_wire()
         patch = {
             "metadata": {"resourceVersion": entry.version, "uid": entry.view.uid},
-            "status": {**{name: None for name in entry.status if name not in wire}, **wire},
+            "status": merge_patch(entry.status, made.to_wire()),
         }
         try:
             await session.write_status(session.world.policies, POLICIES, OfferKey("", entry.view.name), patch)

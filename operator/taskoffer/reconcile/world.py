@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
+from taskoffer.decision.cycle import Move
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.ledger import Claim, NodeView, Source
 from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Sibling, Snapshot
@@ -57,6 +58,9 @@ class World:
     held_back: set[str] = field(default_factory=set)
     """Offers whose status the server refuses to write; they are tried again at the next resync."""
     moves: dict[OfferKey, MoveRequest] = field(default_factory=dict)
+    """Jobs whose next attempt needs a place."""
+    moved: dict[OfferKey, Move] = field(default_factory=dict)
+    """Places that a cycle has found and that are not yet written as an attempt: booked like an assumed admission."""
     by_state: dict[OfferState, dict[str, OfferEntry]] = field(default_factory=lambda: {s: {} for s in OfferState})
     siblings: dict[tuple[str, str], dict[str, Sibling]] = field(default_factory=lambda: defaultdict(dict))
     jobs_by_key: dict[OfferKey, TrainingJobEntry] = field(default_factory=dict)
@@ -103,6 +107,7 @@ class World:
         if before is not None and after is None:
             self.jobs_by_key.pop(before.key, None)
             self.moves.pop(before.key, None)
+            self.moved.pop(before.key, None)
         if after is not None:
             self.jobs_by_key[after.key] = after
 
@@ -146,6 +151,9 @@ class World:
         for assumed in self.assumed.values():
             for assignment in assumed.admission.assignments:
                 yield _claim(assumed.uid, assignment, "assumed", assumed.admission.policy_ref.name)
+        for move in self.moved.values():
+            for assignment in move.assignments:
+                yield Claim(move.offer_uid, assignment.node_name, assignment.count, "assumed")
         for job in self.batch_jobs:
             count = job.requests.get(resource, 0)
             if count and job.node is not None and not job.view.finished and not job.view.suspended:
