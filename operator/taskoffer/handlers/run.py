@@ -41,7 +41,9 @@ async def run(options: Options) -> int:
     stop = asyncio.Event()
     kube = await Kube.connect(options.kubeconfig, timeout=options.settings.write_timeout)
     identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
-    lease = Lease(kube, options.settings.lease_namespace, options.settings.lease_name, identity, options.lease)
+    # The lease has connections of its own: its calls never queue behind the answers of a burst.
+    lease_kube = await Kube.connect(options.kubeconfig, timeout=options.lease.renew_deadline)
+    lease = Lease(lease_kube, options.settings.lease_namespace, options.settings.lease_name, identity, options.lease)
     session = Session(kube=kube, lease=lease, events=EventWriter(kube), settings=options.settings)
     replica = Replica(session)
     server = StatusServer(options.listen, options.port, healthy=lambda: None, ready=lambda: _ready(replica))
@@ -68,6 +70,7 @@ async def run(options: Options) -> int:
     finally:
         await server.stop()
         await kube.close()
+        await lease_kube.close()
     return 1 if failed else 0
 
 
