@@ -127,9 +127,7 @@ def test_a_model_folder_names_its_architecture_and_is_readable_by_all(models, fa
     files = {entry.name: entry for entry in folder.iterdir()}
 
     assert json.loads(files["config.json"].read_text())["architectures"] == [ARCHITECTURES[family]]
-    assert {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(
-        files
-    )
+    assert {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(files)
     assert folder.stat().st_mode & 0o555 == 0o555
     assert all(entry.stat().st_mode & 0o444 == 0o444 for entry in files.values())
 
@@ -159,9 +157,7 @@ def test_another_seed_replaces_the_model_by_another_one(models, tmp_path):
     ).read_bytes()
     run_in_new_python("--models", str(tmp_path), "--seed", "0")
     assert json.loads((folder / RECIPE_FILE).read_text())["seed"] == 0
-    assert [entry.name for entry in tmp_path.iterdir()] == [model_folder("llama")], (
-        "no part may be left behind"
-    )
+    assert [entry.name for entry in tmp_path.iterdir()] == [model_folder("llama")], "no part may be left behind"
 
 
 _LOADS = """
