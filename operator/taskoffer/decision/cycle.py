@@ -6,17 +6,17 @@ An offer that does not fit now does not hold up the ones behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
+from operator import itemgetter
 
 from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, FullMode
 from taskoffer.api.v1alpha1.meta import Assignment, PolicyRef
 from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, ExplanationItem, TaskOfferSpec
-from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import Ledger, NodeView, best_fit, open_ledger
 from taskoffer.decision.naming import job_name
@@ -55,90 +55,128 @@ class Plan:
 
 def plan(snapshot: Snapshot) -> Plan:
     """Decide every pending offer of the snapshot. Only answers whose verdict or reason changed are in the plan."""
-    ledger = open_ledger(snapshot.claims)
-    by_policy = {
-        name: [n for n in snapshot.nodes if policy.selects(n) and n.allocatable > 0]
-        for name, policy in snapshot.policies.items()
-        if policy.spec is not None
-    }
-    moves = tuple(_moves(snapshot, ledger, by_policy))
+    room = _Room(snapshot)
+    moves = tuple(_moves(snapshot, room))
     decisions: list[Decision] = []
     wake_at: datetime | None = None
     waiting = 0
-    for offer, policy, answer_or_evaluation in _in_order(snapshot):
-        if isinstance(answer_or_evaluation, Answer):
-            answer = answer_or_evaluation
+    for offer, policy, early, evaluation in _in_order(snapshot):
+        if evaluation is None or policy is None:
+            answer = early
         else:
-            assert policy is not None  # noqa: S101
-            answer = _place(offer, policy, answer_or_evaluation, ledger, by_policy[policy.name], snapshot.now)
-        if answer.verdict is Verdict.WAIT:
+            obstacle = room.obstacle(policy, evaluation)
+            if obstacle is not None and _says(offer, obstacle.reason) and not room.rejects(policy, obstacle):
+                answer = None
+            else:
+                answer = _place(offer, policy, evaluation, obstacle, room, snapshot.now)
+        if answer is None or answer.verdict is Verdict.WAIT:
             waiting += 1
-            ends = _ends(offer.spec) if offer.spec else None
-            wake_at = min((t for t in (wake_at, ends) if t is not None), default=None)
-        if _changed(offer, answer):
+            if offer.ends is not None and (wake_at is None or offer.ends < wake_at):
+                wake_at = offer.ends
+        if answer is not None and not (answer.verdict is Verdict.WAIT and _says(offer, answer.reason)):
             decisions.append(Decision(offer, answer, policy.ref if policy else None))
     return Plan(tuple(decisions), moves, wake_at, waiting)
 
 
-def _ends(spec: TaskOfferSpec) -> datetime | None:
-    """Return the moment after which a waiting offer is refused as expired."""
-    return min((t for t in (spec.expires_at, spec.deadline) if t is not None), default=None)
+@dataclass(frozen=True, slots=True)
+class _Obstacle:
+    """What stands in the way of every offer of one kind at the moment."""
+
+    reason: Reason
+    message: str
+    counterfactual: str
 
 
-def _changed(offer: OfferView, answer: Answer) -> bool:
-    """Tell whether the offer's status does not yet give this verdict and reason for this generation."""
-    admitted = condition_of(offer.conditions, "Admitted")
-    return (
-        admitted is None
-        or admitted.reason != answer.reason.value
-        or answer.verdict is not Verdict.WAIT
-        or offer.observed_generation != offer.generation
-    )
+class _Room:
+    """What is free while a cycle decides.
+
+    Offers of the same policy, GPU count and lane are alike: capacity only shrinks during a cycle, so what stops one
+    of them stops all that come after it. Only the first one of each kind pays for the search.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.ledger = open_ledger(snapshot.claims)
+        self._nodes = {
+            name: [n for n in snapshot.nodes if policy.selects(n) and n.allocatable > 0]
+            for name, policy in snapshot.policies.items()
+            if policy.spec is not None
+        }
+        self._stopped: dict[tuple[str, int, str | None], _Obstacle] = {}
+
+    def nodes(self, policy: str) -> list[NodeView]:
+        """Return the nodes that a policy selects and that offer anything."""
+        return self._nodes.get(policy, [])
+
+    def obstacle(self, policy: PolicyView, evaluation: Evaluation) -> _Obstacle | None:
+        """Return what stops an offer of this kind, or None when it can be placed."""
+        kind = (policy.name, evaluation.gpus, evaluation.lane)
+        found = self._stopped.get(kind)
+        if found is None and policy.spec is not None:
+            found = _obstacle(policy.name, policy.spec, evaluation, self.ledger, self.nodes(policy.name))
+            if found is not None:
+                self._stopped[kind] = found
+        return found
+
+    @staticmethod
+    def rejects(policy: PolicyView, obstacle: _Obstacle) -> bool:
+        """Tell whether the policy refuses what it has no capacity for. An empty inventory is always a wait."""
+        full = policy.spec is not None and policy.spec.filters.on_full is FullMode.REJECT
+        return full and obstacle.reason is not Reason.INVENTORY_NOT_READY
 
 
-def _in_order(snapshot: Snapshot) -> Iterable[tuple[OfferView, PolicyView | None, Answer | Evaluation]]:
+def _says(offer: OfferView, reason: Reason) -> bool:
+    """Tell whether the offer's status gives this reason already, for this generation."""
+    return offer.reason == reason.value and offer.observed_generation == offer.generation
+
+
+def _in_order(
+    snapshot: Snapshot,
+) -> Iterable[tuple[OfferView, PolicyView | None, Answer | None, Evaluation | None]]:
     """Yield offers with answers that need no capacity first, then the others by score, age and UID."""
-    ranked: list[tuple[Decimal, datetime, str, OfferView, PolicyView, Evaluation]] = []
+    ranked: list[tuple[int, datetime, str, OfferView, PolicyView, Evaluation]] = []
+    resolved: dict[str | None, tuple[PolicyView | None, Reason | None, str]] = {}
     for offer in snapshot.offers:
-        policy, early = _without_capacity(offer, snapshot)
-        if early is not None:
-            yield offer, policy, early
-            continue
-        assert policy is not None  # noqa: S101
-        evaluation = snapshot.evaluations[offer.uid, policy.name]
-        score = evaluation.score.total if evaluation.score else Decimal(0)
-        ranked.append((-score, offer.created, offer.uid, offer, policy, evaluation))
-    ranked.sort(key=lambda item: item[:3])
+        if offer.spec is not None and offer.spec.policy_name not in resolved:
+            resolved[offer.spec.policy_name] = snapshot.policy_for(offer.spec)
+        policy, early, evaluation = _without_capacity(offer, snapshot, resolved)
+        if early is not None or policy is None or evaluation is None:
+            yield offer, policy, early, None
+        else:
+            ranked.append((-evaluation.rank, offer.created, offer.uid, offer, policy, evaluation))
+    ranked.sort(key=itemgetter(0, 1, 2))
     for *_, offer, policy, evaluation in ranked:
-        yield offer, policy, evaluation
+        yield offer, policy, None, evaluation
 
 
-def _without_capacity(offer: OfferView, snapshot: Snapshot) -> tuple[PolicyView | None, Answer | None]:
-    """Return the policy of an offer, and its answer where capacity does not matter."""
+def _without_capacity(
+    offer: OfferView,
+    snapshot: Snapshot,
+    resolved: Mapping[str | None, tuple[PolicyView | None, Reason | None, str]],
+) -> tuple[PolicyView | None, Answer | None, Evaluation | None]:
+    """Return an offer's policy with its answer where capacity does not matter, else with its evaluation."""
     spec = offer.spec
     if spec is None:
-        return None, Answer(Verdict.REJECT, Reason.INVALID_OFFER, f"the stored offer is not valid: {offer.invalid}")
-    ends = _ends(spec)
+        message = f"the stored offer is not valid: {offer.invalid}"
+        return None, Answer(Verdict.REJECT, Reason.INVALID_OFFER, message), None
+    ends = offer.ends
     if ends is not None and snapshot.now >= ends:
         field = "expiresAt" if spec.expires_at == ends else "deadline"
-        return None, Answer(Verdict.REJECT, Reason.EXPIRED, f"not admitted before spec.{field} {rfc3339(ends)}")
+        message = f"not admitted before spec.{field} {rfc3339(ends)}"
+        return None, Answer(Verdict.REJECT, Reason.EXPIRED, message), None
     duplicate = _older_sibling(offer, spec, snapshot)
     if duplicate is not None:
-        return None, duplicate
-    policy, reason, message = snapshot.policy_for(spec)
+        return None, duplicate, None
+    policy, reason, message = resolved[spec.policy_name]
     if policy is None:
-        return None, Answer(Verdict.WAIT, reason or Reason.POLICY_NOT_FOUND, message)
+        return None, Answer(Verdict.WAIT, reason or Reason.POLICY_NOT_FOUND, message), None
     evaluation = snapshot.evaluations[offer.uid, policy.name]
     if evaluation.refusals:
-        return policy, _rejection(evaluation)
+        return policy, _rejection(evaluation), None
     if not spec.is_active:
-        return policy, Answer(
-            Verdict.WAIT,
-            Reason.SUSPENDED,
-            "spec.active is false: set it to true to have the offer decided",
-            evaluation.score.total if evaluation.score else None,
-        )
-    return policy, None
+        message = "spec.active is false: set it to true to have the offer decided"
+        score = evaluation.score.total if evaluation.score else None
+        return policy, Answer(Verdict.WAIT, Reason.SUSPENDED, message, score), None
+    return policy, None, evaluation
 
 
 def _older_sibling(offer: OfferView, spec: TaskOfferSpec, snapshot: Snapshot) -> Answer | None:
@@ -179,31 +217,29 @@ def _place(
     offer: OfferView,
     policy: PolicyView,
     evaluation: Evaluation,
-    ledger: Ledger,
-    eligible: Sequence[NodeView],
+    obstacle: _Obstacle | None,
+    room: _Room,
     now: datetime,
 ) -> Answer:
     """Answer an offer that passed every filter: admit it where it fits, else say what is missing."""
-    spec, terms = policy.spec, evaluation.score.terms if evaluation.score else ()
+    spec, terms, ledger = policy.spec, evaluation.score.terms if evaluation.score else (), room.ledger
     assert spec is not None  # noqa: S101
     assert offer.spec is not None  # noqa: S101
-    obstacle = _obstacle(policy.name, spec, evaluation, ledger, eligible)
     if obstacle is not None:
-        reason, message, counterfactual = obstacle
-        full = spec.filters.on_full is FullMode.REJECT and reason is not Reason.INVENTORY_NOT_READY
+        reason, full = obstacle.reason, room.rejects(policy, obstacle)
         items = [
             *terms,
-            ExplanationItem(type="Constraint", name=reason.value, message=message[:400]),
-            ExplanationItem(type="Counterfactual", name=reason.value, message=counterfactual[:400]),
+            ExplanationItem(type="Constraint", name=reason.value, message=obstacle.message[:400]),
+            ExplanationItem(type="Counterfactual", name=reason.value, message=obstacle.counterfactual[:400]),
         ]
         return Answer(
             Verdict.REJECT if full else Verdict.WAIT,
             Reason.CAPACITY_FULL if full else reason,
-            f"{message}; the policy rejects instead of queueing" if full else message,
+            f"{obstacle.message}; the policy rejects instead of queueing" if full else obstacle.message,
             evaluation.score.total if evaluation.score else None,
             tuple(items),
         )
-    node = best_fit(eligible, ledger, evaluation.gpus)
+    node = best_fit(room.nodes(policy.name), ledger, evaluation.gpus)
     assert node is not None  # noqa: S101
     ledger.book(offer.uid, node.name, evaluation.gpus, policy.name, evaluation.lane)
     resource = spec.resources[0].name
@@ -248,19 +284,19 @@ def _obstacle(
     evaluation: Evaluation,
     ledger: Ledger,
     eligible: Sequence[NodeView],
-) -> tuple[Reason, str, str] | None:
-    """Return reason, message and counterfactual of the first thing that stands in the way, or None."""
+) -> _Obstacle | None:
+    """Return the first thing that stands in the way of such an offer, or None."""
     resource, gpus = policy.resources[0].name, evaluation.gpus
     usable = [n for n in eligible if n.ready]
     if not usable:
-        return (
+        return _Obstacle(
             Reason.INVENTORY_NOT_READY,
             f"no Ready and schedulable node that the policy selects offers {resource}",
             "admitted once such a node is Ready",
         )
     slots = policy.filters.max_concurrent_jobs
     if slots is not None and ledger.running(policy_name) >= slots:
-        return (
+        return _Obstacle(
             Reason.WAITING_FOR_JOB_SLOT,
             f"{ledger.running(policy_name)} of {slots} concurrent jobs run",
             "admitted once one of them has ended",
@@ -269,7 +305,7 @@ def _obstacle(
         size = next(lane.gpus for lane in policy.lanes if lane.name == evaluation.lane)
         used = ledger.lane_used(policy_name, evaluation.lane)
         if used + gpus > size:
-            return (
+            return _Obstacle(
                 Reason.WAITING_FOR_LANE,
                 f"needs {gpus} x {resource} in lane {evaluation.lane}, where {used} of {size} are booked",
                 f"admitted once {used + gpus - size} more are free in lane {evaluation.lane}",
@@ -277,7 +313,7 @@ def _obstacle(
     large = [n for n in usable if n.allocatable >= gpus]
     if not large:
         largest = max(usable, key=lambda n: (n.allocatable, n.name))
-        return (
+        return _Obstacle(
             Reason.WAITING_FOR_CAPACITY,
             f"needs {gpus} x {resource} on one node; the largest Ready node, {largest.name}, has {largest.allocatable}",
             f"admitted once a node with {gpus} x {resource} is Ready",
@@ -285,7 +321,7 @@ def _obstacle(
     freest = max(large, key=lambda n: (ledger.free(n), n.name))
     if ledger.free(freest) < gpus:
         free = max(0, ledger.free(freest))
-        return (
+        return _Obstacle(
             Reason.WAITING_FOR_CAPACITY,
             f"needs {gpus} x {resource} on one node; {freest.name} has the most free, {free} of {freest.allocatable}",
             f"admitted once {gpus - free} more are free on {freest.name}",
@@ -293,13 +329,14 @@ def _obstacle(
     return None
 
 
-def _moves(snapshot: Snapshot, ledger: Ledger, by_policy: dict[str, list[NodeView]]) -> Iterable[Move]:
+def _moves(snapshot: Snapshot, room: _Room) -> Iterable[Move]:
     """Find GPUs for attempts that must move. Their holder stays charged where its old pods still are."""
+    ledger = room.ledger
     for request in snapshot.moves:
-        policy, eligible = snapshot.policies.get(request.policy), by_policy.get(request.policy)
-        if policy is None or policy.spec is None or eligible is None:
+        policy = snapshot.policies.get(request.policy)
+        if policy is None or policy.spec is None:
             continue
-        allowed = [n for n in eligible if n.name not in request.avoid_nodes]
+        allowed = [n for n in room.nodes(request.policy) if n.name not in request.avoid_nodes]
         kept = _kept_without_pods(snapshot, request.offer_uid)
         node = best_fit([n for n in allowed if n.name not in kept], ledger, request.count)
         if node is not None:

@@ -68,6 +68,8 @@ class Evaluation:
     gpus: int
     size_class: str
     lane: str | None
+    rank: int = 0
+    """The score in steps of its last place, for sorting."""
 
 
 def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Evaluation:
@@ -83,6 +85,7 @@ def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Evaluation:
         gpus=facts.gpus or 0,
         size_class=facts.size.name if facts.size else "",
         lane=facts.lane.name if facts.lane else None,
+        rank=int(score.total / _PLACES) if score is not None else 0,
     )
 
 

@@ -10,6 +10,7 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Condition, PolicyRef
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
+from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import Claim, NodeView
 
@@ -38,6 +39,19 @@ class OfferView:
     invalid: str | None = None
     conditions: tuple[Condition, ...] = ()
     observed_generation: int | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """The reason that its Admitted condition gives now, or None while it is undecided."""
+        admitted = condition_of(self.conditions, "Admitted")
+        return admitted.reason if admitted else None
+
+    @property
+    def ends(self) -> datetime | None:
+        """The moment after which it is refused as expired unless it was admitted."""
+        if self.spec is None or (self.spec.expires_at is None and self.spec.deadline is None):
+            return None
+        return min(t for t in (self.spec.expires_at, self.spec.deadline) if t is not None)
 
 
 @dataclass(frozen=True, slots=True)

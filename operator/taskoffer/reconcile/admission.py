@@ -46,6 +46,7 @@ class Admission:
         self._jobs = jobs
         self._slots = asyncio.Semaphore(session.settings.concurrent_writes)
         self._wake_at: datetime | None = None
+        self._cycle_seconds = 0.0
 
     async def run(self) -> None:
         """Run cycles for ever, one whenever something has changed or an expiry has come."""
@@ -66,7 +67,8 @@ class Admission:
                 return
         else:
             await wanted.wait()
-        await asyncio.sleep(self._session.settings.coalesce)
+        # A long queue makes long cycles: leave the loop to the writes for at least as long as deciding took.
+        await asyncio.sleep(max(self._session.settings.coalesce, self._cycle_seconds))
 
     def _cycle(self, writes: asyncio.TaskGroup) -> None:
         """Decide all pending offers and start the writes. No await: nothing changes between snapshot and booking."""
@@ -77,7 +79,8 @@ class Admission:
         now = utcnow()
         started = monotonic()
         made: Plan = plan(world.snapshot(now))
-        CYCLE_SECONDS.observe(monotonic() - started)
+        self._cycle_seconds = monotonic() - started
+        CYCLE_SECONDS.observe(self._cycle_seconds)
         PENDING.set(made.waiting)
         self._wake_at = made.wake_at
         for decision in made.decisions:

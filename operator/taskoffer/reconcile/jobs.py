@@ -48,7 +48,7 @@ from taskoffer.decision.lifecycle import (
 )
 from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.session import Session
-from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry
+from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry, read
 from taskoffer.render.job import attempt_job, config_map
 from taskoffer.render.names import CONTAINER
 from taskoffer.render.offers import end_patch
@@ -86,10 +86,7 @@ class Jobs:
     def want_all(self) -> None:
         """Have every admitted offer and every TrainingJob looked at: after a start and at each resync."""
         world = self._session.world
-        for entry in world.offers:
-            if entry.admission is not None:
-                self._session.want_job(OfferKey(entry.key.namespace, entry.admission.job_name))
-        for key in world.jobs_by_key:
+        for key in (*world.holding_by_job, *world.jobs_by_key):
             self._session.want_job(key)
 
     def take_move(self, move: Move) -> None:
@@ -140,6 +137,9 @@ class Jobs:
             except NameTakenError as error:
                 logger.error("name is taken", extra={"job": str(key), "error": str(error)})
                 self._later(key, 60.0)
+            except Exception:
+                logger.exception("job pass broke", extra={"job": str(key)})
+                self._later(key, 30.0)
             except ValueError:
                 # Something stored, or something that a pod said, cannot be handled. The other jobs go on.
                 logger.exception("job cannot be handled", extra={"job": str(key)})
@@ -208,19 +208,8 @@ class Jobs:
     async def _derive(self, key: OfferKey) -> None:
         """Create the TrainingJob of an admission, or take the admission back when its policy has moved on."""
         session = self._session
-        offer = next(
-            (
-                o
-                for o in session.world.offers
-                if o.admission is not None
-                and o.key.namespace == key.namespace
-                and o.admission.job_name == key.name
-                and not o.finished
-                and not o.deleting
-            ),
-            None,
-        )
-        if offer is None or offer.admission is None:
+        offer = session.world.holding_by_job.get(key)
+        if offer is None or offer.admission is None or offer.deleting:
             return
         ref = offer.admission.policy_ref
         policy = next((p.view for p in session.world.policies if p.view.ref == ref), None)
@@ -230,7 +219,10 @@ class Jobs:
                 self._later(key, 2.0)
             return
         # The spec of an admitted offer cannot change, so what is kept of it is what was admitted.
-        spec = TaskOfferSpec.model_validate(offer.spec)
+        spec, invalid = read(TaskOfferSpec, offer.spec or {}, "TaskOffer")
+        if spec is None:
+            logger.error("admitted offer is not valid", extra={"offer": str(offer.key), "error": invalid})
+            return
         manifest = training_job(offer.key, offer.uid, spec, offer.admission, policy.spec)
         try:
             await session.create(session.world.jobs, JOBS_OF_TRAINING, key.namespace, manifest)

@@ -79,10 +79,20 @@ class OfferEntry:
     admission: Admission | None = None
     evaluation: tuple[str, int, Evaluation] | None = None
 
+    parsed: tuple[TaskOfferSpec | None, str | None] | None = None
+
+    def inherit(self, before: OfferEntry) -> None:
+        """Take over what was computed from the same generation: a status write changes neither spec nor score."""
+        if before.parsed is not None and before.generation == self.generation and self.state is OfferState.PENDING:
+            self.parsed, self.evaluation, self.spec = before.parsed, before.evaluation, None
+
     def read_view(self) -> OfferView:
         """Return the offer as the cycle sees it; parsed once."""
         if self.view is None:
-            spec, invalid = read(TaskOfferSpec, self.spec or {}, "TaskOffer")
+            if self.parsed is None:
+                self.parsed = read(TaskOfferSpec, self.spec or {}, "TaskOffer")
+                self.spec = None
+            spec, invalid = self.parsed
             self.view = OfferView(
                 key=self.key,
                 uid=self.uid,
@@ -94,13 +104,15 @@ class OfferEntry:
                 conditions=self.conditions(),
                 observed_generation=(self.status or {}).get("observedGeneration"),
             )
-            self.spec = None
         return self.view
 
     def conditions(self) -> tuple[Condition, ...]:
         """Return the stored conditions; unreadable ones count as absent."""
+        stored = (self.status or {}).get("conditions")
+        if not stored:
+            return ()
         try:
-            return _CONDITIONS.validate_python((self.status or {}).get("conditions") or ())
+            return _CONDITIONS.validate_python(stored)
         except ValidationError:
             UNREADABLE.labels("TaskOffer").inc()
             return ()

@@ -63,6 +63,8 @@ class World:
     """Places that a cycle has found and that are not yet written as an attempt: booked like an assumed admission."""
     by_state: dict[OfferState, dict[str, OfferEntry]] = field(default_factory=lambda: {s: {} for s in OfferState})
     siblings: dict[tuple[str, str], dict[str, Sibling]] = field(default_factory=lambda: defaultdict(dict))
+    holding_by_job: dict[OfferKey, OfferEntry] = field(default_factory=dict)
+    """Admitted, unfinished offers by the TrainingJob that is theirs."""
     jobs_by_key: dict[OfferKey, TrainingJobEntry] = field(default_factory=dict)
     pods_of: dict[OfferKey, dict[str, PodEntry]] = field(default_factory=lambda: defaultdict(dict))
     batch_of: dict[OfferKey, dict[str, BatchJobEntry]] = field(default_factory=lambda: defaultdict(dict))
@@ -92,7 +94,13 @@ class World:
             place.pop(before.uid, None)
             if not place:
                 del self.siblings[before.key.namespace, before.task_id]
+            if before.admission is not None:
+                self.holding_by_job.pop(OfferKey(before.key.namespace, before.admission.job_name), None)
         if after is not None:
+            if before is not None:
+                after.inherit(before)
+            if after.admission is not None:
+                self.holding_by_job[OfferKey(after.key.namespace, after.admission.job_name)] = after
             self.by_state[after.state][after.uid] = after
             self.siblings[after.key.namespace, after.task_id][after.uid] = Sibling(
                 after.created, after.uid, after.key.name, after.reason
