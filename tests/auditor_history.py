@@ -31,7 +31,8 @@ class Event:
         type: ADDED, MODIFIED, DELETED, or LISTED for a state whose making was not watched.
         object: The object after the event, or as it was last for DELETED.
         at: When the event arrived, in seconds of a monotonic clock.
-        revision: Place in the order of things; 0 for what was there before the audit began.
+        revision: Place in the order of things: the object's resourceVersion, but 0 for what was there before the
+            audit began, and the last revision that was watched for what a new list brought.
     """
 
     kind: str
@@ -178,7 +179,8 @@ def in_order(events: Iterable[Event]) -> Iterator[Event]:
     """Yield events by revision, without the repetitions that a new list after a lost watch brings."""
     seen: set[tuple[str, str, int, bool]] = set()
     for event in sorted(events, key=lambda e: (e.revision, e.at)):
-        key = (event.kind, event.uid, event.revision, event.type == "DELETED")
+        version = int(event.object["metadata"].get("resourceVersion", event.revision))
+        key = (event.kind, event.uid, version, event.type == "DELETED")
         if key not in seen:
             seen.add(key)
             yield event

@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from auditor_history import (
@@ -41,64 +41,7 @@ from auditor_history import (
     pod_is_over,
     wants_to_run,
 )
-
-
-@dataclass(frozen=True)
-class Violation:
-    """One broken rule: its letter, the object, and what happened with the numbers."""
-
-    rule: str
-    subject: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"({self.rule}) {self.subject}: {self.message}"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How strictly time is judged.
-
-    Attributes:
-        resource: Extended resource that is counted.
-        bound: Seconds within which a consequence must follow (rules d and e).
-        lag: Seconds of news that nobody can know yet: a foreign pod bound, a node shrunk or an offer deleted
-            less than this before is not held against the operator. What it did itself always is.
-        excused: Intervals of the clock that do not count towards ``bound``, as when a test stopped the
-            operator. They must not overlap.
-    """
-
-    resource: str = "nvidia.com/gpu"
-    bound: float = 10.0
-    lag: float = 2.0
-    excused: Sequence[tuple[float, float]] = ()
-
-    def elapsed(self, start: float, end: float) -> float:
-        """Return the seconds from start to end without the excused ones."""
-        spared = sum(max(0.0, min(end, b) - max(start, a)) for a, b in self.excused)
-        return end - start - spared
-
-
-@dataclass
-class Rule(ABC):
-    """Looks at each event with the world before it and collects violations."""
-
-    limits: Limits
-    found: list[Violation] = field(default_factory=list)
-
-    @abstractmethod
-    def observe(self, event: Event, world: World) -> None:
-        """Judge an event; ``world`` does not contain it yet."""
-
-    def settle(self, event: Event, world: World) -> None:  # noqa: B027
-        """Judge the world after an event; most rules need not."""
-
-    def finish(self, now: float) -> None:  # noqa: B027
-        """Judge what is still going on when the audit ends; most rules need not."""
-
-    def report(self, letter: str, subject: str, message: str) -> None:
-        """Note a violation."""
-        self.found.append(Violation(letter, subject, message))
+from auditor_judgement import Limits, Rule, Violation
 
 
 def _is_new(event: Event, world: World) -> bool:
@@ -150,9 +93,7 @@ class JobFits(Rule):
         # An offer is charged once: what its own earlier Job or pods still hold there counts by its maximum.
         mine = max(wanted, charges.get(str(own), 0))
         if booked + mine > room:
-            listed = (
-                ", ".join(f"{key} holds {amount}" for key, amount in sorted(others.items())) or "nothing else"
-            )
+            listed = ", ".join(f"{key} holds {amount}" for key, amount in sorted(others.items())) or "nothing else"
             self.report(
                 "a",
                 f"Job {name_of(job)}",
@@ -182,9 +123,7 @@ class JobFits(Rule):
                 continue
             key = owner or f"pod {name_of(pod)}"
             by_pods[key] = by_pods.get(key, 0) + gpus_of_pod_spec(pod["spec"], resource)
-        charges = {
-            key: max(by_jobs.get(key, 0), by_pods.get(key, 0)) for key in by_jobs.keys() | by_pods.keys()
-        }
+        charges = {key: max(by_jobs.get(key, 0), by_pods.get(key, 0)) for key in by_jobs.keys() | by_pods.keys()}
         return {key: amount for key, amount in charges.items() if amount}
 
 
@@ -266,9 +205,7 @@ class EverythingHasItsCause(Rule):
         if event.at - self._admitted_until.get((owner, name), float("-inf")) < self.limits.lag:
             return
         said = "does not exist" if offer is None else f"has the admission {json.dumps(in_force)}"
-        self.report(
-            "c", f"TrainingJob {name_of(event.object)}", f"has no admission: its TaskOffer {owner} {said}"
-        )
+        self.report("c", f"TrainingJob {name_of(event.object)}", f"has no admission: its TaskOffer {owner} {said}")
 
     def _judge_job(self, event: Event, world: World) -> None:
         owner, namespace = self._owner(event), event.object["metadata"]["namespace"]
@@ -357,11 +294,7 @@ class NothingIsChargedForNothing(Lasting):
 
     def wrong(self, offer_uid: str, world: World) -> tuple[str, str] | None:
         offer = world.objects[OFFER].get(offer_uid)
-        if (
-            offer is not None
-            and not is_true(offer, "Finished")
-            and "deletionTimestamp" not in offer["metadata"]
-        ):
+        if offer is not None and not is_true(offer, "Finished") and "deletionTimestamp" not in offer["metadata"]:
             return None
         if any(not pod_is_over(pod) for pod in world.of_offer(POD, offer_uid)):
             return None

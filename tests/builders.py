@@ -88,9 +88,7 @@ def make_offer(
     made: Object = {
         "apiVersion": API_VERSION,
         "kind": "TaskOffer",
-        "metadata": _present(
-            {"name": name, "namespace": namespace, "labels": labels, "annotations": annotations}
-        ),
+        "metadata": _present({"name": name, "namespace": namespace, "labels": labels, "annotations": annotations}),
         "spec": merged(_present(fields), spec or {}),
     }
     if status is not None:
@@ -189,16 +187,12 @@ def make_admission(
             "jobName": job,
             "decidedAt": decided_at,
             "deadline": deadline,
-            "assignments": [
-                _present({"nodeName": node, "resourceName": resource, "count": gpus, "lane": lane})
-            ],
+            "assignments": [_present({"nodeName": node, "resourceName": resource, "count": gpus, "lane": lane})],
         }
     )
 
 
-def make_condition(
-    kind: str, status: bool, reason: str, message: str = "", at: str = "2026-01-31T12:00:00Z"
-) -> Object:
+def make_condition(kind: str, status: bool, reason: str, message: str = "", at: str = "2026-01-31T12:00:00Z") -> Object:
     """Return one condition."""
     return {
         "type": kind,
@@ -206,6 +200,98 @@ def make_condition(
         "reason": reason,
         "message": message,
         "lastTransitionTime": at,
+    }
+
+
+def make_node(
+    name: str = "node-a",
+    *,
+    gpus: int = 8,
+    ready: bool = True,
+    unschedulable: bool = False,
+    resource: str = "nvidia.com/gpu",
+    labels: dict[str, str] | None = None,
+) -> Object:
+    """Return a Node whose GPUs are all allocatable."""
+    made: Object = {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, **(labels or {})}},
+        "spec": {"unschedulable": True} if unschedulable else {},
+        "status": {
+            "capacity": {resource: str(gpus), "cpu": "64", "memory": "1024Gi", "pods": "110"},
+            "allocatable": {resource: str(gpus), "cpu": "64", "memory": "1024Gi", "pods": "110"},
+            "conditions": [
+                {
+                    "type": "Ready",
+                    "status": str(ready),
+                    "reason": "Test",
+                    "message": "",
+                    "lastHeartbeatTime": "2026-01-31T12:00:00Z",
+                    "lastTransitionTime": "2026-01-31T12:00:00Z",
+                }
+            ],
+        },
+    }
+    return made
+
+
+def make_pod_template(
+    *, gpus: int = 1, node: str | None = "node-a", resource: str = "nvidia.com/gpu", labels: Object | None = None
+) -> Object:
+    """Return a pod template that asks for GPUs and is pinned to a node by its name."""
+    container: Object = {"name": "train", "image": "trainer:test"}
+    if gpus:
+        container["resources"] = {"limits": {resource: str(gpus)}, "requests": {resource: str(gpus)}}
+    spec: Object = {"containers": [container], "restartPolicy": "Never"}
+    if node is not None:
+        term = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]}
+        required = {"nodeSelectorTerms": [term]}
+        spec["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
+    return {"metadata": {"labels": labels or {}}, "spec": spec}
+
+
+def make_job(
+    *,
+    training_job: str = "offer-0123abcd",
+    offer_uid: str | None = "0123abcd-0000-4000-8000-000000000000",
+    namespace: str = "default",
+    gpus: int = 1,
+    node: str | None = "node-a",
+    attempt: int = 1,
+    status: Object | None = None,
+) -> Object:
+    """Return a batch/v1 Job with the labels and the pin that the operator gives it."""
+    labels = {} if offer_uid is None else {"taskoffer.dev/offer-uid": offer_uid, "taskoffer.dev/job": training_job}
+    made: Object = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": f"{training_job}-{attempt}", "namespace": namespace, "labels": labels},
+        "spec": {"backoffLimit": 0, "template": make_pod_template(gpus=gpus, node=node, labels=labels)},
+    }
+    if status is not None:
+        made["status"] = status
+    return made
+
+
+def make_pod(
+    name: str = "foreign",
+    *,
+    namespace: str = "default",
+    gpus: int = 1,
+    node: str | None = "node-a",
+    phase: str = "Running",
+    labels: dict[str, str] | None = None,
+) -> Object:
+    """Return a Pod that is bound to a node; without labels it is foreign."""
+    template = make_pod_template(gpus=gpus, node=None)
+    bound = {} if node is None else {"nodeName": node}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": namespace, "labels": labels or {}},
+        "spec": {**template["spec"], **bound},
+        "status": {"phase": phase},
     }
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import aiohttp
 import pytest
 
+from auditor import Gap, Watch, unexcused
 from auditor_history import JOB, NODE, OFFER, POD, TRAINING_JOB, Event, gpus_of_pod_spec, pinned_nodes
-from auditor_rules import Limits, Violation, audit
-from builders import make_admission, make_condition, make_offer, make_training_job, stored
+from auditor_judgement import Limits, Violation
+from auditor_rules import audit
+from builders import make_admission, make_condition, make_job, make_offer, make_training_job, merged, stored
 
 GPU = "nvidia.com/gpu"
 Object = dict[str, Any]
@@ -46,8 +49,9 @@ class Story:
 
     def _note(self, type_: str, kind: str, obj: Object, *, listed: bool) -> None:
         self.clock += 0.1
-        revision = 0 if listed else len(self.events) + 1
-        self.events.append(Event(kind, type_, copy.deepcopy(obj), self.clock, revision))
+        version = len(self.events) + 1
+        seen = merged(obj, {"metadata": {"resourceVersion": str(version)}})
+        self.events.append(Event(kind, type_, seen, self.clock, 0 if listed else version))
 
     # The words of the story.
 
@@ -91,18 +95,14 @@ class Story:
     def job(self, name: str, gpus: int = 8, node: str | None = "node-a", attempt: int = 1) -> None:
         labels = {"taskoffer.dev/offer-uid": name, "taskoffer.dev/job": f"{name}-job"}
         meta = {"name": f"{name}-job-{attempt}", "namespace": "default", "uid": f"job-{name}-{attempt}"}
-        template = {
-            "spec": {"containers": [container(gpus)], "affinity": {} if node is None else pinned(node)}
-        }
+        template = {"spec": {"containers": [container(gpus)], "affinity": {} if node is None else pinned(node)}}
         made = {"metadata": {**meta, "labels": labels}, "spec": {"template": template}}
         self.put(JOB, made)
 
     def job_ends(self, name: str, attempt: int = 1) -> None:
         self.change(JOB, f"job-{name}-{attempt}", conditions=[make_condition("Complete", True, "Done")])
 
-    def pod(
-        self, name: str, gpus: int = 8, node: str = "node-a", owner: str | None = None, **kw: Any
-    ) -> None:
+    def pod(self, name: str, gpus: int = 8, node: str = "node-a", owner: str | None = None, **kw: Any) -> None:
         labels = {} if owner is None else {"taskoffer.dev/offer-uid": owner}
         meta = {"name": name, "namespace": "default", "uid": f"pod-{name}", "labels": labels}
         self.put(POD, {"metadata": meta, "spec": {"nodeName": node, "containers": [container(gpus)]}}, **kw)
@@ -225,9 +225,7 @@ def a_deadline_that_is_stamped_later(story: Story) -> None:
 
 
 def what_was_there_before_is_not_judged(story: Story) -> None:
-    story.put(
-        TRAINING_JOB, stored(make_training_job(name="old-job", offer_uid="old"), uid="tj-old"), listed=True
-    )
+    story.put(TRAINING_JOB, stored(make_training_job(name="old-job", offer_uid="old"), uid="tj-old"), listed=True)
 
 
 def a_job_without_gpus_needs_no_node(story: Story) -> None:
@@ -348,9 +346,7 @@ def a_training_job_after_a_revocation_long_ago(story: Story) -> None:
 def a_training_job_of_an_older_offer_of_that_name(story: Story) -> None:
     story.offer("one")
     story.admit("one")
-    story.put(
-        TRAINING_JOB, stored(make_training_job(name="one-job", offer="one", offer_uid="another"), uid="tj-x")
-    )
+    story.put(TRAINING_JOB, stored(make_training_job(name="one-job", offer="one", offer_uid="another"), uid="tj-x"))
 
 
 def a_job_without_training_job(story: Story) -> None:
@@ -451,9 +447,7 @@ def test_a_history_in_order_is_clean(tell: Callable[[Story], None]) -> None:
 
 
 @pytest.mark.parametrize(("tell", "rule", "said"), BROKEN, ids=[tell.__name__ for tell, _, _ in BROKEN])
-def test_a_broken_history_is_found_by_its_rule_alone(
-    tell: Callable[[Story], None], rule: str, said: str
-) -> None:
+def test_a_broken_history_is_found_by_its_rule_alone(tell: Callable[[Story], None], rule: str, said: str) -> None:
     story = Story()
     story.node()
     tell(story)
@@ -492,6 +486,61 @@ def test_a_bound_can_be_set() -> None:
     story.node()
     an_admission_that_nobody_carries_out(story)
     assert story.judged(bound=20) == []
+
+
+# History that could not be watched
+
+
+@pytest.fixture
+def relisted() -> Callable[[str, list[Object], list[Object]], tuple[list[Event], list[Gap]]]:
+    """List a kind at revision 10, lose the watch, and list it again at revision 20."""
+
+    def run(kind: str, before: list[Object], after: list[Object]) -> tuple[list[Event], list[Gap]]:
+        events: list[Event] = []
+        gaps: list[Gap] = []
+        watch = Watch(kind, cast(aiohttp.ClientSession, None), events, gaps)
+        watch.take_list(before, 0, 10)
+        watch.take_list(after, 10, 20)
+        return events[len(before) :], gaps
+
+    return run
+
+
+def at_version(version: int, uid: str = "one", **kwargs: Any) -> Object:
+    return stored(make_offer(**kwargs), uid=uid, resource_version=str(version))
+
+
+Relisted = Callable[[str, list[Object], list[Object]], tuple[list[Event], list[Gap]]]
+
+
+def test_a_lost_watch_in_which_nothing_happened_is_no_gap(relisted: Relisted) -> None:
+    assert relisted(OFFER, [at_version(5)], [at_version(5)]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("after", "type_"),
+    [([at_version(15)], "LISTED"), ([], "DELETED"), ([at_version(5), at_version(15, uid="two")], "LISTED")],
+    ids=["changed", "deleted", "created"],
+)
+def test_what_changed_unwatched_is_taken_in_and_noted_as_a_gap(
+    relisted: Relisted, after: list[Object], type_: str
+) -> None:
+    events, gaps = relisted(OFFER, [at_version(5)], after)
+    assert [(event.type, event.revision) for event in events] == [(type_, 10)]
+    assert [gap.text for gap in gaps] == ["1 changes of TaskOffer between revisions 10 and 20 were not watched"]
+
+
+def test_a_job_that_was_created_unwatched_is_judged_as_the_last_thing_that_happened(relisted: Relisted) -> None:
+    events, _ = relisted(JOB, [], [stored(make_job(), resource_version="15")])
+    assert [(event.type, event.revision) for event in events] == [("ADDED", 20)]
+
+
+def test_gaps_are_accepted_in_excused_time_and_shortly_after_only() -> None:
+    gaps = [Gap(at, str(at)) for at in (9.0, 10.0, 12.0, 16.9, 17.1)]
+    assert [gap.at for gap in unexcused(gaps, [(10.0, 12.0)])] == [9.0, 17.1]
+
+
+# Reading objects
 
 
 @pytest.mark.parametrize(
