@@ -39,7 +39,6 @@ class Reason(StrEnum):
     )
     POLICY_NOT_READY = "PolicyNotReady", "The CapacityPolicy has no valid version yet."
     SUSPENDED = "Suspended", "The offer's spec.active is false."
-    TERMINATING = "Terminating", "The offer is being deleted."
 
     # Verdict: reject (can never be admitted as it stands)
     TASK_TYPE_NOT_ACCEPTED = "TaskTypeNotAccepted", "The policy does not accept this task type."
@@ -116,7 +115,6 @@ WAIT_REASONS = frozenset(
         Reason.POLICY_NOT_FOUND,
         Reason.POLICY_NOT_READY,
         Reason.SUSPENDED,
-        Reason.TERMINATING,
     }
 )
 """Reasons that come with the verdict Wait."""
