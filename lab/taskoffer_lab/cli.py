@@ -143,7 +143,8 @@ def _status(_arguments: argparse.Namespace) -> int:
     sweep()
     found = records()
     if found:
-        table = Table("name", "nodes", "age", "ends with", "KUBECONFIG", title="Clusters", title_justify="left")
+        table = Table("name", "nodes", "age", "ends with", title="Clusters", title_justify="left")
+        table.add_column("KUBECONFIG", overflow="fold")
         for record in found:
             age = f"{(time.time() - record.created) / 60:.0f} min"
             until = "taskoffer-lab down" if record.spec.detached else f"process {record.owner.pid}"

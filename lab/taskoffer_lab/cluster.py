@@ -17,6 +17,7 @@ from taskoffer_lab.api_client import ApiClient, ClientConfig
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.node_handle import Node
 from taskoffer_lab.process_table import wait_until
+from taskoffer_lab.progress import say
 from taskoffer_lab.spec import ClusterSpec
 
 __all__ = ["Cluster", "ClusterSpec", "Node", "ProcessHandle", "Provider"]
@@ -163,7 +164,9 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.down(keep_logs=kind is not None and issubclass(kind, Exception))
+        kept = self.down(keep_logs=kind is not None and issubclass(kind, Exception))
+        if kept is not None:
+            say(f"cluster {self.name}: its logs are in {kept}")
 
 
 class Provider(Protocol):

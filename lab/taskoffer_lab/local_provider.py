@@ -17,13 +17,16 @@ from taskoffer_lab.errors import LabError
 from taskoffer_lab.network import ClusterNetwork
 from taskoffer_lab.node_handle import Node
 from taskoffer_lab.node_requirements import ensure_node_requirements
-from taskoffer_lab.paths import package_root
+from taskoffer_lab.paths import cache_root, package_root
 from taskoffer_lab.progress import say
+from taskoffer_lab.prune import prune
 from taskoffer_lab.registry_hosts import write_hosts
 from taskoffer_lab.spec import ClusterSpec
 from taskoffer_lab.state import ClusterRecord, claim, find_record
-from taskoffer_lab.teardown import sweep, wait_for_end
+from taskoffer_lab.teardown import remove_cluster, sweep, wait_for_end
 from taskoffer_lab.toolchain import ToolSet, ensure_tools
+
+PRUNE_EVERY_SECONDS = 24 * 3600.0
 
 DOWN_SECONDS = 30.0
 """How long a supervisor may take to take its cluster down; 1 to 2 s is usual."""
@@ -117,7 +120,14 @@ class LocalCluster(Cluster):
         if self._is_down:
             return None
         self._is_down = True
+        if not self.record.layout.record.exists():
+            return None  # Another process took it down.
         current = find_record(self.name)
+        if not current.alive:
+            if self._supervisor is not None:
+                self._supervisor.wait()
+            sweep()
+            return _newest_logs(self.name)
         request = {"op": "down", "keep_logs": keep_logs}
         pid = int(ask(self.record.layout.control, request)["pid"])
         if self._supervisor is not None:
@@ -155,11 +165,9 @@ class LocalProvider:
         try:
             cluster = self._start(record, tools)
         except BaseException:
-            # The supervisor takes its cluster down itself; without one only the claim has to go.
-            with contextlib.suppress(FileNotFoundError):
-                if ClusterRecord.load(record.layout.record).supervisor is None:
-                    _release(record)
+            _remove_if_orphaned(record)
             raise
+        _prune_daily()
         say(f"cluster {spec.name}: up in {time.monotonic() - started:.1f} s")
         return cluster
 
@@ -213,10 +221,22 @@ def attach(name: str) -> LocalCluster:
     return LocalCluster(find_record(name), ensure_tools(["kubectl"])["kubectl"], None)
 
 
-def _release(record: ClusterRecord) -> None:
-    from taskoffer_lab.teardown import remove_cluster
+def _remove_if_orphaned(record: ClusterRecord) -> None:
+    """Remove a cluster whose supervisor never began or ended too early to take it down."""
+    with contextlib.suppress(FileNotFoundError):
+        current = ClusterRecord.load(record.layout.record)
+        if current.supervisor is None or not current.supervisor.alive:
+            remove_cluster(current, keep_logs=False)
 
-    remove_cluster(record, keep_logs=False)
+
+def _prune_daily() -> None:
+    """Keep the caches below their bound without asking their size at every start."""
+    mark = cache_root() / ".pruned"
+    if mark.exists() and time.time() - mark.stat().st_mtime < PRUNE_EVERY_SECONDS:
+        return
+    mark.touch()
+    for path in prune():
+        say(f"removed {path}, for the caches were above their bound or it was unused for days")
 
 
 def _python_path() -> str:
@@ -224,7 +244,5 @@ def _python_path() -> str:
 
 
 def _newest_logs(name: str) -> Path | None:
-    from taskoffer_lab.paths import cache_root
-
     found = sorted((cache_root() / "logs").glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else None
