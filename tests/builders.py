@@ -10,6 +10,7 @@ into the object, dictionary by dictionary; lists and plain values replace what w
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 API_VERSION = "taskoffer.dev/v1alpha1"
@@ -109,9 +110,7 @@ def make_policy(
 
     Field names may be given in snake_case: ``size_classes=[...]`` replaces ``spec.sizeClasses``.
     """
-    from taskoffer import presets  # Imported late: schema tests need the other builders only.
-
-    loaded = presets.load(preset)
+    loaded = _preset(preset)
     base = loaded.get("spec", loaded)
     extra = {_camel(key): value for key, value in fields.items()}
     made: Object = {
@@ -125,6 +124,13 @@ def make_policy(
     if status is not None:
         made["status"] = status
     return copy.deepcopy(made)
+
+
+@functools.cache
+def _preset(name: str) -> Object:
+    from taskoffer import presets  # Imported late: schema tests need the other builders only.
+
+    return presets.load(name)
 
 
 def make_training_job(
