@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from taskoffer.adapters.clock import utcnow
 from taskoffer.adapters.kube import EVENTS, ApiError, Kube, Object, ThrottledError, UnknownOutcomeError
-from taskoffer.adapters.metrics import EVENTS_DROPPED
+from taskoffer.adapters.metrics import EVENTS_DROPPED, WRITES
 from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
 
@@ -68,6 +68,7 @@ class EventWriter:
                     EVENTS, subject.namespace or "default", _event(subject, reason, message, warning)
                 )
                 self.written += 1
+                WRITES.labels("Event", "done").inc()
             except ThrottledError as error:
                 EVENTS_DROPPED.inc()
                 await asyncio.sleep(error.retry_after)

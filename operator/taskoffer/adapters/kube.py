@@ -24,6 +24,9 @@ Object = dict[str, Any]
 MERGE = "application/merge-patch+json"
 JSON = "application/json"
 
+LIST_SECONDS = 60.0
+"""A page of a list may take longer than a write; nothing waits for it but the next look at everything."""
+
 
 @dataclass(frozen=True, slots=True)
 class Resource:
@@ -152,7 +155,7 @@ class Kube:
         if label_selector:
             query["labelSelector"] = label_selector
         while True:
-            page = await self._object("GET", resource.path(), query=query)
+            page = await self._object("GET", resource.path(), query=query, timeout=LIST_SECONDS)
             items.extend(page.get("items") or [])
             more = page["metadata"].get("continue")
             if not more:

@@ -106,6 +106,7 @@ class Admission:
             return
         self._tell(decision)
         if decision.answer.admission is not None:
+            world.decided_here.add(uid)
             self._session.want_job(OfferKey(decision.offer.key.namespace, decision.answer.admission.job_name))
         if decision.answer.verdict is Verdict.REJECT:
             self._session.policies_wanted.set()

@@ -214,9 +214,14 @@ class Jobs:
         ref = offer.admission.policy_ref
         policy = next((p.view for p in session.world.policies if p.view.ref == ref), None)
         if policy is None or policy.spec is None:
-            message = f"policy {ref.name} is no longer at generation {ref.generation}"
-            if self.revoke is not None and not await self.revoke(offer, Reason.POLICY_CHANGED, message):
-                self._later(key, 2.0)
+            await self._take_back(
+                offer, Reason.POLICY_CHANGED, f"policy {ref.name} is no longer at generation {ref.generation}"
+            )
+            return
+        # The late write of a replica that led before may have booked what is booked since: no job comes of it.
+        foreign = offer.uid not in session.world.decided_here
+        if foreign and (overbooked := session.world.overbooked(offer.admission)) is not None:
+            await self._take_back(offer, Reason.OVERBOOKED, overbooked)
             return
         # The spec of an admitted offer cannot change, so what is kept of it is what was admitted.
         spec, invalid = read(TaskOfferSpec, offer.spec or {}, "TaskOffer")
@@ -234,6 +239,10 @@ class Jobs:
                 raise NameTakenError(message) from None
             session.world.jobs.observe("ADDED", found)
         session.want_job(key)
+
+    async def _take_back(self, offer: OfferEntry, reason: Reason, message: str) -> None:
+        if offer.admission is not None and (self.revoke is None or not await self.revoke(offer, reason, message)):
+            self._later(OfferKey(offer.key.namespace, offer.admission.job_name), 2.0)
 
     async def _apply(self, key: OfferKey, entry: TrainingJobEntry, made: JobPlan, facts: JobFacts) -> None:
         session = self._session

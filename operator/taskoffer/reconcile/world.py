@@ -12,7 +12,7 @@ from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.decision.cycle import Move
 from taskoffer.decision.evaluate import Evaluation, evaluate
-from taskoffer.decision.ledger import Claim, NodeView, Source
+from taskoffer.decision.ledger import Claim, NodeView, Source, open_ledger
 from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Sibling, Snapshot
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.views import (
@@ -53,6 +53,8 @@ class World:
     pods: Store[PodEntry] = field(default_factory=lambda: Store("Pod", pod_entry))
     nodes: Store[NodeEntry] = field(default_factory=lambda: Store("Node", node_entry))
     assumed: dict[str, Assumed] = field(default_factory=dict)
+    decided_here: set[str] = field(default_factory=set)
+    """Admitted offers whose admission this replica decided, on a ledger that it knew to be complete."""
     in_flight: set[str] = field(default_factory=set)
     """Offers whose answer is being written; they are not decided again meanwhile."""
     held_back: set[str] = field(default_factory=set)
@@ -110,6 +112,7 @@ class World:
         else:
             assert before is not None  # noqa: S101
             self.assumed.pop(before.uid, None)
+            self.decided_here.discard(before.uid)
 
     def _index_job(self, before: TrainingJobEntry | None, after: TrainingJobEntry | None) -> None:
         if before is not None and after is None:
@@ -170,6 +173,18 @@ class World:
             count = pod.requests.get(resource, 0)
             if count and pod.node is not None and not pod.view.terminal:
                 yield Claim(pod.offer_uid or f"pod:{pod.uid}", pod.node, count, "pod", pod.policy, pod.lane)
+
+    def overbooked(self, admission: Admission) -> str | None:
+        """Say which node of an admission is booked beyond what it has, or None."""
+        ledger = open_ledger(self.claims(admission.assignments[0].resource_name))
+        nodes = {node.name: node for node in self.nodes}
+        for assignment in admission.assignments:
+            node = nodes.get(assignment.node_name)
+            offered = node.allocatable.get(assignment.resource_name, 0) if node and node.health.ready else None
+            booked = ledger.booked.get(assignment.node_name, 0)
+            if offered is not None and booked > offered:
+                return f"{booked} of {offered} were booked on {assignment.node_name}"
+        return None
 
     def _current_assignments(self, entry: OfferEntry, admission: Admission) -> tuple[Assignment, ...]:
         """Return where an admitted offer's booking is now: the last attempt's place, else the admission's."""

@@ -64,6 +64,8 @@ def attempt_job(job: TrainingJob, attempt: Attempt, number: int) -> Manifest:
             "spec": _pod_spec(job.spec.run, attempt),
         },
     }
+    if job.spec.run.ttl_seconds_after_finished is not None:
+        spec["ttlSecondsAfterFinished"] = job.spec.run.ttl_seconds_after_finished
     if attempt.deadline is not None:
         left = (attempt.deadline - attempt.created_at).total_seconds()
         spec["activeDeadlineSeconds"] = max(1, int(left)) + _DEADLINE_RESERVE_SECONDS

@@ -38,6 +38,7 @@ def training_job(
         effective=settings,
         pod=policy.pod_template,
         limits=policy.attempts,
+        ttl_seconds_after_finished=policy.retention.finished_seconds if policy.retention else None,
     )
     return {
         "apiVersion": API_VERSION,

@@ -189,7 +189,7 @@ class Filters(WireModel):
 class Retention(WireModel):
     """How long decided objects are kept."""
 
-    finished_seconds: Annotated[int, Field(ge=0, json_schema_extra={"format": "int64"})] | None = Field(
+    finished_seconds: Annotated[int, Field(ge=0, le=31_536_000, json_schema_extra={"format": "int64"})] | None = Field(
         None,
         description="Seconds after which the Jobs of a finished TrainingJob are removed; absent keeps them.",
     )

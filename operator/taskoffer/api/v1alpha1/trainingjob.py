@@ -109,6 +109,9 @@ class Run(WireModel):
     )
     pod: PodSettings = Field(description="What the pod gets beside its GPUs.")
     limits: AttemptLimits = Field(description="How often and how patiently the job is tried.")
+    ttl_seconds_after_finished: (
+        Annotated[int, Field(ge=0, le=31_536_000, json_schema_extra={"format": "int64"})] | None
+    ) = Field(None, description="Seconds after which a finished Job is removed; absent keeps it.")
 
 
 class TrainingJobSpec(WireModel):
