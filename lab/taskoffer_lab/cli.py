@@ -86,6 +86,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--keep", action="store_true", help="leave the cluster running and print KUBECONFIG")
     parser.add_argument("--nodes", type=int, default=1, help="real nodes with 8 GPUs each (default: 1)")
+    parser.add_argument("--export-svg", type=Path, metavar="PATH", help="write a picture of the run to a file")
     parser.add_argument("--provider", choices=PROVIDERS, default="local", help="default: local")
     parser.add_argument("--kubeconfig", type=Path, help="for --provider kubeconfig")
 

@@ -1,0 +1,303 @@
+"""The course of the demo: prepare side by side, bring up, apply the examples, follow, examine, take down."""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.text import Text
+
+from taskoffer_lab.cluster import Cluster
+from taskoffer_lab.debian import IMAGE_TOOLS, SYSTEM_TOOLS, ensure_programs
+from taskoffer_lab.demo import deployment
+from taskoffer_lab.demo.checks import Adapter, adapters_of, check_answers, check_files, check_losses
+from taskoffer_lab.demo.crew import Crew
+from taskoffer_lab.demo.follow import Seen, follow
+from taskoffer_lab.demo.material import Material, material, new_outputs
+from taskoffer_lab.demo.rows import Row
+from taskoffer_lab.demo.screen import Screen, stdout_console
+from taskoffer_lab.demo.script import LOSS_MARGIN, MODELS, NAMESPACE, Example, load_examples
+from taskoffer_lab.demo.summary import summary
+from taskoffer_lab.errors import LabError
+from taskoffer_lab.images import Images, Registry
+from taskoffer_lab.install import project_root
+from taskoffer_lab.local_provider import LocalProvider
+from taskoffer_lab.node_requirements import ensure_node_requirements
+from taskoffer_lab.paths import package_root
+from taskoffer_lab.spec import ClusterSpec
+
+TOOLS = "Kubernetes tools"
+IMAGES = "container images"
+MATERIAL = "tiny models and data"
+CLUSTER = "cluster with simulated GPUs"
+PULL = "trainer image on the node"
+OPERATOR = "operator, two replicas"
+TRAINING = "offers to adapters"
+EXAM = "examination of the adapters"
+DOWN = "taking everything down"
+
+EXAM_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        seen: What was observed of the offers.
+        adapters: What was trained.
+        exams: Offer → the exam's figures.
+        problems: What was not as it is meant; empty for a success.
+    """
+
+    seen: Seen
+    adapters: list[Adapter]
+    exams: dict[str, dict[str, Any]]
+    problems: list[str]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the demo; returns 0 only when everything was as it is meant.
+
+    Raises:
+        LabError: Something is missing or broken; says what helps.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; everything has been taken down.
+    """
+    if arguments.provider != "local":
+        raise LabError(
+            f"the demo mounts folders of this machine into pods, which provider {arguments.provider} cannot",
+            "leave --provider out; docs and examples/ say how to install taskoffer in another cluster",
+        )
+    if arguments.nodes < 1:
+        raise LabError(f"--nodes {arguments.nodes}: trainings need a node", "--nodes 1")
+    examples = load_examples()
+    with _sigterm_as_interrupt(), Screen(console=stdout_console()) as screen:
+        return _Demo(screen, examples, arguments).run()
+
+
+class _Demo:
+    def __init__(self, screen: Screen, examples: Sequence[Example], arguments: argparse.Namespace) -> None:
+        self._screen = screen
+        self._examples = examples
+        self._nodes: int = arguments.nodes
+        self._keep: bool = arguments.keep
+        self._svg: Path | None = arguments.export_svg
+        self._material: Material = material()
+        self._pictured = False
+
+    def run(self) -> int:
+        screen = self._screen
+        title = f"TaskOffer demo: {len(self._examples)} offers, {8 * self._nodes} simulated GPUs, real trainings"
+        screen.print(f"[bold]{title}[/]")
+        name = f"demo-{os.getpid()}"
+        outputs = new_outputs(self._material, time.strftime("%Y%m%d-%H%M%S"))
+        kept = False
+        cluster: Cluster | None = None
+        try:
+            cluster = self._bring_up(name, outputs)
+            outcome = self._train(cluster, outputs)
+            kept = self._keep
+        except BaseException as error:
+            with _undisturbed():
+                if cluster is not None:
+                    self._take_down(cluster, keep_logs=not isinstance(error, KeyboardInterrupt))
+                if isinstance(error, KeyboardInterrupt):
+                    shutil.rmtree(outputs, ignore_errors=True)
+            raise
+        if not kept:
+            with _undisturbed():
+                self._take_down(cluster, keep_logs=bool(outcome.problems))
+        return self._conclude(cluster, outcome, outputs, kept=kept)
+
+    # Bringing up
+
+    def _bring_up(self, name: str, outputs: Path) -> Cluster:
+        """Return a cluster in which the operator runs and every node has the trainer image."""
+        screen = self._screen
+        with screen.phase("Debian packages"), screen.stderr_into("Debian packages"):
+            ensure_programs(tool.program for tool in (*SYSTEM_TOOLS, *IMAGE_TOOLS))
+            ensure_node_requirements()
+        with contextlib.ExitStack() as stack:
+            storage = stack.enter_context(Registry.start("127.0.0.1"))
+            crew = stack.enter_context(Crew(screen.tell))
+            for part, arguments in (
+                (TOOLS, ("tools",)),
+                (IMAGES, ("images", f"--endpoint={storage.endpoint}")),
+                (MATERIAL, ("material",)),
+            ):
+                screen.begin(part)
+                crew.start(part, *arguments)
+            self._wait(crew, TOOLS)
+            cluster: Cluster | None = None
+            try:
+                with screen.phase(CLUSTER), screen.stderr_into(CLUSTER):
+                    spec = ClusterSpec(name=name, nodes=self._nodes, detached=self._keep)
+                    cluster = LocalProvider().up(spec)
+                images = self._wait(crew, IMAGES)
+                self._wait(crew, MATERIAL)
+                self._install(cluster, Images(trainer=images[0], operator=images[1]), outputs)
+            except BaseException as error:
+                with _undisturbed():
+                    crew.end()
+                    if cluster is not None:
+                        self._take_down(cluster, keep_logs=not isinstance(error, KeyboardInterrupt))
+                raise
+        return cluster
+
+    def _wait(self, crew: Crew, part: str) -> list[str]:
+        try:
+            output = crew.wait(part)
+        except BaseException:
+            self._screen.end(part, failed=True)
+            raise
+        self._screen.end(part)
+        return output
+
+    def _install(self, cluster: Cluster, images: Images, outputs: Path) -> None:
+        screen = self._screen
+        with Registry.start(cluster.host_address) as registry:
+            cluster.use_registry(registry.endpoint)
+            screen.begin(PULL)
+            deployment.prepare_namespace(cluster, self._material, outputs)
+            deployment.start_pull(cluster, images.trainer)
+            with screen.phase(OPERATOR):
+                deployment.start_operator(cluster, images.operator)
+                deployment.apply_policy(cluster, images)
+                deployment.wait_for_operator(cluster)
+            deployment.wait_for_pull(cluster)
+            screen.end(PULL)
+
+    # Training
+
+    def _train(self, cluster: Cluster, outputs: Path) -> Outcome:
+        screen = self._screen
+        try:
+            with screen.phase(TRAINING):
+                folder = self._examples[0].path.parent
+                cluster.kubectl("apply", "--namespace", NAMESPACE, "-f", str(folder))
+                seen = follow(cluster.api, [example.name for example in self._examples], self._show)
+        except LabError as error:
+            log = deployment.operator_log(cluster, 20)
+            raise LabError(f"{error.message}\nThe operator's log ends:\n{log}", error.remedy) from error
+        jobs = cluster.api.request("GET", f"/apis/taskoffer.dev/v1alpha1/namespaces/{NAMESPACE}/trainingjobs")["items"]
+        screen.snapshot("At the end")
+        adapters, problems = adapters_of([job for job in jobs if _complete(job)], outputs)
+        problems += check_answers(self._examples, seen, 8 * self._nodes)
+        for adapter in adapters:
+            problems += check_files(adapter)
+            problems += check_losses(adapter.offer, adapter.loss_before, adapter.loss_after, "the held-out loss")
+        exams: dict[str, dict[str, Any]] = {}
+        if adapters and not problems:
+            with screen.phase(EXAM):
+                exams = examine(self._material, adapters)
+            for name, exam in exams.items():
+                problems += check_losses(name, exam["before"], exam["after"], "the loss in the exam")
+        return Outcome(seen, adapters, exams, problems)
+
+    def _show(self, rows: Sequence[Row]) -> None:
+        self._screen.show(rows)
+        moving = [row for row in rows if row.state == "Running" and (row.progress or 0) >= 10]
+        waiting = [row for row in rows if row.verdict == "Wait"]
+        if not self._pictured and len(moving) >= 2 and waiting:
+            self._pictured = True
+            self._screen.snapshot(f"After {self._screen.elapsed:.0f} s")
+
+    # The end
+
+    def _take_down(self, cluster: Cluster, *, keep_logs: bool) -> None:
+        with self._screen.phase(DOWN):
+            kept = cluster.down(keep_logs=keep_logs)
+        if kept is not None:
+            self._screen.print(f"The cluster's logs are in {kept}")
+
+    def _conclude(self, cluster: Cluster, outcome: Outcome, outputs: Path, *, kept: bool) -> int:
+        screen = self._screen
+        screen.finish()
+        if outcome.exams:
+            screen.print(summary(outcome.seen, outcome.adapters, outcome.exams, outputs))
+        screen.print("", "[bold]Time[/]", screen.phases_table())
+        if outcome.seen.first_adapter is not None:
+            first = screen.begun(TRAINING) + outcome.seen.first_adapter
+            screen.print(f"The first adapter was there after {first:.0f} s, all was done after {screen.elapsed:.0f} s.")
+        for problem in outcome.problems:
+            screen.print(Text.assemble(("✗ ", "bold red"), problem))
+        if not outcome.problems:
+            done = f"{len(outcome.adapters)} adapters loaded and examined; each lowered its loss by {LOSS_MARGIN:.0%}"
+            screen.print(Text.assemble(("✓ ", "bold green"), f"{done} or more"))
+        if kept:
+            print(f"export KUBECONFIG={cluster.kubeconfig} PATH={cluster.bin_dir}:$PATH")
+            print(f"# look around: kubectl -n {NAMESPACE} get to,tj,pods; end it: taskoffer-lab down {cluster.name}")
+        if self._svg is not None:
+            screen.export_svg(self._svg, "taskoffer-lab demo")
+        return 1 if outcome.problems else 0
+
+
+def examine(target: Material, adapters: Sequence[Adapter]) -> dict[str, dict[str, Any]]:
+    """Load every adapter with PEFT on this machine and measure it on rows that no trainer saw.
+
+    Raises:
+        LabError: An adapter cannot be loaded; carries the last lines.
+    """
+    folders = {f"lab/{model.folder}": target.models / model.folder for model in MODELS}
+    pupils = [
+        {"name": adapter.offer, "model": str(folders[adapter.model]), "adapter": str(adapter.folder)}
+        for adapter in adapters
+    ]
+    request = json.dumps({"rows": str(target.exam), "pupils": pupils})
+    path = os.pathsep.join(filter(None, [str(package_root()), os.environ.get("PYTHONPATH", "")]))
+    result = subprocess.run(
+        [sys.executable, "-m", "taskoffer_lab.demo.exam"],
+        input=request,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=EXAM_SECONDS,
+        check=False,
+        cwd=project_root(),
+    )
+    if result.returncode != 0:
+        raise LabError(f"the examination failed ({result.returncode}):\n{result.stderr[-2000:]}")
+    answers: dict[str, dict[str, Any]] = json.loads(result.stdout)
+    return answers
+
+
+def _complete(job: dict[str, Any]) -> bool:
+    conditions = (job.get("status") or {}).get("conditions") or ()
+    return any(item["type"] == "Complete" and item["status"] == "True" for item in conditions)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP as Ctrl-C, so that they too take everything down."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore further interrupts while things are taken down; it takes seconds."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,70 @@
+"""The demo's last words: what was trained, how well, and where it is."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from taskoffer_lab.demo.checks import Adapter
+from taskoffer_lab.demo.follow import Seen
+from taskoffer_lab.demo.script import EXAM_ROWS, WAITING
+
+
+def summary(
+    seen: Seen, adapters: Sequence[Adapter], exams: Mapping[str, Mapping[str, Any]], outputs: Path
+) -> RenderableType:
+    """Return the summary of a run whose adapters have been examined."""
+    parts: list[RenderableType] = [
+        Text("Adapters", style="bold"),
+        _adapters(adapters, exams, outputs),
+        Text.assemble("They are in ", (str(outputs), "bold"), style="default"),
+        Text(""),
+        Text("Answers", style="bold"),
+        _answers(seen),
+    ]
+    best = max(adapters, key=lambda adapter: adapter.fall, default=None)
+    if best is not None:
+        exam = exams[best.offer]
+        parts += [
+            Text(""),
+            Text(f"What {best.model} answers to “{exam['prompt']}”", style="bold"),
+            Text(f"  before  {exam['answer_before']}"),
+            Text(f"  after   {exam['answer_after']}"),
+        ]
+    return Group(*parts)
+
+
+def _adapters(adapters: Sequence[Adapter], exams: Mapping[str, Mapping[str, Any]], outputs: Path) -> Table:
+    table = Table(header_style="bold", title_justify="left")
+    table.add_column("TaskOffer", no_wrap=True)
+    table.add_column("Base model", no_wrap=True)
+    table.add_column("Held-out loss, by the trainer", no_wrap=True)
+    table.add_column(f"On {EXAM_ROWS} rows it never saw", no_wrap=True)
+    table.add_column("Adapter", overflow="fold")
+    for adapter in adapters:
+        exam = exams[adapter.offer]
+        table.add_row(
+            adapter.offer,
+            adapter.model,
+            _fall(adapter.loss_before, adapter.loss_after),
+            _fall(exam["before"], exam["after"]),
+            str(adapter.folder.relative_to(outputs)),
+        )
+    return table
+
+
+def _fall(before: float, after: float) -> str:
+    return f"{before:.3f} → {after:.3f}  ({after / before - 1:+.0%})"
+
+
+def _answers(seen: Seen) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for row in seen.ended:
+        steps = [reason if verdict != "Admit" else "Admitted" for verdict, reason in seen.answers[row.name]]
+        gpus = f"{row.gpus} GPU{'s' if (row.gpus or 0) > 1 else ''}" if row.gpus else ""
+        style = "red" if row.verdict == "Reject" else "yellow" if WAITING in steps else "green"
+        table.add_row(row.name, Text(" → ".join(steps), style), f"score {row.score}" if row.score else "", gpus)
+    return table
