@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Training:
     process: subprocess.Popen[str] | None = None
     url: str = ""
     began: float = 0.0
+    environment: dict[str, str] = field(default_factory=dict)
     _log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +94,7 @@ class Training:
             "TASKOFFER_TERMINATION_LOG": str(self.folder / "termination.json"),
             "TMPDIR": str(self.folder / "tmp"),
             "PYTHONUNBUFFERED": "1",
+            **self.environment,
         }
         command = [sys.executable, "-m", "taskoffer_trainer", "--config", str(self.folder / "run.json"), *arguments]
         self.began = time.monotonic()
@@ -171,6 +174,12 @@ class Training:
             self.process.wait()
 
 
+def side_by_side(*trainings: Training) -> list[Outcome]:
+    """Run trainings two at a time, which is what two cores are good for, and return their ends in order."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(Training.run, trainings))
+
+
 @pytest.fixture(scope="session")
 def fixtures_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and data; built in a process of its own, so that this one need not import torch."""
@@ -242,9 +251,7 @@ def training(base_config: dict[str, Any], tmp_path: Path) -> Iterator[MakeTraini
 
 
 @pytest.fixture(scope="module")
-def shared_training(
-    base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[MakeTraining]:
+def shared_training(base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeTraining]:
     """Make trainings that several tests of a module look at."""
     made: list[Training] = []
     yield _maker(base_config, tmp_path_factory.mktemp("shared"), made)

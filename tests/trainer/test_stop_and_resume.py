@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from .conftest import MakeTraining, Outcome, Training
+from .conftest import MakeTraining, Outcome, Training, side_by_side
 
 pytestmark = pytest.mark.trainer
 
 # Two epochs and a half, with what makes an exact resume hard: dropout, accumulation, shuffling in every epoch.
 STEPS = 60
-STOP_AT = 33
+STOP_AT = 26
 SETTINGS: dict[str, Any] = {
     "lora": {"loraDropout": 0.1},
     "train": {
         "maxSteps": STEPS,
-        "perDeviceTrainBatchSize": 2,
-        "gradientAccumulationSteps": 4,
+        "perDeviceTrainBatchSize": 4,
+        "gradientAccumulationSteps": 2,
         "evalSteps": 10,
         "saveSteps": 10,
         "groupByLength": True,
@@ -53,15 +53,17 @@ class Stopped:
 
 def stop_and_compare(make: MakeTraining, processes: int) -> Stopped:
     settings = {**SETTINGS, "gpus": processes}
-    settings["train"] = {**SETTINGS["train"], "gradientAccumulationSteps": 4 // processes}
-    whole = make(f"whole-{processes}", **settings)
-    whole_outcome = whole.run()
-    assert whole_outcome.code == 0, whole_outcome.log
+    settings["train"] = {**SETTINGS["train"], "gradientAccumulationSteps": 2 // processes}
+    whole = make(f"whole-{processes}", **settings).start()
+    if processes > 1:
+        whole.finish()
     stopped = make(f"stopped-{processes}", **settings).start()
     report = stopped.wait_for_step(STOP_AT)
     metrics = stopped.get("/metrics")
     stopped.signal(signal.SIGTERM)
-    return Stopped(whole, whole_outcome, stopped, stopped.finish(), report, metrics)
+    outcome, whole_outcome = stopped.finish(), whole.finish()
+    assert whole_outcome.code == 0, whole_outcome.log
+    return Stopped(whole, whole_outcome, stopped, outcome, report, metrics)
 
 
 @pytest.fixture(scope="module")
@@ -88,34 +90,48 @@ def test_sigterm_leaves_a_complete_checkpoint_and_exit_code_143(alone: Stopped) 
     assert not alone.stopped.output.exists() or list(alone.stopped.output.iterdir()) == []
 
 
-def test_a_stopped_run_resumes_to_bit_equal_weights(alone: Stopped, training: MakeTraining) -> None:
-    resumed = alone.resumed(training, "resumed")
-    outcome = resumed.run()
+@dataclass
+class Resumed:
+    """Two attempts to go on: from what the stopped run left, and from the same with damage done to it."""
+
+    plain: tuple[Training, Outcome]
+    damaged: tuple[Training, Outcome]
+    newest: int
+    older: int
+
+
+@pytest.fixture(scope="module")
+def resumed(alone: Stopped, shared_training: MakeTraining) -> Resumed:
+    plain, damaged = alone.resumed(shared_training, "resumed"), alone.resumed(shared_training, "damaged")
+    *_, older, newest = steps_of(damaged.checkpoints)
+    optimizer = damaged.checkpoints / f"checkpoint-{newest}" / "optimizer.pt"
+    data = bytearray(optimizer.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    optimizer.write_bytes(data)
+    unfinished = damaged.checkpoints / f"checkpoint-{STEPS - 1}"
+    shutil.copytree(damaged.checkpoints / f"checkpoint-{older}", unfinished)
+    (unfinished / "COMPLETE").unlink()
+    outcomes = side_by_side(plain, damaged)
+    return Resumed((plain, outcomes[0]), (damaged, outcomes[1]), newest, older)
+
+
+def test_a_stopped_run_resumes_to_bit_equal_weights(alone: Stopped, resumed: Resumed) -> None:
+    training, outcome = resumed.plain
     assert outcome.code == 0, outcome.log
     assert outcome.termination["resumedFromStep"] == alone.outcome.termination["step"]
-    assert weights(resumed) == weights(alone.whole)
+    assert weights(training) == weights(alone.whole)
     for figure in ("evalLossBefore", "evalLossAfter", "trainLoss", "step"):
         assert outcome.termination[figure] == alone.whole_outcome.termination[figure]
 
 
-def test_damaged_and_unfinished_checkpoints_are_skipped_and_removed(
-    alone: Stopped, training: MakeTraining
-) -> None:
-    resumed = alone.resumed(training, "damaged")
-    newest, older = sorted(steps_of(resumed.checkpoints))[-1], sorted(steps_of(resumed.checkpoints))[-2]
-    optimizer = resumed.checkpoints / f"checkpoint-{newest}" / "optimizer.pt"
-    data = bytearray(optimizer.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    optimizer.write_bytes(data)
-    unfinished = resumed.checkpoints / f"checkpoint-{STEPS - 1}"
-    shutil.copytree(resumed.checkpoints / f"checkpoint-{older}", unfinished)
-    (unfinished / "COMPLETE").unlink()
-    outcome = resumed.run()
+def test_damaged_and_unfinished_checkpoints_are_skipped_and_removed(alone: Stopped, resumed: Resumed) -> None:
+    training, outcome = resumed.damaged
     assert outcome.code == 0, outcome.log
-    assert f"checkpoint-{newest} is left out and removed: the content of optimizer.pt has changed" in outcome.log
-    assert f"checkpoint-{STEPS - 1} is left out and removed: it was not finished" in outcome.log
-    assert outcome.termination["resumedFromStep"] == older
-    assert weights(resumed) == weights(alone.whole)
+    left_out = "is left out and removed"
+    assert f"checkpoint-{resumed.newest} {left_out}: the content of optimizer.pt has changed" in outcome.log
+    assert f"checkpoint-{STEPS - 1} {left_out}: it was not finished" in outcome.log
+    assert outcome.termination["resumedFromStep"] == resumed.older
+    assert weights(training) == weights(alone.whole)
 
 
 def test_no_more_checkpoints_are_kept_than_asked_for_beside_the_best(alone: Stopped) -> None:
@@ -160,11 +176,11 @@ def test_checkpoints_of_another_run_are_refused_with_what_differs(alone: Stopped
 def test_two_processes_stop_together_and_resume_to_equal_weights(training: MakeTraining) -> None:
     pair = stop_and_compare(training, 2)
     assert pair.outcome.code == 143, pair.outcome.log
-    resumed = pair.resumed(training, "resumed")
-    outcome = resumed.run()
+    again = pair.resumed(training, "resumed")
+    outcome = again.run()
     assert outcome.code == 0, outcome.log
     assert outcome.termination["resumedFromStep"] == pair.outcome.termination["step"]
-    assert weights(resumed) == weights(pair.whole)
+    assert weights(again) == weights(pair.whole)
 
 
 def test_a_signal_before_the_training_begins_ends_with_143(training: MakeTraining) -> None:

@@ -4,20 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .conftest import MakeTraining, Outcome, Training
+from .conftest import MakeTraining, Outcome, Training, side_by_side
 
 pytestmark = pytest.mark.trainer
 
+DEADLINE_SECONDS = 35
+"""Long enough to load everything beside another training, short enough not to be waited for."""
+
+
+@dataclass
+class Runs:
+    """Three trainings that were run side by side."""
+
+    one: tuple[Training, Outcome]
+    plain_text: tuple[Training, Outcome]
+    deadline: tuple[Training, Outcome]
+
 
 @pytest.fixture(scope="module")
-def one_process(shared_training: MakeTraining) -> tuple[Training, Outcome]:
-    training = shared_training("one")
-    return training, training.run()
+def runs(shared_training: MakeTraining, fixtures_dir: Path) -> Runs:
+    one = shared_training("one")
+    plain_text = shared_training(
+        "plain-text",
+        model={"name": "acme/tiny-phi3", "path": str(fixtures_dir / "phi3")},
+        data={"instruct": {"fieldInstruction": "output", "fieldInput": None, "fieldOutput": None}},
+        lora={"r": 512, "loraAlpha": 1024},
+    )
+    end = datetime.now(UTC) + timedelta(seconds=DEADLINE_SECONDS)
+    deadline = shared_training("deadline", deadline=end.isoformat(), train={"maxSteps": 100000})
+    outcomes = side_by_side(deadline, one, plain_text)
+    return Runs((one, outcomes[1]), (plain_text, outcomes[2]), (deadline, outcomes[0]))
+
+
+@pytest.fixture(scope="module")
+def one_process(runs: Runs) -> tuple[Training, Outcome]:
+    return runs.one
 
 
 def manifest_of(training: Training) -> dict[str, Any]:
@@ -111,38 +139,31 @@ def test_more_processes_learn_the_same_from_the_same_global_batch(
     assert f"{processes} process(es)" in together.log
 
 
-def test_text_without_an_output_column_is_trained_as_plain_text_and_ranks_are_clamped(
-    training: MakeTraining, fixtures_dir: Path
-) -> None:
-    """Phi-3 names its layers differently (qkv_proj, gate_up_proj); each gets the rank that it can use."""
-    run = training(
-        model={"name": "acme/tiny-phi3", "path": str(fixtures_dir / "phi3")},
-        data={"instruct": {"fieldInstruction": "output", "fieldInput": None, "fieldOutput": None}},
-        lora={"r": 512, "loraAlpha": 1024},
-    )
-    outcome = run.run()
+def test_text_without_an_output_column_is_trained_as_plain_text(runs: Runs) -> None:
+    _, outcome = runs.plain_text
     assert outcome.code == 0, outcome.log
     assert outcome.termination["evalLossAfter"] < outcome.termination["evalLossBefore"] - 0.3
+
+
+def test_every_layer_gets_the_rank_that_it_can_use_and_the_clamps_are_reported(runs: Runs) -> None:
+    """Phi-3 names its layers differently (qkv_proj, gate_up_proj); each gets the rank that it can use."""
+    training, outcome = runs.plain_text
     clamps = {clamp["field"]: clamp for clamp in outcome.termination["clamps"] if clamp["reason"] == "RankClamped"}
-    # Hidden size 64, feed-forward 128, 4 heads of 16 with 2 key-value heads: in and out of each layer, half harmonic.
+    # Hidden size 64, feed-forward 128, 4 heads of 16 with 2 key-value heads.
     effective = {"qkv_proj": 21, "o_proj": 16, "gate_up_proj": 25, "down_proj": 21}
-    assert {name: clamp["effective"] for name, clamp in clamps.items()} == {
-        f"lora.r[{name}]": str(rank) for name, rank in effective.items()
+    assert {name: (clamp["requested"], clamp["effective"]) for name, clamp in clamps.items()} == {
+        f"lora.r[{name}]": ("512", str(rank)) for name, rank in effective.items()
     }
-    settings = json.loads((run.adapter / "adapter_config.json").read_text())
+    settings = json.loads((training.adapter / "adapter_config.json").read_text())
     assert settings["rank_pattern"] == effective
     for name, rank in effective.items():
         assert settings["alpha_pattern"][name] / rank == pytest.approx(1024 / 512)
 
 
-def test_the_deadline_ends_the_training_in_time_with_the_best_so_far(training: MakeTraining) -> None:
-    from datetime import UTC, datetime, timedelta
-
-    deadline = datetime.now(UTC) + timedelta(seconds=30)
-    run = training(deadline=deadline.isoformat(), train={"maxSteps": 100000})
-    outcome = run.run()
+def test_the_deadline_ends_the_training_in_time_with_the_best_so_far(runs: Runs) -> None:
+    training, outcome = runs.deadline
     assert (outcome.code, outcome.termination["reason"]) == (0, "DeadlineReached"), outcome.log
-    assert datetime.now(UTC) < deadline
+    assert outcome.seconds < DEADLINE_SECONDS
     assert 0 < outcome.termination["step"] < outcome.termination["totalSteps"] == 100000
     assert outcome.termination["evalLossAfter"] < outcome.termination["evalLossBefore"]
-    assert (run.adapter / "adapter_model.safetensors").is_file()
+    assert (training.adapter / "adapter_model.safetensors").is_file()

@@ -46,9 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="print the configuration with every default filled in, and end",
     )
-    only.add_argument(
-        "--check", action="store_true", help="check the configuration, model, data and folders, and end"
-    )
+    only.add_argument("--check", action="store_true", help="check the configuration, model, data and folders, and end")
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config)

@@ -99,9 +99,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             state=self.state,
             progress_percentage=share,
             estimated_remaining_seconds=self.remaining(),
-            metrics=tuple(
-                Metric(name=name, value=f"{value:.6g}") for name, value in sorted(self.metrics.items())
-            ),
+            metrics=tuple(Metric(name=name, value=f"{value:.6g}") for name, value in sorted(self.metrics.items())),
             last_updated_time=now(),
             step=self.step,
             total_steps=self.total,
@@ -130,14 +128,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.timings.steps.append(time.monotonic() - self._step_began)
         self.step = state.global_step
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Take over the figures that the trainer logs, at most four times a second onto the disk."""
         logs = logs or {}
-        self.note(
-            **{name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm") if name in logs}
-        )
+        self.note(**{name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm") if name in logs})
         self.note(epoch=float(state.epoch or 0.0), step_seconds=self.timings.step)
         if "loss" in logs and "num_tokens" in logs:
             here = time.monotonic()
@@ -180,9 +174,7 @@ class NaNGuard(TrainerCallback):  # type: ignore[misc]
         """
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         # One number for all tensors: a sum is not finite when any of its terms is not.
-        if not gradients or bool(
-            torch.isfinite(torch.stack([g.sum(dtype=torch.float32) for g in gradients])).all()
-        ):
+        if not gradients or bool(torch.isfinite(torch.stack([g.sum(dtype=torch.float32) for g in gradients])).all()):
             self.in_a_row = 0
             return
         optimizer.zero_grad(set_to_none=True)
@@ -190,9 +182,7 @@ class NaNGuard(TrainerCallback):  # type: ignore[misc]
         self.in_a_row += 1
         self.progress.note(skipped_steps=self.skipped)
         if self.skipped == 1:
-            print(
-                f"train: the gradients of step {state.global_step + 1} are not finite, the step is left out"
-            )
+            print(f"train: the gradients of step {state.global_step + 1} are not finite, the step is left out")
         if self.in_a_row >= self.LIMIT:
             raise TrainerError(
                 ExitCode.RESTART,

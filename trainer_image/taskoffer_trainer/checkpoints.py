@@ -148,9 +148,7 @@ def check_adapter(folder: Path, expected: int) -> int:
                 raise ValueError(f"tensor {name} in {folder / ADAPTER_FILE} is empty")
             if not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
-                raise ValueError(
-                    f"tensor {name} in {folder / ADAPTER_FILE} has {bad} values that are not finite"
-                )
+                raise ValueError(f"tensor {name} in {folder / ADAPTER_FILE} has {bad} values that are not finite")
             parameters += tensor.numel()
     return parameters
 
@@ -167,14 +165,10 @@ def mark_complete(folder: Path, step: int, eval_loss: float | None, expected_ten
         check_adapter(folder, expected_tensors)
         state = _read_json(folder / "trainer_state.json") or {}
         if state.get("global_step") != step:
-            raise ValueError(
-                f"{folder / 'trainer_state.json'} says step {state.get('global_step')} instead of {step}"
-            )
+            raise ValueError(f"{folder / 'trainer_state.json'} says step {state.get('global_step')} instead of {step}")
     except (ValueError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise TrainerError(
-            ExitCode.RESTART, "CheckpointBroken", f"the checkpoint of step {step}: {error}"
-        ) from error
+        raise TrainerError(ExitCode.RESTART, "CheckpointBroken", f"the checkpoint of step {step}: {error}") from error
     files = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with path.open("rb") as file:
@@ -248,9 +242,7 @@ def rotate(config: RunConfig) -> None:
     complete = complete_checkpoints(config)
     if not complete:
         return
-    keep = {one.folder for one in complete[: config.train.save_total_limit]} | {
-        best_checkpoint(complete).folder
-    }
+    keep = {one.folder for one in complete[: config.train.save_total_limit]} | {best_checkpoint(complete).folder}
     for one in complete:
         if one.folder not in keep:
             # Without its marker a folder that is only half removed does not count.

@@ -75,9 +75,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             except ValueError as error:
                 raise bad_data("DataUnreadable", f"{path} line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise bad_data(
-                    "DataUnreadable", f"{path} line {number} is not an object but {type(row).__name__}"
-                )
+                raise bad_data("DataUnreadable", f"{path} line {number} is not an object but {type(row).__name__}")
             yield row
 
 
@@ -98,24 +96,24 @@ def _read_json(path: Path) -> Iterator[Row]:
             )
         value = value[lists[0]]
     if not isinstance(value, list):
-        raise bad_data(
-            "DataUnreadable", f"{path} holds {type(value).__name__}; it should hold a list of rows"
-        )
+        raise bad_data("DataUnreadable", f"{path} holds {type(value).__name__}; it should hold a list of rows")
     for number, row in enumerate(value, 1):
         if not isinstance(row, dict):
             raise bad_data("DataUnreadable", f"{path} row {number} is not an object but {type(row).__name__}")
         yield row
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path, columns: list[str]) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            header = list(reader.fieldnames or [])
+            for name in columns:
+                if name not in header:
+                    raise _missing_column(path, name, header)
             for row in reader:
                 if None in row:
-                    raise bad_data(
-                        "DataUnreadable", f"{path} line {reader.line_num} has more cells than the header"
-                    )
+                    raise bad_data("DataUnreadable", f"{path} line {reader.line_num} has more cells than the header")
                 yield row
         except csv.Error as error:
             raise bad_data("DataUnreadable", f"{path} line {reader.line_num} is not CSV: {error}") from error
@@ -143,12 +141,10 @@ def _read(path: Path, file_format: FileFormat, columns: list[str]) -> Iterator[R
     if file_format is FileFormat.JSON:
         return _read_json(path)
     if file_format is FileFormat.CSV:
-        return _read_csv(path)
+        return _read_csv(path, columns)
     if file_format is FileFormat.PARQUET:
         return _read_parquet(path, columns)
-    raise TrainerError(
-        ExitCode.BAD_CONFIG, "ConfigInvalid", f"data.fileFormat: {file_format.value} is not text"
-    )
+    raise TrainerError(ExitCode.BAD_CONFIG, "ConfigInvalid", f"data.fileFormat: {file_format.value} is not text")
 
 
 def _missing_column(path: Path, column: str, available: list[str]) -> TrainerError:
@@ -197,9 +193,7 @@ def _text(row: Row, column: str | None, number: int) -> str:
         return ""
     if isinstance(value, (str, int, float)):
         return str(value).strip()
-    raise bad_data(
-        "DataUnreadable", f"row {number}: column {column!r} holds {type(value).__name__}, not text"
-    )
+    raise bad_data("DataUnreadable", f"row {number}: column {column!r} holds {type(value).__name__}, not text")
 
 
 def _user_message(columns: InstructColumns, instruction: str, context: str) -> str:
@@ -234,13 +228,9 @@ def build_examples(rows: list[Row], columns: InstructColumns) -> list[Example]:
             system = columns.system_format.replace("{system}", system)
         examples.append(Example(system, _user_message(columns, instruction, context), answer))
     if len(examples) < len(rows):
-        print(
-            f"data: {len(rows) - len(examples)} of {len(rows)} rows have no text in a needed column, left out"
-        )
+        print(f"data: {len(rows) - len(examples)} of {len(rows)} rows have no text in a needed column, left out")
     if not examples:
-        raise bad_data(
-            "DataEmpty", f"none of the {len(rows)} rows has text in the needed columns {_wanted(columns)}"
-        )
+        raise bad_data("DataEmpty", f"none of the {len(rows)} rows has text in the needed columns {_wanted(columns)}")
     return examples
 
 
@@ -276,6 +266,4 @@ def read_split(config: RunConfig) -> Split:
     columns = config.data.instruct
     if columns is None:
         raise TrainerError(ExitCode.BAD_CONFIG, "ConfigInvalid", "data.instruct: the columns are missing")
-    return split_rows(
-        build_examples(read_rows(config.data, columns), columns), config.data, config.train.seed
-    )
+    return split_rows(build_examples(read_rows(config.data, columns), columns), config.data, config.train.seed)

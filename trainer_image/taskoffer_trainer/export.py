@@ -90,8 +90,7 @@ def _card(config: RunConfig, result: Result) -> str:
     if result.clamps:
         body += ["", "Settings that were changed to fit the model or the machine:", ""]
         body += [
-            f"* `{one.field}`: {one.requested} → {one.effective} ({one.reason}) {one.message}"
-            for one in result.clamps
+            f"* `{one.field}`: {one.requested} → {one.effective} ({one.reason}) {one.message}" for one in result.clamps
         ]
     for one in result.answers:
         body += ["", f"**{one['prompt']}**", "", "before:", "", _quoted(one["before"])]

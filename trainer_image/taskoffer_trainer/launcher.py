@@ -24,10 +24,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from taskoffer.api.contract import ExitCode, RunConfig, Termination
-from taskoffer_trainer.checkpoints import check_identity, finished_run
+from taskoffer_trainer.checkpoints import check_identity, complete_checkpoints, finished_run
 from taskoffer_trainer.config import check_paths
-from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED, STOPPED
-from taskoffer_trainer.progress import ProgressServer, progress_port
+from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED, STOPPED, TrainerError
+from taskoffer_trainer.progress import ProgressServer, now, progress_port
 
 __all__ = ["RankEnd", "Ranks", "decide", "launch", "rank_environment"]
 
@@ -180,9 +180,7 @@ def _signals() -> Iterator[tuple[int, list[int]]]:
         if number != signal.SIGCHLD:
             received.append(number)
 
-    before = {
-        number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-    }
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
     old = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield reader, received
@@ -205,9 +203,7 @@ def _wait(ranks: Ranks, reader: int, received: list[int]) -> None:
         for number in received[passed:]:
             passed += 1
             again = number == signal.SIGINT and signal.SIGINT in received[: passed - 1]
-            print(
-                f"trainer: got {signal.Signals(number).name}, {'killing' if again else 'stopping'} the ranks"
-            )
+            print(f"trainer: got {signal.Signals(number).name}, {'killing' if again else 'stopping'} the ranks")
             if again:
                 ranks.kill()
             else:
@@ -227,26 +223,28 @@ def _termination(end: RankEnd) -> Termination:
     if end.said is not None and end.said.exit_code == end.code:
         return end.said
     if end.code == ExitCode.STOPPED:
-        return Termination(
-            exit_code=end.code, reason=STOPPED, message="stopped before the training had begun"
-        )
+        return Termination(exit_code=end.code, reason=STOPPED, message="stopped before the training had begun")
     if end.code > 128:
-        name = (
-            signal.Signals(end.code - 128).name
-            if end.code - 128 in set(signal.Signals)
-            else str(end.code - 128)
-        )
+        name = signal.Signals(end.code - 128).name if end.code - 128 in set(signal.Signals) else str(end.code - 128)
         hint = "; as a rule the container ran out of memory" if end.code == ExitCode.OUT_OF_MEMORY else ""
         if end.by_us:
             hint = " by the launcher, because it did not stop"
-        return Termination(
-            exit_code=end.code, reason=KILLED, message=f"rank {end.rank} was killed by {name}{hint}"
-        )
+        return Termination(exit_code=end.code, reason=KILLED, message=f"rank {end.rank} was killed by {name}{hint}")
     return Termination(
         exit_code=end.code,
         reason=INTERNAL_ERROR,
         message=f"rank {end.rank} ended with exit code {end.code} and gave no reason; see the log",
     )
+
+
+def _check_deadline(config: RunConfig) -> None:
+    """Refuse to begin after the deadline; what was trained before it may still be exported."""
+    if config.deadline is not None and config.deadline <= now() and not complete_checkpoints(config):
+        raise TrainerError(
+            ExitCode.BAD_CONFIG,
+            "DeadlinePassed",
+            f"deadline: {config.deadline:%Y-%m-%dT%H:%M:%SZ} has passed and nothing was trained before it",
+        )
 
 
 def launch(config: RunConfig) -> Termination:
@@ -261,15 +259,14 @@ def launch(config: RunConfig) -> Termination:
         return done
     check_paths(config)
     check_identity(config)
+    _check_deadline(config)
     # Grandchildren whose parent died come to this process as they would to process 1, so that none stays a
     # zombie.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with _signals() as (reader, received), tempfile.TemporaryDirectory(prefix="taskoffer-") as folder:
         run_dir = Path(folder)
         (run_dir / "tmp").mkdir()
-        (run_dir / "run.json").write_text(
-            config.model_dump_json(by_alias=True, exclude_none=True), encoding="utf-8"
-        )
+        (run_dir / "run.json").write_text(config.model_dump_json(by_alias=True, exclude_none=True), encoding="utf-8")
         server = ProgressServer(progress_port(), run_dir / "progress.json", config)
         try:
             print(

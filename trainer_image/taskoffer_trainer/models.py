@@ -54,9 +54,7 @@ def choose_device(config: RunConfig) -> Device:
             f"{_NVIDIA_CONTROL} is there but torch {torch.__version__} sees no GPU; does the driver fit?",
         )
     reason = "There is no GPU here; on a CPU bfloat16 is slower and less exact than float32."
-    return Device(
-        False, torch.float32, "float32 on the CPU, because there is no GPU here", _no_bf16(config, reason)
-    )
+    return Device(False, torch.float32, "float32 on the CPU, because there is no GPU here", _no_bf16(config, reason))
 
 
 def _no_bf16(config: RunConfig, message: str) -> tuple[Clamp, ...]:
@@ -66,9 +64,7 @@ def _no_bf16(config: RunConfig, message: str) -> tuple[Clamp, ...]:
 
 
 def _no_model(config: RunConfig, message: str) -> TrainerError:
-    return TrainerError(
-        ExitCode.NO_MODEL, "ModelUnusable", f"{config.model.name} in {config.model.path}: {message}"
-    )
+    return TrainerError(ExitCode.NO_MODEL, "ModelUnusable", f"{config.model.name} in {config.model.path}: {message}")
 
 
 def load_tokenizer(config: RunConfig) -> Any:
@@ -80,15 +76,11 @@ def load_tokenizer(config: RunConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.model.path, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _no_model(config, f"the tokenizer cannot be loaded: {error}") from error
     if tokenizer.eos_token is None:
-        raise _no_model(
-            config, "the tokenizer has no end-of-text token, so the model could never learn to stop"
-        )
+        raise _no_model(config, "the tokenizer has no end-of-text token, so the model could never learn to stop")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -104,9 +104,8 @@ def render_metrics(report: ProgressReport, started: datetime) -> str:
     add("step", "Optimizer steps done.", report.step)
     if report.total_steps is not None:
         add("total_steps", "Optimizer steps planned.", report.total_steps)
-    if report.progress_percentage is not None:
-        ratio = report.step / report.total_steps if report.total_steps else report.progress_percentage / 100
-        add("progress_ratio", "Share of the planned steps that are done.", round(ratio, 6))
+    if report.total_steps:
+        add("progress_ratio", "Share of the planned steps that are done.", round(report.step / report.total_steps, 6))
     if report.estimated_remaining_seconds is not None:
         add("estimated_remaining_seconds", "Seconds until the run ends.", report.estimated_remaining_seconds)
     values = {metric.name: metric.value for metric in report.metrics}
@@ -131,20 +130,14 @@ class ProgressServer:
                 path = self.path.partition("?")[0]
                 if path == "/progress":
                     report = read_report(report_file, config, started)
-                    self._answer(
-                        200, "application/json", report.model_dump_json(by_alias=True, exclude_none=True)
-                    )
+                    self._answer(200, "application/json", report.model_dump_json(by_alias=True, exclude_none=True))
                 elif path == "/metrics":
                     report = read_report(report_file, config, started)
-                    self._answer(
-                        200, "text/plain; version=0.0.4; charset=utf-8", render_metrics(report, started)
-                    )
+                    self._answer(200, "text/plain; version=0.0.4; charset=utf-8", render_metrics(report, started))
                 elif path == "/healthz":
                     self._answer(200, "text/plain; charset=utf-8", "ok\n")
                 else:
-                    self._answer(
-                        404, "text/plain; charset=utf-8", "here are /progress, /metrics and /healthz\n"
-                    )
+                    self._answer(404, "text/plain; charset=utf-8", "here are /progress, /metrics and /healthz\n")
 
             def _answer(self, status: int, content_type: str, text: str) -> None:
                 body = text.encode()

@@ -47,9 +47,7 @@ def run(config: RunConfig, run_dir: Path, rank: int, stop: Stop) -> Termination:
         traceback.print_exc()
         if _is_out_of_memory(error):
             hint = "a smaller train.perDeviceTrainBatchSize or train.maxLength needs less"
-            return _ended(
-                ExitCode.OUT_OF_MEMORY, "OutOfMemory", f"rank {rank} ran out of memory; {hint}: {error}"
-            )
+            return _ended(ExitCode.OUT_OF_MEMORY, "OutOfMemory", f"rank {rank} ran out of memory; {hint}: {error}")
         return _ended(ExitCode.INTERNAL, INTERNAL_ERROR, f"rank {rank}: {type(error).__name__}: {error}")
 
 
@@ -64,9 +62,7 @@ def main() -> int:
         # All ranks would say the same; errors still go to stderr.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends.
     # transformers warns about a name that trl uses inside; nobody here can do anything about it.
-    warnings.filterwarnings(
-        "ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning
-    )
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
     stop = Stop(config.deadline)
     stop.listen()
     termination = run(config, run_dir, rank, stop)

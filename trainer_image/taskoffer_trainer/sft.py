@@ -271,13 +271,9 @@ def _finish(run: _Run, baseline: _Baseline, tensors: int, summary: Termination) 
         progress.enter(RunState.SAVING)
         pairs = [
             {"prompt": prompt, "before": before, "after": after}
-            for prompt, before, after in zip(
-                run.data.prompts, baseline.answers, verified.answers, strict=True
-            )
+            for prompt, before, after in zip(run.data.prompts, baseline.answers, verified.answers, strict=True)
         ]
-        final, digest = publish(
-            config, folder, replace(result, eval_loss_after=verified.eval_loss, answers=pairs)
-        )
+        final, digest = publish(config, folder, replace(result, eval_loss_after=verified.eval_loss, answers=pairs))
     fall = f"held-out loss {baseline.loss:.4f} -> {verified.eval_loss:.4f}"
     done = summary.model_copy(
         update={

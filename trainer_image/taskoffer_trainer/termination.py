@@ -36,9 +36,7 @@ def encode_termination(termination: Termination, limit: int = MAX_TERMINATION_BY
             keep = len(termination.clamps) * 3 // 4
             note = f" ({total - keep} of {total} clamps left out)"
             message = shorten(said, MAX_MESSAGE - len(note)) + note
-            termination = termination.model_copy(
-                update={"clamps": termination.clamps[:keep], "message": message}
-            )
+            termination = termination.model_copy(update={"clamps": termination.clamps[:keep], "message": message})
         elif len(termination.message) > 16:
             shorter = shorten(termination.message, len(termination.message) * 3 // 4)
             termination = termination.model_copy(update={"message": shorter})

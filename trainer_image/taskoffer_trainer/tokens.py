@@ -74,9 +74,7 @@ def tokenize(examples: list[Example], tokenizer: Any, max_length: int, what: str
     for start in range(0, len(examples), 1000):
         part = examples[start : start + 1000]
         prompts = [prompt_of(example, tokenizer) for example in part]
-        texts = [
-            _full_text(example, prompt, tokenizer) for example, prompt in zip(part, prompts, strict=True)
-        ]
+        texts = [_full_text(example, prompt, tokenizer) for example, prompt in zip(part, prompts, strict=True)]
         # Chat templates write the special tokens themselves; plain text needs the tokenizer's own.
         special = not tokenizer.chat_template or not any(prompts)
         whole = tokenizer(texts, add_special_tokens=special)["input_ids"]

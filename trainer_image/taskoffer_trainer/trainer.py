@@ -148,9 +148,7 @@ def training_arguments(config: RunConfig, device: Device) -> SFTConfig:
 
 
 def _dataset(rows: list[TokenRow]) -> Dataset:
-    return Dataset.from_dict(
-        {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
-    )
+    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
 
 
 def build_trainer(

@@ -30,9 +30,7 @@ class Verified:
 
 
 def _failed(message: str) -> TrainerError:
-    return TrainerError(
-        ExitCode.VERIFY_FAILED, "VerifyFailed", f"the adapter did not pass verification: {message}"
-    )
+    return TrainerError(ExitCode.VERIFY_FAILED, "VerifyFailed", f"the adapter did not pass verification: {message}")
 
 
 def verify_adapter(

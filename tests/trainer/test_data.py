@@ -1,0 +1,202 @@
+"""Rows become examples as their columns say, and the same rows are held out whatever their order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskoffer.api.contract import DataConfig, InstructColumns
+from taskoffer_trainer.data import Example, build_examples, read_rows, split_rows
+from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.tokens import IGNORED, tokenize
+
+pytestmark = pytest.mark.trainer
+
+ROWS: list[dict[str, Any]] = [
+    {"instruction": "Add", "input": "2 and 3", "output": "5"},
+    {"instruction": "Say {input}", "input": "", "output": "no"},
+]
+COLUMNS = InstructColumns(field_instruction="instruction", field_input="input", field_output="output")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows in the format that the file name asks for."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps({"version": 1, "data": rows}))
+    elif path.suffix == ".csv":
+        import csv
+
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("file_format", ["json", "jsonl", "csv", "parquet"])
+def test_every_format_gives_the_same_rows(file_format: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"rows.{file_format}", [{**row, "more": "x"} for row in ROWS])
+    data = DataConfig.model_validate({"path": str(path), "fileFormat": file_format})
+    assert read_rows(data, COLUMNS) == ROWS
+    folder = DataConfig.model_validate({"path": str(tmp_path), "fileFormat": file_format})
+    assert read_rows(folder, COLUMNS) == ROWS
+
+
+UNREADABLE = [
+    ("jsonl", '{"instruction": 1}\n{"instr', "line 2 is not JSON"),
+    ("jsonl", "[1]\n", "line 1 is not an object but list"),
+    ("jsonl", "\n", "holds no rows"),
+    ("json", '{"a": [], "b": []}', "object with 2 lists"),
+    ("json", "3", "holds int"),
+    ("json", "{", "is not JSON"),
+    ("csv", "instruction,input,output\n1,2,3,4\n", "line 2 has more cells than the header"),
+    ("csv", "instruction,output\n1,2\n", "column 'input' is not in"),
+]
+
+
+@pytest.mark.parametrize(("file_format", "text", "words"), UNREADABLE)
+def test_what_cannot_be_read_is_said_with_its_line(file_format: str, text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{file_format}"
+    path.write_text(text)
+    data = DataConfig.model_validate({"path": str(path), "fileFormat": file_format})
+    with pytest.raises(TrainerError, match=words) as error:
+        read_rows(data, COLUMNS)
+    assert error.value.code == 65
+
+
+def test_a_folder_without_matching_files_names_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a\n1\n")
+    data = DataConfig.model_validate({"path": str(tmp_path), "fileFormat": "jsonl"})
+    with pytest.raises(TrainerError, match=r"no file that ends in \.jsonl .*found \.csv"):
+        read_rows(data, COLUMNS)
+
+
+def test_bytes_that_are_not_text_are_bad_data(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"instruction": "\xff"}\n')
+    data = DataConfig.model_validate({"path": str(tmp_path / "rows.jsonl")})
+    with pytest.raises(TrainerError, match="not UTF-8"):
+        read_rows(data, COLUMNS)
+
+
+TEMPLATES = [
+    (COLUMNS, ROWS[0], Example("", "Add\n2 and 3", "5")),
+    (COLUMNS, ROWS[1], Example("", "Say {input}", "no")),
+    (COLUMNS.model_copy(update={"format": "{input}: {instruction}"}), ROWS[0], Example("", "2 and 3: Add", "5")),
+    (
+        COLUMNS.model_copy(update={"format": "{instruction} {input}"}),
+        {"instruction": "{input}", "input": "{instruction}", "output": 7},
+        Example("", "{input} {instruction}", "7"),
+    ),
+    (COLUMNS.model_copy(update={"no_input_format": "Q: {instruction}"}), ROWS[1], Example("", "Q: Say {input}", "no")),
+    (
+        COLUMNS.model_copy(update={"system_prompt": "Be kind.", "system_format": "[{system}]"}),
+        ROWS[0],
+        Example("[Be kind.]", "Add\n2 and 3", "5"),
+    ),
+    (
+        COLUMNS.model_copy(update={"field_system": "rule", "system_prompt": "Be kind."}),
+        {**ROWS[0], "rule": "Be short."},
+        Example("Be short.", "Add\n2 and 3", "5"),
+    ),
+    (InstructColumns(field_instruction="output"), ROWS[0], Example("", "", "5")),
+]
+
+
+@pytest.mark.parametrize(("columns", "row", "example"), TEMPLATES)
+def test_columns_and_templates_make_the_example(
+    columns: InstructColumns, row: dict[str, Any], example: Example
+) -> None:
+    assert build_examples([row], columns) == [example]
+
+
+def test_rows_without_an_answer_are_left_out_aloud(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*ROWS, {"instruction": "Why?", "input": "", "output": None}, {"instruction": "", "output": "x"}]
+    assert len(build_examples(rows, COLUMNS)) == 2
+    assert "2 of 4 rows have no text in a needed column" in capsys.readouterr().out
+    with pytest.raises(TrainerError, match="none of the 1 rows"):
+        build_examples([{"instruction": "", "input": "", "output": ""}], COLUMNS)
+
+
+def test_a_cell_that_is_not_text_is_named() -> None:
+    with pytest.raises(TrainerError, match="row 1: column 'output' holds list"):
+        build_examples([{"instruction": "a", "output": ["b"]}], COLUMNS)
+
+
+def config(fraction: float, most: int) -> DataConfig:
+    return DataConfig(path="/x", eval_fraction=fraction, eval_rows_max=most)
+
+
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=3), min_size=2, max_size=60).filter(lambda found: len(set(found)) > 1),
+    seed=st.integers(0, 2**32 - 1),
+    order=st.randoms(use_true_random=False),
+)
+def test_the_held_out_rows_do_not_depend_on_the_order_and_are_never_trained(
+    texts: list[str], seed: int, order: Any
+) -> None:
+    examples = [Example("", "", text) for text in texts]
+    try:
+        split = split_rows(examples, config(0.3, 10), seed)
+    except TrainerError:
+        # Allowed only where the few different texts are all held out.
+        assert len(set(texts)) <= max(1, round(len(texts) * 0.3))
+        return
+    assert split.held_out
+    assert not set(split.held_out) & set(split.train)
+    assert len(split.held_out) <= 10
+    shuffled = list(examples)
+    order.shuffle(shuffled)
+    assert set(split_rows(shuffled, config(0.3, 10), seed).train) == set(split.train)
+
+
+def test_as_many_rows_are_held_out_as_asked_for() -> None:
+    examples = [Example("", "", str(number)) for number in range(1000)]
+    assert len(split_rows(examples, config(0.1, 400), 1).held_out) == 100
+    assert len(split_rows(examples, config(0.1, 25), 1).held_out) == 25
+    assert len(split_rows(examples, config(0.0001, 400), 1).held_out) == 1
+    assert split_rows(examples, config(0.1, 400), 1).held_out != split_rows(examples, config(0.1, 400), 2).held_out
+
+
+class WordTokenizer:
+    """One token per word; ids are handed out as words come."""
+
+    chat_template = None
+    eos_token = " <end>"
+
+    def __init__(self) -> None:
+        self.words: dict[str, int] = {}
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        ids = [[self.words.setdefault(word, len(self.words)) for word in text.split()] for text in texts]
+        return {"input_ids": ids}
+
+
+def test_only_the_answer_counts_for_the_loss() -> None:
+    tokenizer = WordTokenizer()
+    (row,) = tokenize([Example("be kind", "two words", "the answer")], tokenizer, 100, "training")
+    assert len(row.input_ids) == 7
+    assert row.labels == [IGNORED] * 4 + row.input_ids[4:]
+    assert row.labels[-1] == tokenizer.words["<end>"]
+
+
+def test_long_rows_are_cut_and_rows_without_room_for_an_answer_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    examples = [Example("", "a b", "c d e f"), Example("", "a b c d e f g h", "i"), Example("", "a", "b")]
+    rows = tokenize(examples, WordTokenizer(), 5, "training")
+    assert [len(row.input_ids) for row in rows] == [5, 3]
+    assert "2 of 3 training rows are longer than 5 tokens; 1 were cut and 1 left out" in capsys.readouterr().out
+    with pytest.raises(TrainerError, match=r"train\.maxLength"):
+        tokenize(examples[1:2], WordTokenizer(), 5, "training")
