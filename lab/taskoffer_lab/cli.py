@@ -77,6 +77,7 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpus", type=int, default=8, help="simulated GPUs of each node (default: 8)")
     parser.add_argument("--registry", metavar="URL", help="http://HOST:PORT of an image registry for the nodes")
+    parser.add_argument("--serve-registry", action="store_true", help="serve the lab's own images to the nodes")
     parser.add_argument("--provider", choices=PROVIDERS, default="local", help="default: local")
     parser.add_argument("--kubeconfig", type=Path, help="for --provider kubeconfig")
 
@@ -105,6 +106,7 @@ def _up(arguments: argparse.Namespace) -> int:
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus,
         registry_endpoint=arguments.registry,
+        serve_registry=arguments.serve_registry,
         detached=True,
     )
     cluster = provider(arguments.provider, arguments.kubeconfig).up(spec)

@@ -129,7 +129,9 @@ def _host() -> list[Finding]:
     findings = []
     for requirement in HOST_REQUIREMENTS:
         problem = requirement.check()
-        findings.append(Finding(requirement.name, problem or "usable", not problem, ("nodes",), requirement.remedy))
+        findings.append(
+            Finding(requirement.name, problem or "usable", not problem, ("nodes", "images"), requirement.remedy)
+        )
     version = "v2 (meant to work, not tried)" if is_unified(hierarchies()) else "v1"
     findings.append(Finding("control groups' version", version, True, ("nodes",)))
     return findings

@@ -13,6 +13,7 @@ from typing import Any
 from taskoffer_lab.base_images import ensure_base_images
 from taskoffer_lab.cluster import Cluster, ProcessHandle
 from taskoffer_lab.control_channel import ask
+from taskoffer_lab.debian import ensure_programs
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.network import ClusterNetwork
 from taskoffer_lab.node_handle import Node
@@ -100,6 +101,13 @@ class LocalCluster(Cluster):
         """The host's address on the cluster's bridge."""
         return self.network.host_address
 
+    @property
+    def registry_endpoint(self) -> str | None:
+        """Where the nodes pull the lab's images from, None where nothing was said when the cluster was made."""
+        if self.record.spec.serve_registry:
+            return f"http://{self.host_address}:{self.record.ports['registry']}"
+        return self.record.spec.registry_endpoint
+
     def process(self, name: str) -> ProcessHandle:
         """Return a process by name: a member of the control plane, or `node-a/kubelet` and the like."""
         return LocalProcess(self.record.layout.control, name)
@@ -159,6 +167,8 @@ class LocalProvider:
         if spec.nodes:
             ensure_node_requirements()
             ensure_base_images()
+        if spec.serve_registry:
+            ensure_programs(["docker-registry"])
         tools = ensure_tools(["controlplane", "node"] if spec.nodes else ["controlplane"])
         started = time.monotonic()
         record = claim(spec)

@@ -17,6 +17,7 @@ from taskoffer_lab.debian import cni_folder, find_program
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.gpus import RESOURCE, GpuInventory, inventory
 from taskoffer_lab.host_changes import BOUND, PRIVATE, change_host
+from taskoffer_lab.images.registry import registry_command
 from taskoffer_lab.locking import locked
 from taskoffer_lab.network import ClusterNetwork, connect_node, create_bridge, remove_cable
 from taskoffer_lab.node_config import KERNEL_SETTINGS, NodeConfig
@@ -73,6 +74,7 @@ class NodeSet:
         with locked(claims_lock()):
             change_host()
         create_bridge(self._network)
+        endpoint = self._start_registry() if record.spec.serve_registry else record.spec.registry_endpoint
         for index, name in enumerate(record.spec.node_names):
             slot = claim_slot()
             cni = cni_folder()
@@ -82,9 +84,15 @@ class NodeSet:
             self._nodes[name] = _RunningNode(config, slot)
             config.write(unified_cgroups=self._unified)
             inventory(record.name, name, record.spec.gpus_per_node).write(self._nodes[name].gpu_file)
-            if record.spec.registry_endpoint:
-                write_hosts(config.folder, record.spec.registry_endpoint, self._network.host_address)
+            if endpoint:
+                write_hosts(config.folder, endpoint, self._network.host_address)
             self._start(self._nodes[name], clean_store=True)
+
+    def _start_registry(self) -> str:
+        record = self._plane.record
+        address, port = self._network.host_address, record.ports["registry"]
+        self._table.start(registry_command(address, port, record.layout.logs / "registry.log"))
+        return f"http://{address}:{port}"
 
     def start_kubelets(self) -> None:
         """Start what talks to the API server, once that is ready; an early kubelet may wait a minute."""

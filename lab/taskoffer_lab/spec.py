@@ -34,6 +34,8 @@ class ClusterSpec:
             (Kubernetes' default is 300).
         registry_endpoint: `http://HOST:PORT` of the lab's image registry; the host 0.0.0.0 becomes the
             host's address on the cluster's bridge.
+        serve_registry: Whether the cluster's supervisor serves the lab's images itself, on the bridge, for as long
+            as the cluster lives; then `registry_endpoint` must be None.
         detached: Whether it lives on when the process that started it ends.
         priority_and_fairness: Whether the API server queues by priority and fairness, as by default, or only
             by its limits of requests in flight.
@@ -45,6 +47,7 @@ class ClusterSpec:
     node_monitor_grace_seconds: int = 50
     unreachable_toleration_seconds: int = 300
     registry_endpoint: str | None = None
+    serve_registry: bool = False
     detached: bool = False
     priority_and_fairness: bool = True
 
@@ -53,6 +56,8 @@ class ClusterSpec:
             raise LabError(f"cluster name {self.name!r} is not allowed", "at most 20 characters: a-z, 0-9 and - inside")
         if not 0 <= self.nodes <= MOST_NODES:
             raise LabError(f"{self.nodes} nodes: 0 to {MOST_NODES} are possible")
+        if self.serve_registry and (self.registry_endpoint or not self.nodes):
+            raise LabError("serve_registry needs nodes and no registry_endpoint beside it")
         if self.gpus_per_node < 0:
             raise LabError(f"{self.gpus_per_node} GPUs per node: must be 0 or more")
         if self.node_monitor_grace_seconds < 4:

@@ -17,8 +17,8 @@ from taskoffer_lab.paths import state_root
 from taskoffer_lab.process_table import start_time
 from taskoffer_lab.spec import ClusterSpec, Layout
 
-PORTS = ("apiserver", "etcd", "etcd-peer")
-"""What a control plane listens on."""
+PORTS = ("apiserver", "etcd", "etcd-peer", "registry")
+"""What a cluster listens on."""
 
 # Below the kernel's range for outgoing connections (from 32768), so that no client of somebody else's takes
 # the port between choice and use, or while a member is stopped.

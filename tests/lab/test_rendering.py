@@ -111,6 +111,8 @@ def test_each_node_has_its_own_pod_range_and_group() -> None:
         ({"nodes": 17}, "0 to 16"),
         ({"nodes": -1}, "0 to 16"),
         ({"gpus_per_node": -1}, "GPUs per node"),
+        ({"serve_registry": True}, "needs nodes"),
+        ({"nodes": 1, "serve_registry": True, "registry_endpoint": "http://h:1"}, "no registry_endpoint"),
         ({"node_monitor_grace_seconds": 3}, "below 4"),
     ],
 )

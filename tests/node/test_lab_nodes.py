@@ -256,10 +256,13 @@ def ready_status(cluster: LocalCluster, node: str) -> str:
 
 
 def test_two_nodes_of_which_one_vanishes_and_comes_back_leave_nothing_behind() -> None:
-    spec = ClusterSpec(name=f"two-n-{os.getpid()}", nodes=2, gpus_per_node=2, node_monitor_grace_seconds=8)
+    spec = ClusterSpec(
+        name=f"two-n-{os.getpid()}", nodes=2, gpus_per_node=2, node_monitor_grace_seconds=8, serve_registry=True
+    )
     serve = "hostname > /tmp/name; exec httpd -f -p 8080 -h /tmp"
     with LocalProvider().up(spec) as cluster:
         assert cluster.nodes == ["node-a", "node-b"]
+        assert answers(f"{cluster.registry_endpoint}/v2/")
         for node in cluster.nodes:
             cluster.api.request(
                 "POST",
