@@ -178,6 +178,9 @@ class Jobs:
         if entry is None:
             await self._derive(key)
             return
+        offer = world.holding_by_job.get(key)
+        if offer is not None and offer.uid != entry.offer_uid:
+            raise self._taken(_offer_subject(offer), f"TrainingJob {key}")
         if entry.job is None:
             logger.error("stored TrainingJob is not valid", extra={"job": str(key), "error": entry.problem})
             return
@@ -234,11 +237,15 @@ class Jobs:
         except ConflictError:
             found = await session.kube.get(JOBS_OF_TRAINING, key.namespace, key.name)
             if not _owned_by(found, offer.uid):
-                message = f"TrainingJob {key} exists and belongs to another owner: remove or rename it"
-                session.events.emit(_offer_subject(offer), Reason.NAME_CONFLICT, message, warning=True)
-                raise NameTakenError(message) from None
+                raise self._taken(_offer_subject(offer), f"TrainingJob {key}") from None
             session.world.jobs.observe("ADDED", found)
         session.want_job(key)
+
+    def _taken(self, subject: Subject, what: str) -> NameTakenError:
+        """Say on the object that needs the name that somebody else has it, and return the error to raise."""
+        message = f"{what} exists and belongs to another owner: remove it, or delete this offer"
+        self._session.events.emit(subject, Reason.NAME_CONFLICT, message, warning=True)
+        return NameTakenError(message)
 
     async def _take_back(self, offer: OfferEntry, reason: Reason, message: str) -> None:
         if offer.admission is not None and (self.revoke is None or not await self.revoke(offer, reason, message)):
@@ -308,7 +315,9 @@ class Jobs:
             except ConflictError:
                 found = await session.kube.get(resource, namespace, manifest["metadata"]["name"])
                 if not _owned_by(found, entry.uid):
-                    raise NameTakenError(f"{manifest['kind']} {namespace}/{manifest['metadata']['name']}") from None
+                    subject = Subject(API_VERSION, "TrainingJob", namespace, entry.key.name, entry.uid)
+                    what = f"{manifest['kind']} {namespace}/{manifest['metadata']['name']}"
+                    raise self._taken(subject, what) from None
                 if store is not None:
                     store.observe("ADDED", found)
 

@@ -62,7 +62,9 @@ class Replica:
         if not self.leading:
             return
         self.session.cycle_wanted.set()
-        if kind in ("Node", "CapacityPolicy"):
+        if kind not in ("TaskOffer", "TrainingJob") or event_type == "DELETED":
+            # What a policy's status counts: GPUs are held by Jobs and pods, foreign ones included, and nodes offer
+            # them. Answers and ends of offers ask for it where they are written.
             self.session.policies_wanted.set()
         self._wake_jobs(kind, raw)
 

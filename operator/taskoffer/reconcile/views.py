@@ -382,6 +382,7 @@ class TrainingJobEntry:
     uid: str
     version: str
     offer_uid: str
+    """UID of the offer that owns it; empty where it belongs to somebody else, whatever its spec says."""
     job: TrainingJob | None
     problem: str | None
 
@@ -390,12 +391,12 @@ def training_job_entry(raw: Raw) -> TrainingJobEntry:
     """Reduce a TrainingJob."""
     metadata = raw["metadata"]
     job, problem = read(TrainingJob, {k: v for k, v in raw.items() if k in _JOB_FIELDS}, "TrainingJob")
-    offer = (raw.get("spec") or {}).get("offerRef") or {}
+    owner: Raw = next((o for o in metadata.get("ownerReferences") or () if o.get("controller")), {})
     return TrainingJobEntry(
         OfferKey(metadata.get("namespace", ""), metadata["name"]),
         metadata["uid"],
         metadata["resourceVersion"],
-        str(offer.get("uid", "")),
+        str(owner.get("uid", "")) if owner.get("kind") == "TaskOffer" else "",
         job,
         problem,
     )
