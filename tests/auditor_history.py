@@ -119,7 +119,9 @@ def gpus_of_pod_spec(spec: Object, resource: str) -> int:
 
 
 def gpus_of_job(job: Object, resource: str) -> int:
-    """Return the units that all pods of a Job ask for together."""
+    """Return the units that all pods of a Job ask for together; a suspended Job makes none."""
+    if job["spec"].get("suspend"):
+        return 0
     parallelism = int(job["spec"].get("parallelism", 1))
     return gpus_of_pod_spec(job["spec"]["template"]["spec"], resource) * parallelism
 
