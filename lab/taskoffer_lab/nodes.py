@@ -170,6 +170,7 @@ class NodeSet:
             lambda: _network_namespace(pid) not in ("", own),
             f"network namespace of {config.name}",
             _NAMESPACES_SECONDS,
+            check=lambda: self._alive_or_raise(node),
             interval=0.005,
         )
         connect_node(self._network, config.index, pid, self._plane.record.spec.nodes)
