@@ -1,0 +1,299 @@
+"""Policies: their status, what lint finds, and the presets number by number."""
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from core_builders import at, claim, node, policy, policy_spec
+from taskoffer import presets
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, CapacityPolicyStatus
+from taskoffer.decision.ledger import Claim, NodeView, open_ledger
+from taskoffer.decision.policy_status import PolicyFacts, lint, policy_status, score_range
+from taskoffer.decision.snapshot import PolicyView
+
+
+def status(
+    view: PolicyView | None = None,
+    *,
+    valid: bool = True,
+    nodes: tuple[NodeView, ...] = (),
+    claims: tuple[Claim, ...] = (),
+    pending: int = 0,
+    generation: int = 1,
+    before: CapacityPolicyStatus | None = None,
+    after: float = 0,
+) -> CapacityPolicyStatus:
+    return policy_status(
+        PolicyFacts(
+            now=at(after),
+            policy=view or policy(),
+            generation=generation,
+            valid=valid,
+            nodes=nodes or (node(),),
+            ledger=open_ledger(claims),
+            pending=pending,
+            before=before or CapacityPolicyStatus(),
+        )
+    )
+
+
+def said(made: CapacityPolicyStatus, kind: str) -> tuple[str, str, str]:
+    found = next(c for c in made.conditions if c.type == kind)
+    return found.status.value, found.reason, found.message
+
+
+def test_a_valid_policy_is_in_force_and_its_spec_is_kept() -> None:
+    made = status(generation=3, view=policy(generation=3))
+    assert said(made, "Ready") == ("True", "Ready", "generation 3 is in force")
+    assert (made.active_generation, made.observed_generation) == (3, 3)
+    assert made.active_spec == policy_spec()
+
+
+def test_an_invalid_change_keeps_the_last_good_version_in_force() -> None:
+    good = policy(generation=2)
+    broken = PolicyView(good.name, good.uid, 2, good.spec, problem="sizeClasses: order them")
+    made = status(broken, valid=False, generation=3)
+    assert said(made, "Ready") == (
+        "False",
+        "InvalidPolicy",
+        "sizeClasses: order them; generation 2 stays in force",
+    )
+    assert (made.active_generation, made.observed_generation) == (2, 3)
+    assert made.active_spec == good.spec
+
+
+def test_a_policy_that_was_never_valid_says_what_to_do() -> None:
+    made = status(PolicyView("lab", "u", 1, None, problem="filters: nonsense"), valid=False)
+    assert said(made, "Ready")[2] == "filters: nonsense; no valid version is known: mend spec"
+    assert (made.active_spec, made.active_generation, made.findings) == (None, None, ())
+
+
+def test_capacity_counts_ready_nodes_and_shows_all() -> None:
+    made = status(
+        nodes=(node("n2", 8), node("n1", 4, ready=False), node("idle", 0), node("ghost", 0)),
+        claims=(claim("a", "n2", 2), claim("b", "n1", 4), claim("c", "ghost", 1)),
+        pending=5,
+    )
+    assert made.capacity is not None
+    assert made.capacity.to_wire() == {
+        "total": 8,
+        "used": 3,
+        "pending": 5,
+        "running": 3,
+        "nodes": [
+            {"name": "ghost", "allocatable": 0, "booked": 1, "ready": True},
+            {"name": "n1", "allocatable": 4, "booked": 4, "ready": False},
+            {"name": "n2", "allocatable": 8, "booked": 2, "ready": True},
+        ],
+    }
+
+
+def test_a_node_that_offers_less_than_is_booked_is_reported_until_it_fits_again() -> None:
+    short = status(nodes=(node("n1", 2),), claims=(claim("a", "n1", 4),))
+    assert said(short, "CapacityConsistent") == (
+        "False",
+        "AllocatableBelowBooked",
+        "n1 offers 2 and 4 are booked; nothing more is admitted there until enough has ended",
+    )
+    fine = status(nodes=(node("n1", 4),), claims=(claim("a", "n1", 4),), before=short, after=9)
+    assert said(fine, "CapacityConsistent")[0] == "True"
+
+
+def test_a_policy_without_findings_says_so_and_one_with_findings_names_the_first() -> None:
+    clean = policy(filters={"minScore": "0.6", "maxConcurrentJobs": 8})
+    assert said(status(clean), "Linted") == ("True", "NoFindings", "no findings")
+    assert said(status(), "Linted")[:2] == ("False", "LintFindings")
+    assert said(status(), "Linted")[2].startswith("2 finding(s), the first: filters.minScore: 0.45 rejects nothing")
+
+
+def test_a_status_that_is_right_stays_the_same() -> None:
+    first = status()
+    assert status(before=first, after=60) == first
+
+
+# Lint
+
+
+MIN_SCORE = "filters.minScore: 0.45 rejects nothing: scores of accepted offers start at "
+FINDINGS: list[tuple[str, dict[str, Any], tuple[NodeView, ...], list[tuple[str, str, str]]]] = [
+    (
+        "the 8xH100 preset on its machine",
+        {"preset": "8xh100"},
+        (node(),),
+        [
+            ("filters.minScore", "Warning", MIN_SCORE + "0.5075"),
+            (
+                "filters.maxConcurrentJobs",
+                "Warning",
+                "filters.maxConcurrentJobs: 12 never binds: with whole GPUs at most 5 jobs run at a time",
+            ),
+        ],
+    ),
+    (
+        "the 8xH100 preset on half a machine",
+        {"preset": "8xh100", "filters": {"minScore": "0.6", "maxConcurrentJobs": 5}},
+        (node(gpus=4),),
+        [("lanes", "Warning", "lanes: the lanes hand out 8 GPUs and the selected nodes offer 4")],
+    ),
+    (
+        "the lab preset without nodes",
+        {"preset": "lab"},
+        (),
+        [("filters.minScore", "Warning", MIN_SCORE + "0.5000")],
+    ),
+    (
+        "the lab preset on one node",
+        {"preset": "lab"},
+        (node(),),
+        [
+            ("filters.minScore", "Warning", MIN_SCORE + "0.5000"),
+            (
+                "filters.maxConcurrentJobs",
+                "Warning",
+                "filters.maxConcurrentJobs: 12 never binds: with whole GPUs at most 8 jobs run at a time",
+            ),
+        ],
+    ),
+    (
+        "a threshold that nothing passes",
+        {"filters": {"minScore": "0.74"}},
+        (),
+        [("filters.minScore", "Error", "filters.minScore: 0.74 rejects everything: scores end at 0.7400")],
+    ),
+    (
+        "a cap below the threshold",
+        {"filters": {"minScore": "0.6"}, "scoring": {"cap": "0.6"}},
+        (),
+        [("filters.minScore", "Error", "filters.minScore: 0.6 rejects everything: scores end at 0.6")],
+    ),
+    ("no bounds at all", {"filters": {"minScore": None, "maxConcurrentJobs": None}}, (node(),), []),
+]
+
+
+@pytest.mark.parametrize(("fields", "nodes", "wanted"), [c[1:] for c in FINDINGS], ids=[c[0] for c in FINDINGS])
+def test_lint(fields: dict[str, Any], nodes: tuple[NodeView, ...], wanted: list[tuple[str, str, str]]) -> None:
+    assert [(f.field, f.severity, f.message) for f in lint(policy_spec(**fields), nodes)] == wanted
+
+
+def test_the_score_range_counts_unknown_families_and_the_cap() -> None:
+    assert score_range(policy_spec(preset="8xh100")) == (Decimal("0.5075"), Decimal("0.7400"))
+    low, _ = score_range(policy_spec(preset="8xh100", filters={"unknownFamily": "0"}))
+    assert low == Decimal("0.5075") - Decimal("0.25") * Decimal("0.75")
+    assert score_range(policy_spec(scoring={"cap": "0.1"})) == (Decimal("0.1"), Decimal("0.1"))
+
+
+# Presets
+
+
+@pytest.fixture(scope="module")
+def h100() -> CapacityPolicySpec:
+    return CapacityPolicySpec.model_validate(presets.load("8xh100")["spec"])
+
+
+def test_the_h100_preset_scores_with_the_documents_weights(h100: CapacityPolicySpec) -> None:
+    assert {t.name.value: t.weight for t in h100.scoring.terms} == {
+        "TaskWeight": "0.35",
+        "ModelPerformance": "0.25",
+        "TaskSuccessRate": "0.20",
+        "TimeEfficiency": "0.10",
+        "SizeEfficiency": "0.05",
+        "Bonus": "0.05",
+    }
+    assert sum(Decimal(t.weight) for t in h100.scoring.terms) == 1
+
+
+def test_the_h100_preset_holds_the_documents_task_types(h100: CapacityPolicySpec) -> None:
+    found = {t.name.value: (t.accepted, t.weight, t.lora_rank_factor, t.learning_rate_factor) for t in h100.task_types}
+    assert found == {
+        "InstructText": (True, "0.35", "1.4", "1.2"),
+        "GRPO": (True, "0.30", "1.6", "0.85"),
+        "Image": (True, "0.20", "1.5", "1.15"),
+        "DPO": (False, "0.15", None, None),
+        "Chat": (False, "0", None, None),
+    }
+
+
+def test_the_h100_preset_holds_the_documents_families(h100: CapacityPolicySpec) -> None:
+    assert {f.name: f.success_rate for f in h100.families} == {
+        "Llama": "0.95",
+        "Mistral": "0.90",
+        "Qwen": "0.85",
+        "Gemma": "0.80",
+        "Phi": "0.75",
+        "CodeLlama": "0.90",
+        "DeepSeek": "0.85",
+    }
+
+
+def test_the_h100_preset_holds_the_documents_acceptance_criteria(h100: CapacityPolicySpec) -> None:
+    assert h100.filters.max_time_limit_seconds == 20 * 3600
+    assert h100.filters.min_score == "0.45"
+    assert h100.filters.max_concurrent_jobs == 12
+    assert h100.filters.unknown_family is None
+    assert h100.filters.unknown_parameters is None
+
+
+BILLION = 10**9
+SIZE_CLASSES = [
+    ("Small", 0, 7 * BILLION, 256, 64, 0.05, 4e-4, 16, 1),
+    ("Medium", 7 * BILLION, 13 * BILLION, 512, 128, 0.1, 3e-4, 8, 2),
+    ("Large", 13 * BILLION, 70 * BILLION, 1024, 256, 0.15, 2e-4, 4, 4),
+    ("XLarge", 70 * BILLION, None, 2048, 512, 0.2, 1e-4, 2, 8),
+]
+
+
+def test_the_h100_preset_holds_the_documents_lora_table(h100: CapacityPolicySpec) -> None:
+    found = [
+        (
+            s.name,
+            s.min_parameters,
+            s.max_parameters,
+            s.lora.r,
+            s.lora.lora_alpha,
+            s.lora.lora_dropout,
+            s.train.learning_rate,
+            s.train.per_device_train_batch_size,
+            s.train.gradient_accumulation_steps,
+        )
+        for s in h100.size_classes
+    ]
+    assert found == SIZE_CLASSES
+
+
+def test_the_h100_preset_trains_as_the_document_says(h100: CapacityPolicySpec) -> None:
+    for size in h100.size_classes:
+        train = size.train
+        assert (train.eval_steps, train.save_total_limit, train.max_length) == (25, 8, 8192)
+        assert (train.bf16, train.torch_compile, train.gradient_checkpointing) == (True, True, True)
+        assert (train.dataloader_num_workers, train.group_by_length) == (16, True)
+
+
+def test_the_h100_preset_has_the_documents_lanes(h100: CapacityPolicySpec) -> None:
+    assert [(lane.name, lane.gpus) for lane in h100.lanes] == [
+        ("small-text", 2),
+        ("medium-text", 2),
+        ("large-text", 2),
+        ("xlarge-text-and-image", 2),
+    ]
+    assert sum(lane.gpus for lane in h100.lanes) == 8
+    per_task = [[r.gpus_per_task for r in lane.rules] for lane in h100.lanes]
+    assert per_task == [[2], [2], [2], [2, 1, 1]]
+    assert [a.value for r in h100.lanes[-1].rules for a in r.architectures] == ["sdxl", "flux"]
+
+
+def test_the_lab_preset_has_the_first_documents_weights_no_lanes_and_takes_every_type(h100: CapacityPolicySpec) -> None:
+    manifest = presets.load("lab", image="registry.test/trainer:2")
+    lab = CapacityPolicySpec.model_validate(manifest["spec"])
+    assert (lab.scoring, lab.families, lab.filters) == (h100.scoring, h100.families, h100.filters)
+    assert lab.lanes == ()
+    assert all(t.accepted for t in lab.task_types)
+    assert {s.gpus for s in lab.size_classes} == {1, 2, 4}
+    assert lab.pod_template.image == "registry.test/trainer:2"
+    assert manifest["metadata"]["annotations"] == {"taskoffer.dev/is-default-policy": "true"}
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:
+    assert presets.names() == ["8xh100", "lab"]
+    with pytest.raises(KeyError, match="no preset 'nope'; there are 8xh100, lab"):
+        presets.load("nope")
