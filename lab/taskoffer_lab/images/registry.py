@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import os
 import random
+import re
 import shutil
 import subprocess
 import threading
@@ -62,7 +63,7 @@ class Registry:
     def __init__(self, address: str, port: int) -> None:
         self.address = address
         self.port = port
-        self._log = images_folder() / "logs" / f"registry-{address}-{port}.log"
+        self._log = images_folder() / "logs" / f"registry-{address}-{port}-{os.getpid()}.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._started = threading.Event()
 
@@ -116,16 +117,22 @@ class Registry:
         self._started.wait()
         deadline = time.monotonic() + _READY_SECONDS
         while self._process is not None and self._process.poll() is None:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                if _request(self.endpoint, "GET", "/v2/") == http.HTTPStatus.OK:
-                    return ""
+            # An answer alone may come from another registry that was first on this port.
+            if "listening on" in self._words():
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    if _request(self.endpoint, "GET", "/v2/") == http.HTTPStatus.OK:
+                        return ""
             if time.monotonic() > deadline:
                 self.stop()
                 return f"no answer after {_READY_SECONDS:.0f} s"
             time.sleep(0.05)
-        tail = self._log.read_text(encoding="utf-8", errors="replace")[-400:].strip()
+        last = self._words().strip().rpartition("\n")[2]
         self._log.unlink(missing_ok=True)
-        return tail or "it ended without a word"
+        said = re.search(r'msg="(.*?)"(?: |$)', last)
+        return (said[1] if said else last) or "it ended without a word"
+
+    def _words(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
 
     def _own(self) -> None:
         """Start the process and wait for its end.
@@ -197,7 +204,7 @@ def _configuration() -> Path:
     path = images_folder() / "registry.yml"
     text = (
         "version: 0.1\n"
-        "log: {level: error, accesslog: {disabled: true}}\n"
+        "log: {level: info, accesslog: {disabled: true}}\n"
         f"storage: {{filesystem: {{rootdirectory: '{_storage()}'}}, delete: {{enabled: true}}}}\n"
         "http: {addr: '127.0.0.1:0'}\n"
     )

@@ -1,6 +1,8 @@
 """The image builder: buildah with a store of its own below the cache, in namespaces that end with it."""
 
+import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -27,6 +29,8 @@ _SYSTEM_CONTAINERS = Path("/var/lib/containers")
 # its own both vanish with it, however it ends, and the knowledge lies in the cache. The registry's name is made
 # known, for what was pushed is remembered by name and the registry's address changes.
 _ENTER = 'mount --bind "$1" "$2" && mount --bind "$3" /etc/hosts && shift 3 && exec "$@"'
+_STEP = re.compile(r"(?P<place>(?:\[\d+/\d+\] )?STEP \d+/\d+): (?P<instruction>.*)")
+_BOILERPLATE = re.compile(r"--mount=\S+\s*|if \[.*?; fi\s*&&\s*|DEBIAN_FRONTEND=\S+\s*|/opt/uv/bin/")
 _UNSHARE = ("unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
@@ -100,8 +104,16 @@ class BuildStore:
     def prune(self) -> None:
         """Remove layers that are only a memory of earlier builds, when there are too many of them."""
         dangling = self.buildah(["images", "--quiet", "--filter", "dangling=true"], "counting old images")
-        if len(dangling.split()) > MOST_DANGLING_IMAGES or folder_size(self._store) > STORE_BOUND_BYTES:
+        if len(dangling.split()) > MOST_DANGLING_IMAGES or self._size() > STORE_BOUND_BYTES:
             self.buildah(["rmi", "--prune", "--force"], "pruning old layers")
+
+    def _size(self) -> int:
+        """Return the bytes of all layers as buildah has written them down: walking them takes seconds."""
+        try:
+            layers = json.loads((self._store / "overlay-layers/layers.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return folder_size(self._store)
+        return sum(layer.get("diff-size", 0) for layer in layers)
 
     @property
     def _store(self) -> Path:
@@ -145,7 +157,9 @@ def dial_host(endpoint: str) -> str:
 
 
 def _build_step(line: str) -> str | None:
-    """Return the step that buildah announces in a line, shortened."""
-    if "STEP " not in line:
+    """Return the step that buildah announces in a line, without what every step has in common."""
+    found = _STEP.search(line)
+    if found is None:
         return None
-    return " ".join(line.split())[:90]
+    instruction = _BOILERPLATE.sub("", found["instruction"])
+    return f"{found['place']} {instruction[:100]}"
