@@ -8,15 +8,14 @@ from core_builders import NOW, at, condition, policy_spec, spec_of
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1 import taskoffer
 from taskoffer.decision.conditions import condition_of, is_true, set_condition
-from taskoffer.decision.naming import MAX_OFFER_NAME, attempt_name, job_name
+from taskoffer.decision.naming import attempt_name, job_name
 from taskoffer.decision.recipe import requested_settings
 
 UID = "01234567-89ab-4cde-8f01-23456789abcd"
 
 
 def test_every_name_that_follows_from_the_longest_offer_name_fits_a_label() -> None:
-    assert MAX_OFFER_NAME == taskoffer.MAX_OFFER_NAME
-    job = job_name("a" * MAX_OFFER_NAME, UID)
+    job = job_name("a" * taskoffer.MAX_OFFER_NAME, UID)
     attempt = attempt_name(job, 20)
     pod = f"{attempt}-abcde"
     assert (len(job), len(attempt), len(pod)) == (54, 57, 63)

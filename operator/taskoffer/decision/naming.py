@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-MAX_OFFER_NAME = 45
-"""Longest TaskOffer name: with a dash, 8 characters of the UID and an attempt's number it still fits a label (63)."""
-
 
 def job_name(offer_name: str, offer_uid: str) -> str:
     """Return the name of an offer's TrainingJob: the offer's name and the first 8 characters of its UID.
