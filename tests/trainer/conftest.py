@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -56,10 +59,14 @@ class Training:
     url: str = ""
     began: float = 0.0
     environment: dict[str, str] = field(default_factory=dict)
+    tmp: Path = field(init=False)
     _log: Path = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Short, because the sockets of data loading processes lie in it and may have 107 characters.
+        self.tmp = Path(tempfile.mkdtemp(prefix="tt-"))
+        weakref.finalize(self, shutil.rmtree, self.tmp, ignore_errors=True)
         self._log = self.folder / "log.txt"
 
     @property
@@ -85,14 +92,13 @@ class Training:
 
     def start(self, *arguments: str) -> Training:
         """Start the launcher and wait until it says where its progress is."""
-        (self.folder / "tmp").mkdir(exist_ok=True)
         (self.folder / "run.json").write_text(json.dumps(self.config), encoding="utf-8")
         (self.folder / "termination.json").unlink(missing_ok=True)
         env = {
             **os.environ,
             "TASKOFFER_PROGRESS_PORT": "0",
             "TASKOFFER_TERMINATION_LOG": str(self.folder / "termination.json"),
-            "TMPDIR": str(self.folder / "tmp"),
+            "TMPDIR": str(self.tmp),
             "PYTHONUNBUFFERED": "1",
             **self.environment,
         }

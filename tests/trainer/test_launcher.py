@@ -88,7 +88,7 @@ def test_one_killed_rank_ends_the_run_with_137_and_takes_the_others_along(traini
     assert "rank 0 was killed by SIGKILL; as a rule the container ran out of memory" in outcome.termination["message"]
     assert gone(first)
     assert gone(second)
-    assert list((run.folder / "tmp").iterdir()) == []
+    assert list(run.tmp.iterdir()) == []
 
 
 def test_a_rank_that_hangs_is_killed_after_another_one_failed(

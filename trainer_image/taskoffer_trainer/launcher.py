@@ -142,15 +142,22 @@ class Ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-    def reap(self) -> None:
-        """Collect every child that has ended: ranks, and orphans that were handed to this process."""
+    def clear(self) -> None:
+        """End whatever is still there, orphans of the ranks included, and wait until it is gone."""
+        self.kill()
+        deadline = time.monotonic() + STRAGGLER_SECONDS
+        while self.reap() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def reap(self) -> bool:
+        """Collect every child that has ended, orphans that were handed to this process too; tell if any is left."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                return False
             if pid == 0:
-                return
+                return True
             for rank, process in list(self.processes.items()):
                 if process.pid == pid:
                     process.returncode = os.waitstatus_to_exitcode(status)
@@ -279,8 +286,7 @@ def launch(config: RunConfig) -> Termination:
                 ranks.start(config)
                 _wait(ranks, reader, received)
             finally:
-                ranks.kill()
-                ranks.reap()
+                ranks.clear()
         finally:
             server.close()
         end = decide(ranks.ends)
