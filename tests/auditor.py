@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
 import ssl
 import tempfile
 import threading
@@ -44,6 +45,7 @@ PATHS = {
 }
 START_SECONDS = 30.0
 CATCH_UP_SECONDS = 15.0
+CLOSE_SECONDS = 5.0
 RELIST_SECONDS = 5.0
 _RETRY_SECONDS = 0.2
 _LIST_TIMEOUT = aiohttp.ClientTimeout(total=10)
@@ -241,6 +243,7 @@ class Auditor:
         self._watches: list[Watch] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
+        self._sockets: list[socket.socket] = []
         self.events: list[Event] = []
         self.gaps: list[Gap] = []
 
@@ -309,7 +312,7 @@ class Auditor:
     async def _start(self) -> None:
         self._session = aiohttp.ClientSession(
             self._access.server,
-            connector=aiohttp.TCPConnector(ssl=self._access.tls),
+            connector=aiohttp.TCPConnector(ssl=self._access.tls, socket_factory=self._socket),
             headers=self._access.headers,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
         )
@@ -346,8 +349,16 @@ class Auditor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
-            # aiohttp closes TLS transports a little later; without a pause Python warns of open sockets.
-            await asyncio.sleep(0.05)
+        # TLS connections close a little later, on a busy machine a good deal; Python warns of sockets left open.
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while any(one.fileno() >= 0 for one in self._sockets) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    def _socket(self, address: tuple[int | socket.AddressFamily, Any, int, str, tuple[Any, ...]]) -> socket.socket:
+        family, kind, protocol, _, _ = address
+        made = socket.socket(family, kind, protocol)
+        self._sockets.append(made)
+        return made
 
     def _stop(self) -> None:
         self._call(self._close())

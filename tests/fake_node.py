@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from kept_client import KeptClient
 from taskoffer_lab.api_client import MERGE_PATCH, ApiError
 from taskoffer_lab.cluster import Cluster
 
@@ -58,7 +59,7 @@ class FakeKubelet:
     """The kubelets of all fake nodes of a cluster."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self._api = cluster.api
+        self._api = KeptClient(cluster.client_config)
         self._nodes: set[str] = set()
         self._scripts: dict[str, Script] = {}
         self._stopping = threading.Event()
@@ -89,6 +90,7 @@ class FakeKubelet:
             thread.join(10)
         for name in list(self._nodes):
             self.remove_node(name)
+        self._api.close()
         assert not self.failures, f"the fake kubelet failed: {self.failures}"
 
     @property
