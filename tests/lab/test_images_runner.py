@@ -71,9 +71,9 @@ def test_a_cancelled_program_is_killed(tmp_path):
     pid_file = tmp_path / "pid"
 
     def cancel_when_running() -> None:
-        deadline = time.monotonic() + 20
-        while not pid_file.exists() and time.monotonic() < deadline:
-            pass
+        deadline = time.monotonic() + 60
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
         cancelled.set()
 
     thread = threading.Thread(target=cancel_when_running)

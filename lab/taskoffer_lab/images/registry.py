@@ -31,7 +31,7 @@ KEEP_SECONDS = 24 * 3600.0
 REGISTRY_BOUND_BYTES = 7_000_000_000
 """Above this size only the newest image of each name is kept. One set of layers is 3 GB."""
 
-_READY_SECONDS = 15.0
+_READY_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 _PORTS = range(20000, 30000)  # Below the ports that the kernel gives to outgoing connections.
 _MANIFESTS = (
