@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
 from taskoffer.api.contract import CONFIG_PATH, ExitCode, Termination
 from taskoffer_trainer.config import check_paths, load_config
-from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.failures import INTERNAL_ERROR, TrainerError
 from taskoffer_trainer.launcher import launch
 from taskoffer_trainer.termination import shorten, write_termination
 
@@ -60,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
         termination = launch(config)
     except TrainerError as error:
         termination = Termination(exit_code=error.code, reason=error.reason, message=shorten(error.message))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the operator must read it.
+        traceback.print_exc()
+        message = shorten(f"launcher: {type(error).__name__}: {error}")
+        termination = Termination(exit_code=ExitCode.INTERNAL, reason=INTERNAL_ERROR, message=message)
     _leave(termination)
     return termination.exit_code
 
