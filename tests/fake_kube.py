@@ -56,7 +56,7 @@ class Fault:
     committed: bool = False
     delay: float = 0.0
     times: int = 1
-    before: Callable[[], None] | None = None
+    before: Callable[[], object] | None = None
     """Runs when the request arrives, for example to change the object under it."""
 
 
@@ -173,15 +173,13 @@ class FakeKube:
     ) -> Any:
         self.requests.append(Request(Clock.monotonic(), verb, KINDS[resource], name, copy.deepcopy(body)))
         await asyncio.sleep(self.latency)
-        fault = self._next_fault(verb, resource, name)
-        if fault is None:
-            try:
-                return work()
-            except KeyError:
-                raise NotFoundError(404, "NotFound", f"{KINDS[resource]} {name} not found") from None
+        fault = self._next_fault(verb, resource, name) or Fault(verb, resource, None)
         if fault.before is not None:
             fault.before()
-        made = work() if fault.committed or fault.error is None else None
+        try:
+            made = work() if fault.committed or fault.error is None else None
+        except KeyError:
+            raise NotFoundError(404, "NotFound", f"{KINDS[resource]} {name} not found") from None
         await asyncio.sleep(fault.delay)
         if fault.error is not None:
             raise fault.error
@@ -238,7 +236,7 @@ class FakeKube:
         bump: bool = False,
     ) -> Object:
         before = self.objects.get(place)
-        if before is not None and {**before, "metadata": {}} == {**made, "metadata": {}}:
+        if before is not None and before == made:
             return copy.deepcopy(before)
         self.version += 1
         made["metadata"]["resourceVersion"] = str(self.version)

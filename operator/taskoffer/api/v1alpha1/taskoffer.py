@@ -340,6 +340,13 @@ class TaskOfferSpec(WireModel):
     )
 
     @model_validator(mode="after")
+    def _check_time_limit(self) -> TaskOfferSpec:
+        # The API server checks it with a rule of its own, but an object can have been stored before that rule.
+        if self.time_limit_seconds < 1:
+            raise ValueError(f"timeLimitSeconds must be at least 1, got {self.time_limit_seconds}")
+        return self
+
+    @model_validator(mode="after")
     def _check_dataset_fits(self) -> TaskOfferSpec:
         wanted = DATASET_OF_TASK[self.task_type]
         if self.dataset.type is not wanted:
