@@ -6,9 +6,11 @@ deep-copy every object to compute a difference that nobody reads; the null stora
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +87,24 @@ def registry_for(replica: Replica, kubeconfig: Path | None) -> kopf.OperatorRegi
     async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
         if kubeconfig is not None:
             return kopf.login_with_kubeconfig(**kwargs)
-        return kopf.login_with_service_account(**kwargs)
+        return by_address(kopf.login_with_service_account(**kwargs), os.environ)
 
     for kind, (group, version, plural) in KINDS.items():
         kopf.on.event(group, version, plural, registry=registry, id=f"watch-{plural}")(
             functools.partial(_take, replica, kind)
         )
     return registry
+
+
+def by_address(login: kopf.ConnectionInfo | None, environment: Mapping[str, str]) -> kopf.ConnectionInfo | None:
+    """Reach the API server as the official client does in a pod: by its address, not by a name.
+
+    kopf asks the cluster's DNS for kubernetes.default.svc, which is absent, or away for a while, in some clusters.
+    """
+    host, port = environment.get("KUBERNETES_SERVICE_HOST"), environment.get("KUBERNETES_SERVICE_PORT")
+    if login is None or not host or not port:
+        return login
+    return dataclasses.replace(login, server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}")
 
 
 async def _take(replica: Replica, kind: str, *, event: Any, **_: Any) -> None:
