@@ -102,6 +102,10 @@ class Crew:
             time.sleep(_POLL_SECONDS)
         return self._parts[name].output
 
+    def output_of(self, name: str) -> list[str]:
+        """Return what a part that has ended wrote to stdout, however it ended."""
+        return self._parts[name].output
+
     def running(self, name: str) -> bool:
         """Tell whether a part still runs."""
         return self._parts[name].process.poll() is None

@@ -9,6 +9,7 @@ import yaml
 from taskoffer import presets
 from taskoffer_lab.cluster import Cluster
 from taskoffer_lab.demo.material import Material
+from taskoffer_lab.demo.rows import condition
 from taskoffer_lab.demo.script import DATA_CLAIM, MODELS_CLAIM, NAMESPACE, OUTPUTS_CLAIM
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.images import Images
@@ -20,6 +21,9 @@ from taskoffer_lab.volumes import ensure_volume
 OPERATOR_SECONDS = 120.0
 PULL_SECONDS = 600.0
 """How long a node may take to pull and unpack the trainer image (5 GB) for the first time."""
+
+POLICY = "lab"
+"""The preset that decides the examples."""
 
 _PULLER = "pull-trainer"
 _PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
@@ -54,7 +58,7 @@ def start_operator(cluster: Cluster, image: str) -> None:
 
 
 def wait_for_operator(cluster: Cluster) -> None:
-    """Wait until both replicas are ready and one of them leads.
+    """Wait until both replicas are ready, and one of them leads and has taken up the policy.
 
     Raises:
         LabError: They are not ready in time; carries the end of their log.
@@ -70,13 +74,15 @@ def wait_for_operator(cluster: Cluster) -> None:
         )
     except LabError as error:
         raise LabError(f"the operator does not start: {error.message}\n{operator_log(cluster, 30)}") from error
-    lease = f"/apis/coordination.k8s.io/v1/namespaces/{OPERATOR_NAMESPACE}/leases/taskoffer"
-    wait_until(lambda: cluster.api.exists(lease), "a leading replica of the operator", OPERATOR_SECONDS)
+    try:
+        wait_until(lambda: _policy_ready(cluster), f"policy {POLICY} is Ready", OPERATOR_SECONDS, interval=0.2)
+    except LabError as error:
+        raise LabError(f"{error.message}; the operator's log ends:\n{operator_log(cluster, 30)}") from error
 
 
 def apply_policy(cluster: Cluster, images: Images) -> None:
     """Apply the `lab` preset with the trainer image of this checkout."""
-    policy = presets.load("lab", image=images.trainer)
+    policy = presets.load(POLICY, image=images.trainer)
     cluster.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(policy))
 
 
@@ -122,6 +128,12 @@ def operator_log(cluster: Cluster, lines: int) -> str:
     selector = "app.kubernetes.io/name=taskoffer"
     arguments = ("logs", "-n", OPERATOR_NAMESPACE, "-l", selector, f"--tail={lines}", "--prefix")
     return cluster.kubectl(*arguments, check=False).strip()
+
+
+def _policy_ready(cluster: Cluster) -> bool:
+    policy = cluster.api.request("GET", f"/apis/taskoffer.dev/v1alpha1/capacitypolicies/{POLICY}")
+    ready = condition(policy, "Ready")
+    return ready is not None and ready["status"] == "True"
 
 
 def _has_run(cluster: Cluster, path: str) -> bool:

@@ -94,6 +94,7 @@ class _Demo:
         self._svg: Path | None = arguments.export_svg
         self._material: Material = material()
         self._pictured = False
+        self._running: set[str] = set()
 
     def run(self) -> int:
         screen = self._screen
@@ -137,6 +138,7 @@ class _Demo:
             ):
                 screen.begin(part)
                 crew.start(part, *arguments)
+                self._running.add(part)
             self._wait(crew, TOOLS)
             cluster: Cluster | None = None
             try:
@@ -155,13 +157,21 @@ class _Demo:
         return cluster
 
     def _wait(self, crew: Crew, part: str) -> list[str]:
-        try:
-            output = crew.wait(part)
-        except BaseException:
-            self._screen.end(part, failed=True)
-            raise
-        self._screen.end(part)
+        """Wait for a part; those that end meanwhile are shown as done too."""
+
+        def note() -> None:
+            for name in sorted(self._running - {part}):
+                if not crew.running(name):
+                    self._end(name)
+
+        output = crew.wait(part, note)
+        self._end(part)
         return output
+
+    def _end(self, part: str) -> None:
+        if part in self._running:
+            self._running.remove(part)
+            self._screen.end(part)
 
     def _install(self, cluster: Cluster, images: Images, outputs: Path) -> None:
         screen = self._screen
