@@ -9,6 +9,10 @@ from taskoffer_lab.errors import LabError
 
 _ROOT = Path("/sys/fs/cgroup")
 _V2_CONTROLLERS = ("cpuset", "cpu", "io", "memory", "pids")
+CPU_WEIGHT = 8
+"""A cluster's share of a busy CPU, in processes outside of all groups: by default all pods together weigh one, and
+starve beside the machine's other work and their own control plane."""
+
 REMOVE_SECONDS = 10.0
 """How long killed processes may take to leave a control group."""
 
@@ -70,6 +74,8 @@ def create_groups(name: str, mounted: list[Hierarchy] | None = None) -> None:
             if "cpuset" in hierarchy.options:
                 for file in ("cpuset.cpus", "cpuset.mems"):
                     (path / file).write_text((hierarchy.mount / file).read_text())
+        if "cpu" in hierarchy.options:
+            (hierarchy.mount / name.split("/")[0] / "cpu.shares").write_text(str(1024 * CPU_WEIGHT))
 
 
 def remove_groups(name: str, mounted: list[Hierarchy] | None = None) -> None:
@@ -112,3 +118,5 @@ def _create_unified(root: Path, name: str) -> None:
             ) from error
         path = path / part
         path.mkdir(exist_ok=True)
+        if path.parent == root and (path / "cpu.weight").exists():
+            (path / "cpu.weight").write_text(str(100 * CPU_WEIGHT))

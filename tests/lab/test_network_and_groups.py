@@ -63,20 +63,24 @@ def test_the_version_of_control_groups_is_recognised(text: str, unified: bool, m
 
 
 def test_a_new_cpuset_gets_the_roots_cpus_on_every_level_and_groups_go_away_again(tmp_path: Path) -> None:
-    cpuset, memory = tmp_path / "cpuset", tmp_path / "memory"
-    for folder in (cpuset, memory):
+    cpuset, memory, cpu = tmp_path / "cpuset", tmp_path / "memory", tmp_path / "cpu"
+    for folder in (cpuset, memory, cpu):
         folder.mkdir()
     (cpuset / "cpuset.cpus").write_text("0-1")
     (cpuset / "cpuset.mems").write_text("0")
     mounted = [
         Hierarchy(cpuset, False, frozenset({"cpuset"})),
         Hierarchy(memory, False, frozenset({"memory"})),
+        Hierarchy(cpu, False, frozenset({"cpu", "cpuacct"})),
     ]
     create_groups("tolab210/node-a", mounted)
     for level in ("tolab210", "tolab210/node-a"):
         assert (cpuset / level / "cpuset.cpus").read_text() == "0-1"
         assert (memory / level).is_dir()
-    remove_groups("tolab210", mounted[1:])
+    # All pods of a cluster together would otherwise weigh as much as one process of the machine.
+    assert (cpu / "tolab210" / "cpu.shares").read_text() == str(8 * 1024)
+    assert not (cpu / "tolab210" / "node-a" / "cpu.shares").exists()
+    remove_groups("tolab210", mounted[1:2])
     assert not (memory / "tolab210").exists()
 
 
