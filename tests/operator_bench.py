@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from auditor import Auditor
 from auditor_history import OFFER
 from builders import make_offer, make_policy, make_training_job
 from fake_node import FakeKubelet, Object
 from kept_client import KeptClient
-from operator_process import OperatorProcess
 from taskoffer_lab.api_client import MERGE_PATCH, ApiError
-from taskoffer_lab.install import install
 from taskoffer_lab.local_provider import LocalCluster
 from taskoffer_lab.process_table import wait_until
 
@@ -119,6 +114,10 @@ class Bench:
 
         return self._until(self.get_policy, there, f"policy {kind} {reason}", seconds)
 
+    def policy_until(self, there: Callable[[Object], bool], what: str) -> Object:
+        """Wait until the policy is so; return it."""
+        return self._until(self.get_policy, there, f"policy: {what}", SECONDS)
+
     # Offers
 
     def make_offer(self, name: str, gpus: int = 1, **fields: Any) -> Object:
@@ -179,17 +178,22 @@ class Bench:
         statuses = [e.object.get("status") or {} for e in mine if e.type != "DELETED"]
         return [after for before, after in itertools.pairwise(statuses) if before != after]
 
-    def events(self, name: str, count: int = 1) -> list[Object]:
-        """Wait until there are so many Events on an object of this name; return them, oldest first."""
+    def events(self, name: str) -> list[Object]:
+        """Return the Events on the object of this name."""
         path = self.path("events", api="/api/v1") + f"?fieldSelector=involvedObject.name={name}"
+        found: list[Object] = self.api.request("GET", path)["items"]
+        return found
+
+    def event(self, name: str, reason: str) -> Object:
+        """Wait until there is an Event for this reason on the object of this name; return it."""
         found: list[Object] = []
 
         def there() -> bool:
-            found[:] = self.api.request("GET", path)["items"]
-            return len(found) >= count
+            found[:] = [e for e in self.events(name) if e["reason"] == reason]
+            return bool(found)
 
-        wait_until(there, f"{count} events on {name}", SECONDS)
-        return sorted(found, key=lambda e: int(e["metadata"]["resourceVersion"]))
+        wait_until(there, f"event {reason} on {name}", SECONDS)
+        return found[0]
 
     # What follows from an offer
 
@@ -241,6 +245,12 @@ class Bench:
         self.kubelet.start(self.namespace, pod)
         self.job_condition(name, "Running", "Running")
         return pod
+
+    def run_through(self, name: str, gpus: int = 1) -> Object:
+        """Create an offer and take it to its good end; return it."""
+        self.admitted(name, gpus)
+        self.end(self.run(name))
+        return self.finished(name, "Succeeded")
 
     def end(self, pod: str, exit_code: int = 0, message: str = "") -> None:
         """Let a pod's container end."""
@@ -307,11 +317,15 @@ class Bench:
             raise
         return last
 
-    def keep_out_of_the_audit(self, obj: Object) -> None:
-        """Take an object that the test itself made, and now has removed, out of what the operator is judged by."""
-        assert not [v for v in self.audit.check() if v.rule == "blind"]
-        uid = obj["metadata"]["uid"]
-        self.audit.events[:] = [event for event in self.audit.events if event.uid != uid]
+    def keep_out_of_the_audit(self, *objects: Object) -> None:
+        """Take objects that the test itself made, and has removed, out of what the operator is judged by."""
+        uids = {obj["metadata"]["uid"] for obj in objects}
+
+        def gone() -> bool:
+            return uids <= {event.uid for event in self.audit.events if event.type == "DELETED"}
+
+        wait_until(gone, "the auditor has seen their end", SECONDS)
+        self.audit.events[:] = [event for event in self.audit.events if event.uid not in uids]
 
     def report(self) -> str:
         """Return what there is, for the report of a failed test."""
@@ -353,56 +367,3 @@ def condition(obj: Object, kind: str) -> Object:
 def moment(text: str) -> datetime:
     """Read a time of Kubernetes."""
     return datetime.fromisoformat(text).astimezone(UTC)
-
-
-@pytest.fixture(scope="session")
-def operator_home(crds: LocalCluster) -> LocalCluster:
-    """The shared control plane with our kinds and the RBAC that ships."""
-    install(crds)
-    return crds
-
-
-@pytest.fixture(scope="session")
-def kubelet(operator_home: LocalCluster) -> Iterator[FakeKubelet]:
-    """The kubelets of all fake nodes."""
-    with FakeKubelet(operator_home) as played:
-        yield played
-
-
-@pytest.fixture(scope="module")
-def running_operator(
-    operator_home: LocalCluster, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[OperatorProcess]:
-    """One leading replica for a module; it must end well, and must not have met anything that it did not expect."""
-    replica = OperatorProcess(operator_home, tmp_path_factory.mktemp("operator"), "--progress-interval", "1")
-    with replica:
-        yield replica
-        assert replica.terminate() == 0
-    assert "Traceback" not in replica.log(), replica.log()
-
-
-@pytest.fixture
-def operator(running_operator: OperatorProcess) -> Iterator[OperatorProcess]:
-    """The module's replica; what it logs during a failed test is shown with the failure."""
-    start = running_operator.log_size()
-    yield running_operator
-    print(running_operator.log(start)[-8000:])  # noqa: T201
-
-
-@pytest.fixture
-def bench(
-    operator_home: LocalCluster, kubelet: FakeKubelet, auditor: Auditor, request: pytest.FixtureRequest
-) -> Iterator[Bench]:
-    """A bench of its own, watched by the auditor from before its first object to after its last."""
-    made = Bench(operator_home, kubelet, auditor)
-    failures = request.session.testsfailed
-    yield made
-    if request.session.testsfailed > failures:
-        print(made.report())  # noqa: T201
-    made.clear()
-
-
-@pytest.fixture
-def operator_directory(tmp_path: Path) -> Path:
-    """A folder for the kubeconfigs and logs of a test's own replicas."""
-    return tmp_path / "operators"

@@ -1,0 +1,68 @@
+"""Fixtures of the operator's tests: the control plane with its rights, fake nodes, a running replica, a bench."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from auditor import Auditor
+from fake_node import FakeKubelet
+from operator_bench import Bench
+from operator_process import OperatorProcess
+from taskoffer_lab.install import install
+from taskoffer_lab.local_provider import LocalCluster
+
+
+@pytest.fixture(scope="session")
+def operator_home(crds: LocalCluster) -> LocalCluster:
+    """The shared control plane with our kinds and the RBAC that ships."""
+    install(crds)
+    return crds
+
+
+@pytest.fixture(scope="session")
+def kubelet(operator_home: LocalCluster) -> Iterator[FakeKubelet]:
+    """The kubelets of all fake nodes."""
+    with FakeKubelet(operator_home) as played:
+        yield played
+
+
+@pytest.fixture(scope="module")
+def running_operator(
+    operator_home: LocalCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OperatorProcess]:
+    """One leading replica for a module; it must end well, and must not have met anything that it did not expect."""
+    replica = OperatorProcess(operator_home, tmp_path_factory.mktemp("operator"), "--progress-interval", "1")
+    with replica:
+        yield replica
+        assert replica.terminate() == 0
+    assert "Traceback" not in replica.log(), replica.log()
+
+
+@pytest.fixture
+def operator(running_operator: OperatorProcess) -> Iterator[OperatorProcess]:
+    """The module's replica; what it logs during a failed test is shown with the failure."""
+    start = running_operator.log_size()
+    yield running_operator
+    print(running_operator.log(start)[-8000:])  # noqa: T201
+
+
+@pytest.fixture
+def bench(
+    operator_home: LocalCluster, kubelet: FakeKubelet, auditor: Auditor, request: pytest.FixtureRequest
+) -> Iterator[Bench]:
+    """A bench of its own, watched by the auditor from before its first object to after its last."""
+    made = Bench(operator_home, kubelet, auditor)
+    failures = request.session.testsfailed
+    yield made
+    if request.session.testsfailed > failures:
+        print(made.report())  # noqa: T201
+    made.clear()
+
+
+@pytest.fixture
+def operator_directory(tmp_path: Path) -> Path:
+    """A folder for the kubeconfigs and logs of a test's own replicas."""
+    return tmp_path / "operators"
