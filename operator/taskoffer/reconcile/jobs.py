@@ -138,9 +138,6 @@ class Jobs:
                 logger.error("name is taken", extra={"job": str(key), "error": str(error)})
                 self._later(key, 60.0)
             except Exception:
-                logger.exception("job pass broke", extra={"job": str(key)})
-                self._later(key, 30.0)
-            except ValueError:
                 # Something stored, or something that a pod said, cannot be handled. The other jobs go on.
                 logger.exception("job cannot be handled", extra={"job": str(key)})
                 self._later(key, 60.0)
@@ -151,11 +148,15 @@ class Jobs:
         pending = self._timers.get(key)
         loop = asyncio.get_running_loop()
         when = loop.time() + max(0.0, seconds)
-        if pending is not None and not pending.cancelled() and loop.time() < pending.when() <= when:
+        if pending is not None and pending.when() <= when:
             return
         if pending is not None:
             pending.cancel()
-        self._timers[key] = loop.call_at(when, self._session.want_job, key)
+        self._timers[key] = loop.call_at(when, self._ring, key)
+
+    def _ring(self, key: OfferKey) -> None:
+        self._timers.pop(key, None)
+        self._session.want_job(key)
 
     async def _refresh(self, key: OfferKey) -> None:
         """Read the job anew after a conflict, so that the next pass does not decide on the same old version."""
