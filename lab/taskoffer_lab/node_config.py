@@ -119,6 +119,7 @@ imports = []
 
         Status is computed every second, so that changed GPUs show at once, but written only when it changed
         or once a minute. Images are never removed for want of disk space: the store is pruned by the lab.
+        An image that is there needs no pull to prove a right to it, also under a second name.
         """
         pki, grace = self.layout.pki, self.spec.node_monitor_grace_seconds
         lease = min(_DEFAULT_LEASE_SECONDS, max(1, _RENEWALS_PER_LEASE * grace // HEARTBEATS_PER_GRACE))
@@ -138,6 +139,7 @@ imports = []
             "evictionHard": {},
             "failSwapOn": False,
             "imageGCHighThresholdPercent": 100,
+            "imagePullCredentialsVerificationPolicy": "NeverVerify",
             "nodeLeaseDurationSeconds": lease,
             "nodeStatusReportFrequency": "1m",
             "nodeStatusUpdateFrequency": "1s",
