@@ -129,7 +129,7 @@ def words_of_the_api() -> frozenset[str]:
                 collect(value)
 
     for path in (ROOT / "crds").glob("*.yaml"):
-        collect(yaml.safe_load(path.read_text(encoding="utf-8")))
+        collect(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader))
     for name in presets.names():
         spec = presets.load(name)["spec"]
         found.update(item["name"] for kind in ("sizeClasses", "families", "lanes") for item in spec.get(kind, ()))
