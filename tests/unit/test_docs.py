@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -230,6 +231,19 @@ def test_every_manifest_is_valid(page: Path) -> None:
             metadata = {"uid": "1", "resourceVersion": "1", "creationTimestamp": "2026-01-01T00:00:00Z"}
             manifest["metadata"] = {**metadata, "namespace": "default", **manifest["metadata"]}
             kinds[manifest["kind"]].model_validate(manifest)
+
+
+@pages
+def test_every_python_example_parses_and_names_what_can_be_imported(page: Path) -> None:
+    for body in blocks(page.read_text(encoding="utf-8"), "python"):
+        tree = ast.parse(body)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                used = {node.func.attr, *(keyword.arg for keyword in node.keywords if keyword.arg)}
+                assert used <= names_in_code(), f"{ast.unparse(node)}: not in the code"
 
 
 @pages
