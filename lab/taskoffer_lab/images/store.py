@@ -28,7 +28,15 @@ _SYSTEM_CONTAINERS = Path("/var/lib/containers")
 # buildah keeps mounts in its store and knowledge about pushed layers below /var/lib/containers. In namespaces of
 # its own both vanish with it, however it ends, and the knowledge lies in the cache. The registry's name is made
 # known, for what was pushed is remembered by name and the registry's address changes.
-_ENTER = 'mount --bind "$1" "$2" && mount --bind "$3" /etc/hosts && shift 3 && exec "$@"'
+# Where the folder is missing it is made on a tmpfs over its parent, so that the machine keeps no trace of it.
+_ENTER = """
+set -e
+if [ ! -d "$2" ]; then mount -t tmpfs tmpfs "${2%/*}"; mkdir "$2"; fi
+mount --bind "$1" "$2"
+mount --bind "$3" /etc/hosts
+shift 3
+exec "$@"
+"""
 _STEP = re.compile(r"(?P<place>(?:\[\d+/\d+\] )?STEP \d+/\d+): (?P<instruction>.*)")
 _BOILERPLATE = re.compile(r"--mount=\S+\s*|if \[.*?; fi\s*&&\s*|DEBIAN_FRONTEND=\S+\s*|/opt/uv/bin/")
 _UNSHARE = ("unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -63,16 +71,14 @@ class BuildStore:
         for folder in (self.temporary, self.folder / "containers", self._store, self._run_root):
             folder.mkdir(parents=True, exist_ok=True)
         self._write_hosts()
-        made = not _SYSTEM_CONTAINERS.exists()
-        _SYSTEM_CONTAINERS.mkdir(parents=True, exist_ok=True)
+        if self.folder.is_relative_to(_SYSTEM_CONTAINERS.parent):
+            _SYSTEM_CONTAINERS.mkdir(exist_ok=True)  # A tmpfs over the parent would hide the cache.
         try:
             if self.buildah(["containers", "--quiet"], "listing build containers"):
                 self.buildah(["rm", "--all"], "removing what an interrupted build left")
             yield self
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)
-            if made and not any(_SYSTEM_CONTAINERS.iterdir()):
-                _SYSTEM_CONTAINERS.rmdir()
 
     def buildah(self, arguments: Sequence[str | Path], label: str) -> str:
         """Run one buildah command and return its output; raises LabError when it fails."""
