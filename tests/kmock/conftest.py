@@ -22,6 +22,7 @@ Object = dict[str, Any]
 Place = tuple[Any, str | None, str]
 
 KINDS = {
+    "v1/namespaces": ("Namespace", False),  # kopf does not watch before it knows this kind.
     "v1/nodes": ("Node", False),
     "v1/pods": ("Pod", True),
     "v1/configmaps": ("ConfigMap", True),
