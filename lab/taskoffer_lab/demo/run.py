@@ -270,7 +270,8 @@ def examine(target: Material, adapters: Sequence[Adapter]) -> dict[str, dict[str
         input=request,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        # Models this small gain nothing from threads, and on a busy machine threads wait for each other.
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         timeout=EXAM_SECONDS,
         check=False,
         cwd=project_root(),
