@@ -28,7 +28,7 @@ from taskoffer_lab.demo.deployment import operator_manifest
 from taskoffer_lab.demo.follow import Seen, follow
 from taskoffer_lab.demo.material import KEPT_RUNS, Material, build_material, new_outputs
 from taskoffer_lab.demo.rows import Row, rows_of
-from taskoffer_lab.demo.screen import Screen
+from taskoffer_lab.demo.screen import Screen, offers_table
 from taskoffer_lab.demo.script import EXAM_ROWS, EXPECTED, MODELS, Example, load_examples
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.process_table import start_time, wait_until
@@ -262,6 +262,17 @@ def test_the_picture_holds_the_table_and_what_was_printed(tmp_path: Path) -> Non
     assert text.startswith("<svg")
     for word in ("first words", "After 9 s", "small-llama", "█████", "0.7375"):
         assert word in text
+
+
+def test_a_narrow_terminal_shows_whole_verdicts_and_leaves_columns_out_instead() -> None:
+    long = Row("medium-mistral", "mistral-1.7m", "Wait", "ModelFamilyNotAccepted", "0.7375", 4, "Running", progress=50)
+    for width in (80, 120):
+        text = io.StringIO()
+        Console(file=text, width=width).print(offers_table([long], width))
+        assert "medium-mistral" in text.getvalue()
+        assert "ModelFamilyNotAccepted" in text.getvalue()
+        assert " 50 %" in text.getvalue()
+        assert ("mistral-1.7m" in text.getvalue()) is (width == 120)
 
 
 # What is followed and checked

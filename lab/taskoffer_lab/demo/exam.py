@@ -137,7 +137,8 @@ def _answer(model: Any, tokenizer: Any, question: str) -> str:
         pad_token_id=tokenizer.pad_token_id,
     )
     text = tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(str(text).split())
+    # A model that knows nothing also says control characters, which neither a terminal nor a picture can take.
+    return "".join(character if character.isprintable() else "\ufffd" for character in " ".join(str(text).split()))
 
 
 if __name__ == "__main__":

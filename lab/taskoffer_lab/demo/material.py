@@ -61,9 +61,9 @@ def build_material(target: Material) -> None:
     partial = target.exam.with_suffix(".tmp")
     partial.write_text(lines, encoding="utf-8")
     partial.replace(target.exam)
-    for model in MODELS:
+    for seed, model in enumerate(MODELS):
         print(f"model {model.folder}")
-        build_tiny_model(target.models / model.folder, family=model.family, hidden_size=model.hidden_size)
+        build_tiny_model(target.models / model.folder, model.family, seed, hidden_size=model.hidden_size)
 
 
 def new_outputs(target: Material, run: str) -> Path:

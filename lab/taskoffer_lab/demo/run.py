@@ -99,7 +99,7 @@ class _Demo:
     def run(self) -> int:
         screen = self._screen
         title = f"TaskOffer demo: {len(self._examples)} offers, {8 * self._nodes} simulated GPUs, real trainings"
-        screen.print(f"[bold]{title}[/]")
+        screen.print(Text(title, style="bold"))
         name = f"demo-{os.getpid()}"
         outputs = new_outputs(self._material, time.strftime("%Y%m%d-%H%M%S"))
         kept = False
@@ -200,7 +200,7 @@ class _Demo:
             log = deployment.operator_log(cluster, 20)
             raise LabError(f"{error.message}\nThe operator's log ends:\n{log}", error.remedy) from error
         jobs = cluster.api.request("GET", f"/apis/taskoffer.dev/v1alpha1/namespaces/{NAMESPACE}/trainingjobs")["items"]
-        screen.snapshot("At the end")
+        screen.snapshot("At the end", phases=False)
         adapters, problems = adapters_of([job for job in jobs if _complete(job)], outputs)
         problems += check_answers(self._examples, seen, 8 * self._nodes)
         for adapter in adapters:
@@ -235,10 +235,11 @@ class _Demo:
         screen.finish()
         if outcome.exams:
             screen.print(summary(outcome.seen, outcome.adapters, outcome.exams, outputs))
-        screen.print("", "[bold]Time[/]", screen.phases_table())
+        screen.print(Text("\nTime", style="bold"))
+        screen.print(screen.phases_table())
         if outcome.seen.first_adapter is not None:
             first = screen.begun(TRAINING) + outcome.seen.first_adapter
-            screen.print(f"The first adapter was there after {first:.0f} s, all was done after {screen.elapsed:.0f} s.")
+            screen.print(Text(f"First adapter after {first:.0f} s, everything done after {screen.elapsed:.0f} s."))
         for problem in outcome.problems:
             screen.print(Text.assemble(("✗ ", "bold red"), problem))
         if not outcome.problems:

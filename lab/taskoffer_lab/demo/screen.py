@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, Group, RenderableType
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
@@ -22,7 +23,7 @@ from rich.text import Text
 
 from taskoffer_lab.demo.rows import Row
 
-RECORD_WIDTH = 112
+RECORD_WIDTH = 120
 """Columns of the exported picture."""
 
 PLAIN_SECONDS = 5.0
@@ -139,10 +140,11 @@ class Screen:
             self.console.print(*content)
             self.record.print(*content)
 
-    def snapshot(self, title: str) -> None:
-        """Record the live picture as it is now."""
+    def snapshot(self, title: str, *, phases: bool = True) -> None:
+        """Record the live picture as it is now, with or without the phases."""
         with self._lock:
-            self.record.print(Text(title, style="bold"), self._picture(), Text(""))
+            picture = self._picture() if phases else offers_table(self._rows)
+            self.record.print(Group(Text(title, style="bold"), picture, Text("")))
 
     def begun(self, name: str) -> float:
         """Return the seconds from the start to the begin of a phase."""
@@ -174,7 +176,7 @@ class Screen:
         with self._lock:
             parts: list[RenderableType] = [self.phases_table()]
             if self._rows:
-                parts.append(offers_table(self._rows))
+                parts.append(offers_table(self._rows, self.console.width))
             return Group(*parts)
 
     def _may_speak(self, key: str) -> bool:
@@ -201,34 +203,31 @@ class Screen:
             self.console.print(f"{self.elapsed:6.1f} s  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def offers_table(rows: Sequence[Row]) -> Table:
-    """Return the table of offers."""
-    table = Table(header_style="bold", expand=False, title_justify="left")
-    for name, justify in (
-        ("TaskOffer", "left"),
-        ("Model", "left"),
-        ("Score", "right"),
-        ("Verdict", "left"),
-        ("GPUs", "right"),
-        ("Training", "left"),
-        ("ETA", "right"),
-        ("Loss", "right"),
-        ("Held-out loss", "left"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+_COLUMNS: tuple[tuple[str, JustifyMethod, Callable[[Row], RenderableType], bool], ...] = (
+    ("TaskOffer", "left", lambda row: row.name, True),
+    ("Model", "left", lambda row: row.model, False),
+    ("Score", "right", lambda row: row.score, False),
+    ("Verdict", "left", lambda row: Text(row.reason or "…", _VERDICT_STYLE.get(row.verdict, "dim")), True),
+    ("GPUs", "right", lambda row: "" if row.gpus is None else str(row.gpus), True),
+    ("Training", "left", lambda row: _training(row), True),
+    ("ETA", "right", lambda row: "" if row.eta is None or row.ended else f"{row.eta} s", True),
+    ("Loss", "right", lambda row: row.loss[:5], False),
+    ("Held-out loss", "left", lambda row: _held_out(row), False),
+)
+"""Name, alignment, content, and whether a narrow terminal shows it too."""
+
+_WIDE = 115
+"""From so many columns on a terminal shows all of the table."""
+
+
+def offers_table(rows: Sequence[Row], width: int = RECORD_WIDTH) -> Table:
+    """Return the table of offers for a terminal of some width."""
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    columns = [column for column in _COLUMNS if column[3] or width >= _WIDE]
+    for name, justify, _, _ in columns:
+        table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
-        verdict = Text(row.reason or "…", _VERDICT_STYLE.get(row.verdict, "dim"))
-        table.add_row(
-            row.name,
-            row.model,
-            row.score,
-            verdict,
-            "" if row.gpus is None else str(row.gpus),
-            _training(row),
-            "" if row.eta is None or row.ended else f"{row.eta} s",
-            row.loss[:5],
-            _held_out(row),
-        )
+        table.add_row(*(content(row) for _, _, content, _ in columns))
     return table
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +21,7 @@ def summary(
     parts: list[RenderableType] = [
         Text("Adapters", style="bold"),
         _adapters(adapters, exams, outputs),
-        Text.assemble("They are in ", (str(outputs), "bold"), style="default"),
+        Text.assemble("They are in ", (readable(outputs), "bold")),
         Text(""),
         Text("Answers", style="bold"),
         _answers(seen),
@@ -37,12 +38,18 @@ def summary(
     return Group(*parts)
 
 
+def readable(path: Path) -> str:
+    """Return a path as a shell would take it, with ~ for the home folder."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
 def _adapters(adapters: Sequence[Adapter], exams: Mapping[str, Mapping[str, Any]], outputs: Path) -> Table:
-    table = Table(header_style="bold", title_justify="left")
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("TaskOffer", no_wrap=True)
     table.add_column("Base model", no_wrap=True)
-    table.add_column("Held-out loss, by the trainer", no_wrap=True)
-    table.add_column(f"On {EXAM_ROWS} rows it never saw", no_wrap=True)
+    table.add_column("Held-out loss (trainer)", no_wrap=True)
+    table.add_column(f"{EXAM_ROWS} rows it never saw", no_wrap=True)
     table.add_column("Adapter", overflow="fold")
     for adapter in adapters:
         exam = exams[adapter.offer]
