@@ -9,6 +9,7 @@ import pytest
 
 from taskoffer.reconcile import cache
 from taskoffer.reconcile.cache import Store
+from taskoffer.reconcile.world import World
 
 
 def raw(uid: str = "a", version: int = 1) -> dict[str, Any]:
@@ -124,3 +125,14 @@ def test_tombstones_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> 
         made.observe("DELETED", raw(str(i), i + 1))
     assert len(made._gone) == 10
     assert not made.observe("ADDED", raw("99", 50))
+
+
+@pytest.mark.parametrize("missing", range(6))
+def test_the_world_is_complete_only_when_every_kind_was_listed(missing: int) -> None:
+    world = World()
+    for number, each in enumerate(world.stores):
+        if number != missing:
+            each.replace([], "1")
+    assert not world.complete
+    world.stores[missing].replace([], "1")
+    assert world.complete
