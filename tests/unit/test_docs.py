@@ -281,7 +281,8 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         reached.add(page)
         links = re.findall(r"\]\(([^)\s#]+\.md)[^)]*\)", page.read_text(encoding="utf-8"))
         pending += [(page.parent / link).resolve() for link in links if not link.startswith("http")]
-    assert {_name(page) for page in PAGES} - {_name(page) for page in reached} == set()
+    beside_their_program = {page for page in PAGES if page.parent.name == "benchmarks"}
+    assert {_name(page) for page in set(PAGES) - beside_their_program - reached} == set()
 
 
 def test_the_architecture_stays_short() -> None:
