@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from taskoffer_lab.demo.checks import Adapter, adapters_of, check_answers, check
 from taskoffer_lab.demo.crew import Crew
 from taskoffer_lab.demo.deployment import operator_manifest
 from taskoffer_lab.demo.follow import Seen, follow
+from taskoffer_lab.demo.interrupts import every_end_as_interrupt, undisturbed
 from taskoffer_lab.demo.material import KEPT_RUNS, Material, build_material, new_outputs
 from taskoffer_lab.demo.rows import Row, rows_of
 from taskoffer_lab.demo.screen import Screen, offers_table
@@ -511,6 +513,33 @@ def test_ending_the_crew_lets_a_part_clean_up_and_leaves_none_of_its_processes(p
     assert told[0] == ("images", "layer 1")
     assert output[1:] == ["cleaned up"]
     assert start_time(int(output[0])) is None
+
+
+def test_an_interrupt_while_a_part_is_started_does_not_lose_it(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts.write_text(SLEEPER, encoding="utf-8")
+    start = subprocess.Popen
+
+    def interrupted_start(*arguments: Any, **options: Any) -> "subprocess.Popen[str]":
+        process: subprocess.Popen[str] = start(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(crew_module.subprocess, "Popen", interrupted_start)
+    crew = Crew(lambda name, line: None)
+    with crew, pytest.raises(KeyboardInterrupt):
+        crew.start("images")
+    assert not crew.running("images")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_every_signal_that_ends_counts_as_an_interrupt_but_not_while_things_are_taken_down(number: int) -> None:
+    before = signal.getsignal(number)
+    with every_end_as_interrupt():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+        with undisturbed():
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
 
 
 def test_a_part_that_does_not_end_is_killed(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

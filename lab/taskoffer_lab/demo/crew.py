@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Self
 
+from taskoffer_lab.demo.interrupts import postponed
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.paths import package_root
 
@@ -71,23 +72,24 @@ class Crew:
     def start(self, name: str, *arguments: str) -> None:
         """Start `python -m taskoffer_lab.demo.prepare ARGUMENTS` as the part `name`."""
         path = os.pathsep.join(filter(None, [str(package_root()), os.environ.get("PYTHONPATH", "")]))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "taskoffer_lab.demo.prepare", *arguments, f"--parent={os.getpid()}"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
-        part = Part(name, process)
-        self._parts[name] = part
-        for stream, take in ((process.stdout, part.output.append), (process.stderr, self._listener(part))):
-            if stream is not None:
-                reader = threading.Thread(target=_read, args=(stream, take), name=f"{name}-reader", daemon=True)
-                reader.start()
-                part.readers.append(reader)
+        with postponed():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "taskoffer_lab.demo.prepare", *arguments, f"--parent={os.getpid()}"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+            )
+            part = Part(name, process)
+            self._parts[name] = part
+            for stream, take in ((process.stdout, part.output.append), (process.stderr, self._listener(part))):
+                if stream is not None:
+                    reader = threading.Thread(target=_read, args=(stream, take), name=f"{name}-reader", daemon=True)
+                    reader.start()
+                    part.readers.append(reader)
 
     def wait(self, name: str, while_waiting: Callable[[], None] = lambda: None) -> list[str]:
         """Wait for the end of a part and return what it wrote to stdout; any part's failure ends the wait.

@@ -5,14 +5,12 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.text import Text
@@ -23,6 +21,7 @@ from taskoffer_lab.demo import deployment
 from taskoffer_lab.demo.checks import Adapter, adapters_of, check_answers, check_files, check_losses
 from taskoffer_lab.demo.crew import Crew
 from taskoffer_lab.demo.follow import Seen, follow
+from taskoffer_lab.demo.interrupts import every_end_as_interrupt, undisturbed
 from taskoffer_lab.demo.material import Material, material, new_outputs
 from taskoffer_lab.demo.rows import Row
 from taskoffer_lab.demo.screen import Screen, stdout_console
@@ -81,7 +80,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.nodes < 1:
         raise LabError(f"--nodes {arguments.nodes}: trainings need a node", "--nodes 1")
     examples = load_examples()
-    with _sigterm_as_interrupt(), Screen(console=stdout_console()) as screen:
+    with every_end_as_interrupt(), Screen(console=stdout_console()) as screen:
         return _Demo(screen, examples, arguments).run()
 
 
@@ -109,14 +108,14 @@ class _Demo:
             outcome = self._train(cluster, outputs)
             kept = self._keep
         except BaseException as error:
-            with _undisturbed():
+            with undisturbed():
                 if cluster is not None:
                     self._take_down(cluster, keep_logs=not isinstance(error, KeyboardInterrupt))
                 if isinstance(error, KeyboardInterrupt):
                     shutil.rmtree(outputs, ignore_errors=True)
             raise
         if not kept:
-            with _undisturbed():
+            with undisturbed():
                 self._take_down(cluster, keep_logs=bool(outcome.problems))
         return self._conclude(cluster, outcome, outputs, kept=kept)
 
@@ -149,7 +148,7 @@ class _Demo:
                 self._wait(crew, MATERIAL)
                 self._install(cluster, Images(trainer=images[0], operator=images[1]), outputs)
             except BaseException as error:
-                with _undisturbed():
+                with undisturbed():
                     crew.end()
                     if cluster is not None:
                         self._take_down(cluster, keep_logs=not isinstance(error, KeyboardInterrupt))
@@ -286,30 +285,3 @@ def examine(target: Material, adapters: Sequence[Adapter]) -> dict[str, dict[str
 def _complete(job: dict[str, Any]) -> bool:
     conditions = (job.get("status") or {}).get("conditions") or ()
     return any(item["type"] == "Complete" and item["status"] == "True" for item in conditions)
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM and SIGHUP as Ctrl-C, so that they too take everything down."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore further interrupts while things are taken down; it takes seconds."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
