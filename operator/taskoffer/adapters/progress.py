@@ -6,6 +6,9 @@ import aiohttp
 
 from taskoffer.api.contract import PROGRESS_PORT, ProgressReport
 
+MAX_REPORT_BYTES = 262_144
+"""A longer answer is not read to its end."""
+
 
 async def fetch_report(session: aiohttp.ClientSession, pod_ip: str, *, seconds: float = 2.0) -> ProgressReport | None:
     """Return what the trainer says, or None when it does not answer or says something unreadable.
@@ -21,6 +24,11 @@ async def fetch_report(session: aiohttp.ClientSession, pod_ip: str, *, seconds: 
         ) as answer:
             if answer.status != 200:
                 return None
-            return ProgressReport.model_validate_json(await answer.content.read(65536))
+            body = bytearray()
+            async for chunk in answer.content.iter_any():
+                body += chunk
+                if len(body) > MAX_REPORT_BYTES:
+                    return None
+            return ProgressReport.model_validate_json(bytes(body))
     except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
         return None

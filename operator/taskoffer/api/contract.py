@@ -70,8 +70,8 @@ MAX_TERMINATION_BYTES = 4096
 class ExitCode(IntEnum):
     """How a training container ends. Only retryable codes are worth another attempt with the same settings.
 
-    The split of retryable (130, 137, 138, 143) and permanent codes is Kubeflow Trainer's; 64 to 70 are
-    sysexits.h.
+    The retryable codes 137, 138 and 143 are Kubeflow Trainer's; 64 to 74 are those of sysexits.h. A fault in the
+    trainer itself may be one of the machine, so it is tried again as well, as is any code that is not listed.
     """
 
     DONE = 0
@@ -96,7 +96,7 @@ class ExitCode(IntEnum):
     @property
     def retryable(self) -> bool:
         """Tell whether another attempt with the same settings can succeed."""
-        return self in (ExitCode.OUT_OF_MEMORY, ExitCode.RESTART, ExitCode.STOPPED)
+        return self in (ExitCode.INTERNAL, ExitCode.OUT_OF_MEMORY, ExitCode.RESTART, ExitCode.STOPPED)
 
 
 def rank_cap(in_features: int, out_features: int) -> int:

@@ -28,7 +28,7 @@ from taskoffer.decision.conditions import condition_of, is_true, set_condition
 from taskoffer.decision.naming import attempt_name
 from taskoffer.decision.snapshot import MoveRequest, OfferKey
 
-PERMANENT_EXIT_CODES = frozenset({ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.NO_MODEL, ExitCode.VERIFY_FAILED})
+PERMANENT_EXIT_CODES = frozenset(code for code in ExitCode if not code.retryable) - {ExitCode.DONE}
 """Exit codes after which the same settings fail again: no further attempt is made."""
 
 

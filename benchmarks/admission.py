@@ -1,0 +1,372 @@
+"""How many offers per second are decided, beside what the API server can take at all.
+
+Creates N offers at full speed against a real API server and reports, in the same run:
+
+* the raw limit: creates/s, status patches/s and both together that a bare async client reaches with the same bodies;
+* the operator's decided offers/s (a mix of admitted, waiting and rejected ones), and the ratio to "both together";
+* p50 and p99 from creation to decision by the client's clock, in the burst and at a paced rate;
+* writes per offer by kind, and the operator's peak memory.
+
+    python benchmarks/admission.py --offers 5000
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from taskoffer import presets
+from taskoffer.adapters.kube import MERGE, OFFERS, POLICIES, Kube
+from taskoffer_lab.cluster import Cluster
+from taskoffer_lab.install import install, operator_kubeconfig
+from taskoffer_lab.local_provider import LocalProvider
+from taskoffer_lab.spec import ClusterSpec
+
+Object = dict[str, Any]
+
+CONCURRENCY = 24
+PORT = 18099
+
+
+def offer(namespace: str, name: str, kind: int) -> Object:
+    """Return an offer: of ten, two are refused (too long, foreign family), the others can be admitted."""
+    model = "bigscience/bloom-560m" if kind == 0 else "meta-llama/Llama-3.2-1B"
+    return {
+        "apiVersion": "taskoffer.dev/v1alpha1",
+        "kind": "TaskOffer",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {
+            "taskID": name,
+            "taskType": "InstructText",
+            "model": {
+                "name": model,
+                "parameters": 1_000_000,
+                "source": {"persistentVolumeClaim": {"claimName": "models", "path": "llama"}},
+            },
+            "dataset": {
+                "type": "Instruct",
+                "instruct": {"fieldInstruction": "instruction", "fieldOutput": "output"},
+                "rows": 10_000,
+                "source": {"persistentVolumeClaim": {"claimName": "data", "path": "rows.jsonl"}},
+            },
+            "output": {"persistentVolumeClaim": {"claimName": "outputs"}},
+            "timeLimitSeconds": 200_000 if kind == 1 else 3600,
+            "gpuCount": 1,
+        },
+    }
+
+
+STATUS: Object = {
+    "observedGeneration": 1,
+    "score": "0.7250",
+    "explanation": [
+        {"type": "Term", "name": f"Term{i}", "value": "0.1225", "message": "0.35 x 0.35"} for i in range(7)
+    ],
+    "conditions": [
+        {
+            "type": "Admitted",
+            "status": "False",
+            "reason": "WaitingForCapacity",
+            "message": "needs 1 x nvidia.com/gpu on one node; bench has the most free, 0 of 1000",
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+            "observedGeneration": 1,
+        }
+    ],
+}
+"""A status of the size that the operator writes."""
+
+
+async def at_once(jobs: Iterable[Callable[[], Awaitable[Any]]], limit: int = CONCURRENCY) -> float:
+    """Run jobs with bounded concurrency; return the seconds they took together."""
+    source = iter(jobs)
+
+    async def work() -> None:
+        for job in source:
+            await job()
+
+    started = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(limit)))
+    return time.perf_counter() - started
+
+
+async def raw_limit(kube: Kube, count: int) -> dict[str, float]:
+    """Measure what the server takes from a bare client: creates, status patches, both one after another."""
+
+    async def create(ns: str, i: int) -> None:
+        await kube.create(OFFERS, ns, offer(ns, f"r-{i}", 5))
+
+    async def patch(ns: str, i: int) -> None:
+        body = json.dumps({"status": STATUS}).encode()
+        await kube.request("PATCH", OFFERS.path(ns, f"r-{i}", "status"), json.loads(body), content_type=MERGE)
+
+    async def both(ns: str, i: int) -> None:
+        await create(ns, i)
+        await patch(ns, i)
+
+    creates = await at_once([lambda i=i: create("raw-a", i) for i in range(count)])
+    patches = await at_once([lambda i=i: patch("raw-a", i) for i in range(count)])
+    together = await at_once([lambda i=i: both("raw-b", i) for i in range(count)])
+    for ns in ("raw-a", "raw-b"):
+        await kube.request("DELETE", OFFERS.path(ns), timeout=120)
+    return {"creates": count / creates, "patches": count / patches, "both": count / together}
+
+
+@dataclass
+class Watcher:
+    """When each offer was sent and when its verdict was seen, by this process's clock."""
+
+    sent: dict[str, float] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    status_writes: dict[str, int] = field(default_factory=dict)
+    all_seen: asyncio.Event = field(default_factory=asyncio.Event)
+    expected: int = 0
+
+    async def run(self, kube: Kube, namespace: str) -> None:
+        """Watch a namespace's offers."""
+        client = kube._client.rest_client  # noqa: SLF001 - a watch is a stream, which the adapter does not offer
+        url = f"{kube._host}{OFFERS.path(namespace)}?watch=true"  # noqa: SLF001
+        answer = await client.request("GET", url, headers={"Accept": "application/json"}, _request_timeout=3600)
+        async for line in answer.response.content:
+            self._take(json.loads(line)["object"])
+
+    def _take(self, seen: Object) -> None:
+        name, status = seen["metadata"]["name"], seen.get("status") or {}
+        if not status.get("conditions"):
+            return
+        self.status_writes[name] = self.status_writes.get(name, 0) + 1
+        if name in self.seen:
+            return
+        self.seen[name] = time.perf_counter()
+        reason = next(c["reason"] for c in status["conditions"] if c["type"] == "Admitted")
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        if len(self.seen) >= self.expected:
+            self.all_seen.set()
+
+    def latencies(self) -> list[float]:
+        """Return milliseconds from creation to verdict."""
+        return sorted((self.seen[n] - self.sent[n]) * 1000 for n in self.seen)
+
+
+async def decided(kube: Kube, namespace: str, count: int, rate: float | None) -> tuple[Watcher, float]:
+    """Create offers, at full speed or paced, and wait until each has a verdict. Return the seconds it took."""
+    watcher = Watcher(expected=count)
+    watching = asyncio.create_task(watcher.run(kube, namespace))
+    await asyncio.sleep(0.3)
+
+    async def create(i: int) -> None:
+        name = f"o-{i}"
+        watcher.sent[name] = time.perf_counter()
+        await kube.create(OFFERS, namespace, offer(namespace, name, i % 10))
+
+    started = time.perf_counter()
+    if rate is None:
+        await at_once([lambda i=i: create(i) for i in range(count)])
+    else:
+        for i in range(count):
+            await asyncio.sleep(max(0.0, started + i / rate - time.perf_counter()))
+            await create(i)
+    async with asyncio.timeout(600):
+        await watcher.all_seen.wait()
+    took = max(watcher.seen.values()) - started
+    watching.cancel()
+    return watcher, took
+
+
+class Operator:
+    """The operator as a process of its own under its ServiceAccount."""
+
+    def __init__(self, kubeconfig: Path, log: Path) -> None:
+        self._log = log.open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "taskoffer", "run", "--kubeconfig", str(kubeconfig), "--port", str(PORT)],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def metrics(self) -> str:
+        """Scrape it."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=10) as answer:  # noqa: S310
+            return str(answer.read().decode())
+
+    async def leading(self) -> None:
+        """Wait until it leads."""
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    if re.search(r"^taskoffer_leader 1", self.metrics(), re.M):
+                        return
+                except OSError:
+                    pass
+                await asyncio.sleep(0.1)
+
+    def memory(self) -> tuple[float, float]:
+        """Return resident memory and its peak, in MB."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = {k: int(v) / 1024 for k, v in re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", text, re.M)}
+        return found["VmRSS"], found["VmHWM"]
+
+    def stop(self) -> int:
+        """End it with SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(30)
+        self._log.close()
+        return code
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """Return the CPU time of a process so far."""
+    if pid is None:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def prepare(cluster: Cluster, kube: Kube, gpus: int, namespaces: Iterable[str]) -> None:
+    """Make namespaces, a node without a kubelet that offers the GPUs, and a policy without lanes or slots."""
+    for name in namespaces:
+        cluster.kubectl("create", "namespace", name)
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "bench"}}
+    cluster.kubectl("create", "-f", "-", stdin=json.dumps(node))
+    ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "made for the benchmark"}
+    sizes = {"nvidia.com/gpu": str(gpus), "cpu": "1000", "memory": "9000Gi", "pods": "100000"}
+    status = {"status": {"allocatable": sizes, "capacity": sizes, "conditions": [ready]}}
+    cluster.kubectl("patch", "node", "bench", "--subresource=status", "--type=merge", "-p", json.dumps(status))
+    policy = presets.load("lab")
+    policy["spec"]["filters"].pop("maxConcurrentJobs")
+    await kube.create(POLICIES, None, policy)
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Return a quantile of sorted values."""
+    return values[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+
+
+async def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the whole benchmark once."""
+    spec = ClusterSpec(name=f"bench-{os.getpid()}", node_monitor_grace_seconds=3600)
+    with LocalProvider().up(spec) as cluster, tempfile.TemporaryDirectory() as scratch:
+        kube = await Kube.connect(cluster.kubeconfig, timeout=60)
+        install(cluster)
+        count, paced = args.offers, round(args.rate * args.seconds)
+        # A fifth of the burst can be admitted; paced offers find room.
+        await prepare(cluster, kube, count // 5 + paced, ("raw-a", "raw-b", "burst", "paced"))
+        if not args.controllers:
+            # Without them Jobs make no pods: the figures are the operator's and the API server's alone.
+            cluster.process("kube-controller-manager").stop()
+            cluster.process("kube-scheduler").stop()
+        raw = await raw_limit(kube, args.raw or count)
+        operator = Operator(operator_kubeconfig(cluster, Path(scratch)), Path(args.log))
+        try:
+            await operator.leading()
+            quiet, _ = operator.memory()
+            slow, _ = await decided(kube, "paced", paced, args.rate)
+            pids = {
+                "operator": operator.process.pid,
+                "kube-apiserver": cluster.process("kube-apiserver").pid,
+                "etcd": cluster.process("etcd").pid,
+            }
+            before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+            burst, took = await decided(kube, "burst", count, None)
+            cpu = {name: (cpu_seconds(pid) - before[name]) / count * 1000 for name, pid in pids.items()}
+            full, peak = operator.memory()
+            await settle(operator, "TrainingJob", sum(n for r, n in burst.reasons.items() if r == "Admitted"))
+            full, peak = operator.memory()
+            metrics = operator.metrics()
+        finally:
+            code = operator.stop()
+        await kube.close()
+    return {
+        "raw": raw, "decided": count / took, "ratio": count / took / raw["both"], "burst": burst, "paced": slow,
+        "cpu_ms": cpu, "rss": (quiet, full, peak), "metrics": metrics, "exit": code,
+    }
+
+
+async def settle(operator: Operator, kind: str, wanted: int) -> None:
+    """Wait until the operator has created this many objects of a kind."""
+    async with asyncio.timeout(300):
+        while writes(operator.metrics()).get(kind, 0) < wanted:
+            await asyncio.sleep(0.5)
+
+
+def writes(metrics: str) -> dict[str, int]:
+    """Return the finished writes by kind."""
+    found = re.findall(r'^taskoffer_api_writes_total\{kind="([^"]+)",outcome="done"\} ([\d.e+]+)', metrics, re.M)
+    return {kind: int(float(value)) for kind, value in found}
+
+
+def report(args: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
+    """Write the table."""
+    mid = sorted(runs, key=lambda r: r["ratio"])[len(runs) // 2]
+    burst, paced = mid["burst"].latencies(), mid["paced"].latencies()
+    total = args.offers + len(paced)
+    kinds = writes(mid["metrics"])
+    twice = sum(1 for n in mid["burst"].status_writes.values() if n > 1)
+
+    def spread(pick: Callable[[dict[str, Any]], float], form: str = "{:.0f}") -> str:
+        values = [pick(r) for r in runs]
+        low_high = f" ({form.format(min(values))} – {form.format(max(values))})" if len(runs) > 1 else ""
+        return form.format(statistics.median(values)) + low_high
+
+    rows = [
+        ("raw creates/s", spread(lambda r: r["raw"]["creates"])),
+        ("raw status patches/s", spread(lambda r: r["raw"]["patches"])),
+        ("raw both together, offers/s", spread(lambda r: r["raw"]["both"])),
+        ("**decided offers/s**", spread(lambda r: r["decided"])),
+        ("**ratio to the raw limit**", spread(lambda r: r["ratio"] * 100, "{:.0f} %")),
+        ("burst: creation to decision p50 / p99, ms", f"{quantile(burst, 0.5):.0f} / {quantile(burst, 0.99):.0f}"),
+        (f"paced {args.rate:g}/s: p50, ms", spread(lambda r: quantile(r["paced"].latencies(), 0.5), "{:.1f}")),
+        (f"paced {args.rate:g}/s: p99, ms", spread(lambda r: quantile(r["paced"].latencies(), 0.99), "{:.1f}")),
+        ("status writes per decided offer", f"{kinds.get('TaskOffer.status', 0) / total:.3f}"),
+        ("offers with more than one status write", str(twice)),
+        ("other writes per offer", ", ".join(f"{k} {v / total:.2f}" for k, v in sorted(kinds.items()) if k != "TaskOffer.status")),
+        ("CPU per offer, ms", ", ".join(f"{k} {v:.2f}" for k, v in mid["cpu_ms"].items())),
+        ("operator memory at rest / after, MB", f"{mid['rss'][0]:.0f} / {mid['rss'][1]:.0f}"),
+        ("operator peak memory, MB", spread(lambda r: r["rss"][2])),
+        ("verdicts of the burst", ", ".join(f"{k} {v}" for k, v in sorted(mid["burst"].reasons.items()))),
+    ]
+    head = f"{args.offers} offers in the burst, {len(runs)} run(s), {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    lines = [head, "", "| figure | median (range) |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--offers", type=int, default=5000, help="offers in the burst (default: %(default)s)")
+    parser.add_argument("--raw", type=int, help="objects for each raw figure (default: as many as offers)")
+    parser.add_argument("--rate", type=float, default=10, help="paced offers per second (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20, help="length of the paced part (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=1, help="repeat on fresh clusters (default: %(default)s)")
+    parser.add_argument("--controllers", action="store_true", help="leave controller-manager and scheduler running")
+    parser.add_argument("--log", default=os.devnull, help="file for the operator's log")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    args = parser.parse_args()
+    runs = []
+    for number in range(args.runs):
+        print(f"run {number + 1} of {args.runs} …", file=sys.stderr, flush=True)
+        runs.append(asyncio.run(measure(args)))
+    print(report(args, runs))
+    if args.json:
+        figures = [{k: r[k] for k in ("raw", "decided", "ratio", "cpu_ms", "rss")} for r in runs]
+        args.json.write_text(json.dumps(figures, indent=2))
+    return 0 if all(r["exit"] == 0 for r in runs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
