@@ -27,7 +27,7 @@ from taskoffer_lab.state import ClusterRecord, claim, find_record
 from taskoffer_lab.teardown import remove_cluster, sweep, wait_for_end
 from taskoffer_lab.toolchain import ToolSet, ensure_tools
 
-PRUNE_EVERY_SECONDS = 24 * 3600.0
+PRUNE_EVERY_SECONDS = 3600.0
 
 DOWN_SECONDS = 30.0
 """How long a supervisor may take to take its cluster down; 1 to 2 s is usual."""
@@ -177,7 +177,7 @@ class LocalProvider:
         except BaseException:
             _remove_if_orphaned(record)
             raise
-        _prune_daily()
+        _prune_hourly()
         say(f"cluster {spec.name}: up in {time.monotonic() - started:.1f} s")
         return cluster
 
@@ -239,7 +239,7 @@ def _remove_if_orphaned(record: ClusterRecord) -> None:
             remove_cluster(current, keep_logs=False)
 
 
-def _prune_daily() -> None:
+def _prune_hourly() -> None:
     """Keep the caches below their bound without asking their size at every start."""
     mark = cache_root() / ".pruned"
     if mark.exists() and time.time() - mark.stat().st_mtime < PRUNE_EVERY_SECONDS:
