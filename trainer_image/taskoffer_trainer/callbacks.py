@@ -216,7 +216,6 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
     def __init__(self, config: RunConfig, expected_tensors: int, rank: int, timings: Timings) -> None:
         self.config, self.expected, self.rank, self.timings = config, expected_tensors, rank, timings
         self.evaluated: tuple[int, float] | None = None
-        self.last_saved = 0
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check, mark and rotate on rank 0, while the others wait.
@@ -225,7 +224,6 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
             TrainerError: ``RESTART`` when the checkpoint does not pass its check.
         """
         began = time.monotonic()
-        self.last_saved = state.global_step
         if dist.is_initialized():
             dist.barrier()
         if self.rank == 0:
@@ -237,4 +235,7 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
             rotate(self.config)
         if dist.is_initialized():
             dist.barrier()
-        self.timings.save = max(self.timings.save, time.monotonic() - began)
+        took = time.monotonic() - began
+        self.timings.save = max(self.timings.save, took)
+        if took > 2:
+            print(f"train: checking the checkpoint of step {state.global_step} took {took:.1f} s", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -65,6 +66,8 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
     stop = Stop(config.deadline)
     stop.listen()
+    # Where does it hang? ``kill -USR1`` writes the stack of every thread to the log.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     termination = run(config, run_dir, rank, stop)
     (run_dir / f"end-{rank}.json").write_text(json.dumps(termination.to_wire()), encoding="utf-8")
     sys.stdout.flush()
