@@ -23,7 +23,7 @@ from rich.text import Text
 
 from taskoffer_lab.demo.rows import Row
 
-RECORD_WIDTH = 120
+RECORD_WIDTH = 124
 """Columns of the exported picture."""
 
 PLAIN_SECONDS = 5.0
