@@ -88,9 +88,11 @@ class FakeKubelet:
             self._connection.sock.shutdown(2)
         for thread in self._threads:
             thread.join(10)
-        for name in list(self._nodes):
-            self.remove_node(name)
-        self._api.close()
+        try:
+            for name in list(self._nodes):
+                self.remove_node(name)
+        finally:
+            self._api.close()
         assert not self.failures, f"the fake kubelet failed: {self.failures}"
 
     @property

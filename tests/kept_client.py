@@ -5,10 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 import urllib.parse
 from typing import Any
 
 from taskoffer_lab.api_client import ApiClient, ClientConfig
+
+_IDLE_SECONDS = 20.0
+"""The server hangs up on connections that are idle for long; one that is about to be is not used for a write."""
 
 
 class KeptClient(ApiClient):
@@ -29,6 +33,9 @@ class KeptClient(ApiClient):
         payload = None
         if body is not None:
             payload, headers["Content-Type"] = json.dumps(body).encode(), kind
+        if time.monotonic() - getattr(self._kept, "used", 0.0) > _IDLE_SECONDS:
+            self._drop()
+        self._kept.used = time.monotonic()
         fresh = getattr(self._kept, "connection", None) is None
         connection = self._connection()
         try:
@@ -51,7 +58,9 @@ class KeptClient(ApiClient):
         return found
 
     def _drop(self) -> None:
-        self._connection().close()
+        found: http.client.HTTPSConnection | None = getattr(self._kept, "connection", None)
+        if found is not None:
+            found.close()
         self._kept.connection = None
 
     def close(self) -> None:

@@ -355,7 +355,6 @@ class Bench:
         for node in self.nodes:
             if node in self.kubelet.nodes:
                 self.kubelet.remove_node(node)
-        self.api.close()
 
 
 def condition(obj: Object, kind: str) -> Object:

@@ -57,9 +57,12 @@ def bench(
     made = Bench(operator_home, kubelet, auditor)
     failures = request.session.testsfailed
     yield made
-    if request.session.testsfailed > failures:
-        print(made.report())  # noqa: T201
-    made.clear()
+    try:
+        if request.session.testsfailed > failures:
+            print(made.report())  # noqa: T201
+        made.clear()
+    finally:
+        made.api.close()
 
 
 @pytest.fixture

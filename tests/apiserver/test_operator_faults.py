@@ -1,0 +1,310 @@
+"""Faults: replicas that are killed, stopped, paused or interrupted; whatever happens, the ledger stays true."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders import make_admission
+from fake_node import Object, Script
+from operator_bench import Bench, condition
+from operator_process import LEASE, OperatorProcess
+from taskoffer_lab.process_table import wait_until
+
+TAKEOVER_SECONDS = 15.0
+OFFERS = 150
+KILLS = 20
+
+
+@pytest.fixture
+def replica(bench: Bench, operator_directory: Path) -> Iterator[OperatorProcess]:
+    """One replica that is not started yet; the test may end it as it likes."""
+    made = OperatorProcess(bench.cluster, operator_directory)
+    yield made
+    if made.running:
+        assert made.terminate() == 0
+    print(made.log()[-8000:])  # noqa: T201
+    assert "Traceback" not in made.log()
+
+
+@contextmanager
+def down(bench: Bench) -> Iterator[None]:
+    """Mark a time in which nobody leads, so that nobody is late."""
+    with bench.audit.excused():
+        yield
+
+
+def holder(bench: Bench) -> str:
+    """Return who holds the lease."""
+    return str(bench.api.request("GET", LEASE)["spec"].get("holderIdentity") or "")
+
+
+def started(bench: Bench, replica: OperatorProcess) -> OperatorProcess:
+    """Start a replica and wait until it leads."""
+    with down(bench):
+        return replica.start()
+
+
+def interrupted_admission(bench: Bench, name: str, *, node: str, gpus: int = 1, **changes: Any) -> Object:
+    """Leave an offer as a replica leaves it that dies right after it has admitted it."""
+    offer = bench.offer(name, gpus)
+    policy = bench.get_policy()
+    made = make_admission(
+        job=f"{name}-{offer['metadata']['uid'][:8]}",
+        node=node,
+        gpus=gpus,
+        policy=bench.policy_name,
+        policy_uid=policy["metadata"]["uid"],
+        decided_at=changes.pop("decided_at", "2026-01-31T12:00:00Z"),
+        generation=changes.pop("generation", policy["metadata"]["generation"]),
+    )
+    admitted = {"type": "Admitted", "status": "True", "reason": "Admitted", "message": "by another replica"}
+    stamped = {**admitted, "lastTransitionTime": "2026-01-31T12:00:00Z", "observedGeneration": 1}
+    bench.patch_status("taskoffers", name, {"observedGeneration": 1, "conditions": [stamped], "admission": made})
+    return bench.get(name)
+
+
+def test_a_replica_that_is_asked_to_stop_releases_its_lease_and_exits_with_0(
+    bench: Bench, replica: OperatorProcess
+) -> None:
+    started(bench, replica)
+    assert holder(bench) != ""
+    assert replica.terminate() == 0
+    assert holder(bench) == ""
+
+
+def test_a_released_lease_is_taken_at_once(bench: Bench, replica: OperatorProcess) -> None:
+    bench.node()
+    started(bench, replica)
+    bench.policy()
+    with down(bench):
+        assert replica.terminate() == 0
+        replica.start(leading=False)
+        wait_until(lambda: replica.metric("taskoffer_leader") is not None, "its port answers", 40)
+        # Far below the lease's 8 s: a lease that was given up need not run out.
+        assert replica.wait_leading(40) < 7
+    bench.admitted("after")
+
+
+def test_of_two_replicas_one_leads_and_the_other_takes_over_when_it_is_killed(
+    bench: Bench, replica: OperatorProcess, operator_directory: Path
+) -> None:
+    bench.node("a", gpus=4)
+    with OperatorProcess(bench.cluster, operator_directory) as leader:
+        replica.start(leading=False)
+        bench.policy()
+        bench.admitted("before", 4)
+        pod = bench.run("before")
+        bench.offer("waits", 4)
+        bench.decided("waits", "WaitingForCapacity")
+        wait_until(lambda: replica.metric("taskoffer_leader") == 0, "the other one stands by", 40)
+        assert not replica.metric("taskoffer_api_writes_total")
+        with down(bench):
+            leader.kill()
+            assert replica.wait_leading() <= TAKEOVER_SECONDS
+        bench.end(pod)
+        bench.finished("before", "Succeeded")
+        bench.decided("waits", "Admitted")
+        bench.bound_pod("waits")
+
+
+def test_a_leader_that_was_paused_for_too_long_leaves_without_a_word(
+    bench: Bench, replica: OperatorProcess, operator_directory: Path
+) -> None:
+    bench.node("a", gpus=4)
+    with OperatorProcess(bench.cluster, operator_directory) as leader:
+        bench.policy()
+        bench.admitted("before", 2)
+        replica.start(leading=False)
+        with down(bench):
+            os.kill(leader.pid, signal.SIGSTOP)
+            # It has something to decide as soon as it wakes up, as has the one that leads by then.
+            bench.offer("meanwhile", 4)
+            bench.offer("small", 2)
+            replica.wait_leading()
+            bench.decided("small", "Admitted")
+            os.kill(leader.pid, signal.SIGCONT)
+            assert leader.wait_ended(20) == 1
+        assert "leadership lost" in leader.log()
+        bench.decided("meanwhile", "WaitingForCapacity")
+        assert len(bench.status_writes("small")) == 1
+        assert len(bench.status_writes("meanwhile")) == 1
+        bench.bound_pod("small")
+
+
+def test_an_admission_whose_job_was_not_created_any_more_is_carried_out_after_a_restart(
+    bench: Bench, replica: OperatorProcess
+) -> None:
+    node = bench.node()
+    started(bench, replica)
+    bench.policy()
+    with down(bench):
+        replica.kill(forget_lease=True)
+        offer = interrupted_admission(bench, "half-done", node=node, gpus=4)
+        replica.start()
+    bench.run("half-done")
+    assert bench.get("half-done")["status"]["admission"] == offer["status"]["admission"]
+    assert len(bench.batch_jobs(offer)) == 1
+
+
+def test_a_job_that_was_not_created_any_more_is_created_after_a_restart(bench: Bench, replica: OperatorProcess) -> None:
+    bench.node()
+    started(bench, replica)
+    bench.policy()
+    offer = bench.admitted("half-done")
+    pod = bench.bound_pod("half-done")
+    with down(bench):
+        replica.kill(forget_lease=True)
+        bench.api.request("DELETE", bench.path("jobs", bench.batch_jobs(offer)[0]["metadata"]["name"], api=BATCH), GONE)
+        bench.asked_to_stop(pod)
+        bench.kubelet.release(bench.namespace, pod)
+        bench.gone(bench.path("pods", pod, api="/api/v1"))
+        replica.start()
+    bench.run("half-done")
+
+
+BATCH = "/apis/batch/v1"
+GONE = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
+
+
+def test_an_admission_under_a_policy_that_has_changed_is_taken_back_and_decided_again(
+    bench: Bench, replica: OperatorProcess
+) -> None:
+    node = bench.node()
+    started(bench, replica)
+    bench.policy()
+    with down(bench):
+        replica.kill(forget_lease=True)
+        interrupted_admission(bench, "outdated", node=node)
+        bench.patch_policy({"filters": {"maxTimeLimitSeconds": 71_000}})
+        replica.start()
+    told = bench.event("outdated", "PolicyChanged")
+    assert f"policy {bench.policy_name} is no longer at generation 1" in told["message"]
+    offer = bench.until("outdated", lambda o: condition(o, "Evicted") != {} and "admission" in o["status"], "again")
+    assert condition(offer, "Evicted")["status"] == "False", "it was evicted and is admitted again"
+    assert offer["status"]["admission"]["policyRef"]["generation"] == 2
+    bench.bound_pod("outdated")
+
+
+def test_of_too_many_admissions_the_newest_that_has_not_started_is_taken_back(
+    bench: Bench, replica: OperatorProcess
+) -> None:
+    node = bench.node(gpus=4)
+    started(bench, replica)
+    bench.policy()
+    with down(bench):
+        replica.kill(forget_lease=True)
+        # As an old leader could leave it whose last write came in after the new one had decided.
+        interrupted_admission(bench, "older", node=node, gpus=4, decided_at="2026-01-31T12:00:00Z")
+        interrupted_admission(bench, "newer", node=node, gpus=4, decided_at="2026-01-31T12:00:01Z")
+        replica.start()
+    bench.bound_pod("older")
+    offer = bench.decided("newer", "WaitingForCapacity")
+    assert condition(offer, "Evicted")["reason"] == "Overbooked"
+    assert "admission" not in offer["status"]
+
+
+def test_a_deletion_that_nobody_saw_frees_the_gpus_after_a_restart(bench: Bench, replica: OperatorProcess) -> None:
+    bench.node(gpus=4)
+    started(bench, replica)
+    bench.policy()
+    bench.admitted("first", 4)
+    pod = bench.run("first")
+    bench.offer("second", 4)
+    bench.decided("second", "WaitingForCapacity")
+    with down(bench):
+        replica.kill(forget_lease=True)
+        bench.delete("first")
+        bench.asked_to_stop(pod)
+        bench.end(pod, 143)
+        bench.gone(bench.path("pods", pod, api="/api/v1"))
+        replica.start()
+    bench.decided("second", "Admitted")
+
+
+def test_a_restart_does_not_see_free_gpus_where_a_pod_still_runs(bench: Bench, replica: OperatorProcess) -> None:
+    node = bench.node(gpus=4)
+    started(bench, replica)
+    bench.policy()
+    bench.admitted("first", 4)
+    pod = bench.run("first")
+    with down(bench):
+        replica.kill(forget_lease=True)
+        bench.delete("first")
+        bench.asked_to_stop(pod)
+        bench.offer("second", 4)
+        replica.start()
+    bench.decided("second", "WaitingForCapacity")
+    bench.booked(node, 4)
+    bench.end(pod, 143)
+    bench.decided("second", "Admitted")
+
+
+def test_kills_at_random_moments_lose_nothing_and_book_nothing_twice(bench: Bench, replica: OperatorProcess) -> None:
+    chance = random.Random(random.getrandbits(32))
+    script = Script(run_seconds=0.1, exit_code=fails_first)
+    for name in ("a", "b", "c"):
+        bench.kubelet.automate(bench.node(name), script)
+    started(bench, replica)
+    bench.policy()
+    numbers = itertools.count()
+    for round_ in range(KILLS):
+        for number in itertools.islice(numbers, OFFERS // KILLS + (round_ < OFFERS % KILLS)):
+            create_random(bench, number)
+        wait_for_events(bench, chance.randint(1, 60))
+        with down(bench):
+            replica.kill(forget_lease=True)
+            if chance.random() < 0.3:
+                # Killed again, somewhere between its first line and its first decision.
+                replica.start(leading=False)
+                wait_for_events(bench, chance.randint(1, 20))
+                replica.kill(forget_lease=True)
+            replica.start()
+    ends = {number: condition(finished(bench, number), "Finished")["reason"] for number in range(OFFERS)}
+    assert {n for n, reason in ends.items() if reason == "Rejected"} == {n for n in ends if is_too_long(n)}
+    assert {n for n, reason in ends.items() if reason == "Succeeded"} == {n for n in ends if not is_too_long(n)}
+    # Nothing was run twice: an attempt more only where a pod had failed.
+    for number in range(OFFERS):
+        jobs = bench.batch_jobs(bench.get(f"offer-{number}"))
+        assert len(jobs) == (0 if is_too_long(number) else 2 if number % 10 == 7 else 1), number
+    for node in bench.nodes:
+        bench.booked(node, 0)
+
+
+def is_too_long(number: int) -> bool:
+    """Tell which offers of the long run are to be refused."""
+    return number % 5 == 3
+
+
+def fails_first(pod: Object) -> int:
+    """Let the first attempt of some offers fail."""
+    labels = pod["metadata"]["labels"]
+    number = int(labels["taskoffer.dev/job"].split("-")[1])
+    return int(number % 10 == 7 and labels["taskoffer.dev/attempt"] == "1")
+
+
+def create_random(bench: Bench, number: int) -> None:
+    """Create one offer of the long run."""
+    bench.offer(f"offer-{number}", (1, 2, 4)[number % 3], hours=40 if is_too_long(number) else 1)
+
+
+def finished(bench: Bench, number: int) -> Object:
+    """Wait until an offer of the long run has ended."""
+    return bench.until(f"offer-{number}", lambda o: condition(o, "Finished") != {}, "finished", 120)
+
+
+def wait_for_events(bench: Bench, count: int) -> None:
+    """Wait until so many things have happened in the cluster, or nothing more does."""
+    wanted = len(bench.audit.events) + count
+    quiet = time.monotonic() + 1.0
+    while len(bench.audit.events) < wanted and time.monotonic() < quiet:
+        bench.api.ready()
