@@ -299,7 +299,7 @@ def test_a_pod_that_is_killed_is_replaced_and_goes_on_from_the_checkpoint(place:
     pod = place.training("killed")
     folder = place.outputs / ".checkpoints" / place.job("killed")["metadata"]["name"]
     wait_until(lambda: any(folder.rglob("COMPLETE")), "a checkpoint", SECONDS)
-    # One second is too short for the trainer to write one more.
+    # Killed at once, it cannot write another one.
     place.api.request("DELETE", f"{PODS}/{pod['metadata']['name']}", {"gracePeriodSeconds": 0})
     place.until("killed", "Finished", "Succeeded", TRAINED_SECONDS)
 
