@@ -91,7 +91,7 @@ def _explain(task: asyncio.Task[object]) -> None:
 
 
 def _ready(replica: Replica) -> str | None:
-    return None if replica.session.world.complete or not replica.leading else "not every kind has been listed"
+    return None if replica.session.world.complete else "not every kind has been listed"
 
 
 async def _watch(replica: Replica, options: Options, stop: asyncio.Event) -> None:

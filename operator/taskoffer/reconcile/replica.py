@@ -94,6 +94,8 @@ class Replica:
             LeadershipLostError: when the lease is lost; the process is to exit.
         """
         session = self.session
+        # A standby lists as well: its cache is warm, and it is ready only when it can read every kind.
+        await self.resync()
         await session.lease.acquire()
         LEASE_TRANSITIONS.set(session.lease.transitions)
         async with asyncio.TaskGroup() as group:
