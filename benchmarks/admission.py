@@ -139,8 +139,8 @@ class Watcher:
 
     async def run(self, kube: Kube, namespace: str) -> None:
         """Watch a namespace's offers."""
-        client = kube._client.rest_client  # noqa: SLF001 - a watch is a stream, which the adapter does not offer
-        url = f"{kube._host}{OFFERS.path(namespace)}?watch=true"  # noqa: SLF001
+        client = kube._client.rest_client
+        url = f"{kube._host}{OFFERS.path(namespace)}?watch=true"
         answer = await client.request("GET", url, headers={"Accept": "application/json"}, _request_timeout=3600)
         async for line in answer.response.content:
             self._take(json.loads(line)["object"])
@@ -201,7 +201,7 @@ class Operator:
 
     def metrics(self) -> str:
         """Scrape it."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=10) as answer:  # noqa: S310
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=10) as answer:
             return str(answer.read().decode())
 
     async def leading(self) -> None:
@@ -292,15 +292,22 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             code = operator.stop()
         await kube.close()
     return {
-        "raw": raw, "decided": count / took, "ratio": count / took / raw["both"], "burst": burst, "paced": slow,
-        "cpu_ms": cpu, "rss": (quiet, full, peak), "metrics": metrics, "exit": code,
+        "raw": raw,
+        "decided": count / took,
+        "ratio": count / took / raw["both"],
+        "burst": burst,
+        "paced": slow,
+        "cpu_ms": cpu,
+        "rss": (quiet, full, peak),
+        "metrics": metrics,
+        "exit": code,
     }
 
 
 async def settle(operator: Operator, kind: str, wanted: int) -> None:
     """Wait until the operator has created this many objects of a kind."""
     async with asyncio.timeout(300):
-        while writes(operator.metrics()).get(kind, 0) < wanted:
+        while writes(operator.metrics()).get(kind, 0) < wanted:  # noqa: ASYNC110 - another process counts
             await asyncio.sleep(0.5)
 
 
@@ -334,13 +341,17 @@ def report(args: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
         (f"paced {args.rate:g}/s: p99, ms", spread(lambda r: quantile(r["paced"].latencies(), 0.99), "{:.1f}")),
         ("status writes per decided offer", f"{kinds.get('TaskOffer.status', 0) / total:.3f}"),
         ("offers with more than one status write", str(twice)),
-        ("other writes per offer", ", ".join(f"{k} {v / total:.2f}" for k, v in sorted(kinds.items()) if k != "TaskOffer.status")),
+        (
+            "other writes per offer",
+            ", ".join(f"{k} {v / total:.2f}" for k, v in sorted(kinds.items()) if k != "TaskOffer.status"),
+        ),
         ("CPU per offer, ms", ", ".join(f"{k} {v:.2f}" for k, v in mid["cpu_ms"].items())),
         ("operator memory at rest / after, MB", f"{mid['rss'][0]:.0f} / {mid['rss'][1]:.0f}"),
         ("operator peak memory, MB", spread(lambda r: r["rss"][2])),
         ("verdicts of the burst", ", ".join(f"{k} {v}" for k, v in sorted(mid["burst"].reasons.items()))),
     ]
-    head = f"{args.offers} offers in the burst, {len(runs)} run(s), {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    head = f"{args.offers} offers in the burst, {len(runs)} run(s), {machine}"
     lines = [head, "", "| figure | median (range) |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
     return "\n".join(lines)
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-START_SECONDS = 60.0
-RUN_SECONDS = 180.0
+START_SECONDS = 120.0
+RUN_SECONDS = 420.0
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
