@@ -41,8 +41,10 @@ def why_not(rung: str) -> str:
     return why_no_nodes() if rung == "node" else ""
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its rung, and skip those of a rung whose means are missing."""
+    """Mark each test with its rung, skip those of a rung whose means are missing, and climb rung by rung."""
+    items.sort(key=lambda item: RUNGS.index(rung) if (rung := rung_of(item.path)) else -1)
     for item in items:
         rung = rung_of(item.path)
         if rung in _MARKED:
