@@ -285,6 +285,16 @@ class Auditor:
         finally:
             self._excused.append((start, time.monotonic()))
 
+    def excuse(self, start: float, end: float) -> None:
+        """As `excused`, for a time that has passed already; times that were excused before count once."""
+        for a, b in sorted(self._excused):
+            if a < end and b > start:
+                if start < a:
+                    self._excused.append((start, a))
+                start = max(start, b)
+        if start < end:
+            self._excused.append((start, end))
+
     def check(self) -> list[Violation]:
         """Wait until everything that happened was seen, and return the violations so far."""
         found = [] if self._call(self._catch_up()) else [_blind("did not see all that the server has")]

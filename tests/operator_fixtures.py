@@ -10,7 +10,7 @@ import pytest
 from auditor import Auditor
 from fake_node import FakeKubelet
 from operator_bench import Bench
-from operator_process import OperatorProcess
+from operator_process import Caretaker, OperatorProcess
 from taskoffer_lab.install import install
 from taskoffer_lab.local_provider import LocalCluster
 
@@ -30,23 +30,28 @@ def kubelet(operator_home: LocalCluster) -> Iterator[FakeKubelet]:
 
 
 @pytest.fixture(scope="module")
-def running_operator(
+def caretaker(
     operator_home: LocalCluster, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[OperatorProcess]:
+) -> Iterator[tuple[OperatorProcess, Caretaker]]:
     """One leading replica for a module; it must end well, and must not have met anything that it did not expect."""
     replica = OperatorProcess(operator_home, tmp_path_factory.mktemp("operator"), "--progress-interval", "1")
     with replica:
-        yield replica
+        with Caretaker(replica) as watched:
+            yield replica, watched
         assert replica.terminate() == 0
     assert "Traceback" not in replica.log(), replica.log()
 
 
 @pytest.fixture
-def operator(running_operator: OperatorProcess) -> Iterator[OperatorProcess]:
+def operator(caretaker: tuple[OperatorProcess, Caretaker], auditor: Auditor) -> Iterator[OperatorProcess]:
     """The module's replica; what it logs during a failed test is shown with the failure."""
-    start = running_operator.log_size()
-    yield running_operator
-    print(running_operator.log(start)[-8000:])  # noqa: T201
+    replica, watched = caretaker
+    start = replica.log_size()
+    seen = len(watched.absences)
+    yield replica
+    for absence in watched.absences[seen:]:
+        auditor.excuse(*absence)
+    print(replica.log(start)[-8000:])  # noqa: T201
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -15,11 +17,14 @@ from typing import IO, Self
 
 from taskoffer_lab.api_client import ApiError
 from taskoffer_lab.cluster import Cluster
+from taskoffer_lab.errors import LabError
 from taskoffer_lab.install import operator_kubeconfig
 from taskoffer_lab.process_table import wait_until
 
 LEASE = "/apis/coordination.k8s.io/v1/namespaces/taskoffer-system/leases/taskoffer"
 START_SECONDS = 40.0
+_UNNOTICED = 10.0
+"""Seconds before its end in which a leader that cannot reach the server has done nothing any more."""
 
 _SAMPLE = re.compile(r"^(\w+)(\{.*\})? ([-+0-9.eE]+|NaN)$", re.MULTILINE)
 _numbers = itertools.count(1)
@@ -30,6 +35,49 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class Caretaker:
+    """Starts a replica again that left because it had lost its lease, as a Deployment does; nothing else is excused.
+
+    An API server that is starved of CPU for seconds makes a leader leave. That is right, and not what most tests
+    are about.
+    """
+
+    def __init__(self, replica: OperatorProcess) -> None:
+        self._replica = replica
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="caretaker", daemon=True)
+        self.absences: list[tuple[float, float]] = []
+        self.problem: str | None = None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        self._thread.join(START_SECONDS + 5)
+        assert self.problem is None, self.problem
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(0.1):
+            code = self._replica.unasked_end()
+            if code is None:
+                continue
+            last = self._replica.log()[-2000:]
+            if code != 1 or "leadership lost, leaving" not in last:
+                self.problem = f"the operator ended with {code}:\n{last}"
+                return
+            since = time.monotonic()
+            try:
+                self._replica.start()
+            except (AssertionError, LabError) as error:
+                self.problem = f"the operator could not be started again: {error}"
+                return
+            self.absences.append((since - _UNNOTICED, time.monotonic()))
 
 
 class OperatorProcess:
@@ -78,6 +126,7 @@ class OperatorProcess:
     def start(self, *, leading: bool = True) -> Self:
         """Start it; by default wait until it leads and has decided what was there."""
         assert not self.running, "it runs already"
+        self._close()
         self._log = self.log_file.open("ab")
         self._process = subprocess.Popen(
             [
@@ -114,6 +163,7 @@ class OperatorProcess:
             forget_lease: Remove its lease too, so that the next one need not wait until it has run out.
         """
         assert self._process is not None
+        self._close()
         self._process.kill()
         self._process.wait(10)
         self._close()
@@ -127,6 +177,8 @@ class OperatorProcess:
     def terminate(self, seconds: float = 15.0) -> int:
         """Ask it to end by SIGTERM; returns its exit code."""
         assert self._process is not None
+        # Closing the log says that the end is wanted.
+        self._close()
         self._process.terminate()
         try:
             code = self._process.wait(seconds)
@@ -142,6 +194,10 @@ class OperatorProcess:
         code = self._process.wait(seconds)
         self._close()
         return code
+
+    def unasked_end(self) -> int | None:
+        """Return the exit code of a process that ended although nobody asked it to; None while there is none."""
+        return self._process.poll() if self._process is not None and self._log is not None else None
 
     def _close(self) -> None:
         if self._log is not None:

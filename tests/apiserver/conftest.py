@@ -1,5 +1,5 @@
 """Fixtures of the apiserver rung."""
 
-from operator_fixtures import bench, kubelet, operator, operator_directory, operator_home, running_operator
+from operator_fixtures import bench, caretaker, kubelet, operator, operator_directory, operator_home
 
-__all__ = ["bench", "kubelet", "operator", "operator_directory", "operator_home", "running_operator"]
+__all__ = ["bench", "caretaker", "kubelet", "operator", "operator_directory", "operator_home"]
