@@ -25,7 +25,8 @@ def orders(seed, lengths=None):
         found.append(list(sampler))
     return found
 
-print(json.dumps({"a": orders(1), "again": orders(1), "b": orders(2), "grouped": orders(1, [i % 50 for i in range(200)])}))
+lengths = [row % 50 for row in range(200)]
+print(json.dumps({"a": orders(1), "again": orders(1), "b": orders(2), "grouped": orders(1, lengths)}))
 """
 
 
