@@ -230,7 +230,8 @@ class Jobs:
         # The spec of an admitted offer cannot change, so what is kept of it is what was admitted.
         spec, invalid = read(TaskOfferSpec, offer.spec or {}, "TaskOffer")
         if spec is None:
-            logger.error("admitted offer is not valid", extra={"offer": str(offer.key), "error": invalid})
+            # It holds GPUs that no job can use, so they are given back and the offer is answered as what it is.
+            await self._take_back(offer, Reason.INVALID_OFFER, f"the stored offer is not valid: {invalid}")
             return
         manifest = training_job(offer.key, offer.uid, spec, offer.admission, policy.spec)
         try:
