@@ -35,6 +35,7 @@ GPU = "nvidia.com/gpu"
 STOPPED = 143
 """Exit code of a trainer that was stopped and has written a checkpoint."""
 
+_WATCH_TRIES = 50
 _HEARTBEAT_SECONDS = 5.0
 _WATCH_SECONDS = 300
 _MICRO = "%Y-%m-%dT%H:%M:%S.%fZ"
@@ -197,13 +198,18 @@ class FakeKubelet:
 
     def _watch(self) -> None:
         """Follow all pods of the cluster and hand those of scripted nodes to the actor."""
+        broken = 0
         while not self._stopping.is_set():
             try:
                 self._follow()
+                broken = 0
             except (OSError, http.client.HTTPException, ValueError) as error:
-                if not self._stopping.is_set():
+                # A connection may break; a watch starts with all pods again. One that never holds is a failure.
+                broken += 1
+                if broken > _WATCH_TRIES and not self._stopping.is_set():
                     self.failures.append(f"watch: {error!r}")
                     return
+                self._stopping.wait(0.2)
 
     def _follow(self) -> None:
         config = self._api.config

@@ -34,7 +34,9 @@ def caretaker(
     operator_home: LocalCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[OperatorProcess, Caretaker]]:
     """One leading replica for a module; it must end well, and must not have met anything that it did not expect."""
-    replica = OperatorProcess(operator_home, tmp_path_factory.mktemp("operator"), "--progress-interval", "1")
+    # Tests that exchange CRDs cut the watches' history, so the full list comes more often than by default.
+    options = ("--progress-interval", "1", "--resync", "15")
+    replica = OperatorProcess(operator_home, tmp_path_factory.mktemp("operator"), *options)
     with replica:
         with Caretaker(replica) as watched:
             yield replica, watched

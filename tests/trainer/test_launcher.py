@@ -44,6 +44,9 @@ def test_a_rank_is_offline_and_keeps_a_thread_count_that_is_set(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    # torch sets some of these itself when another test imports it in this process.
+    for name in ("HF_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     config = RunConfig.model_validate(training().config)

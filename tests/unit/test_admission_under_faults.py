@@ -62,6 +62,19 @@ def test_an_answer_that_stays_the_same_is_not_written_again() -> None:
     run_virtually(main())
 
 
+def test_what_comes_free_while_a_wait_is_being_written_is_not_missed() -> None:
+    async def main() -> None:
+        async with leading(nodes={"node-a": 1}) as rig:
+            rig.kube.put(PODS, make_pod("other", node="node-a", gpus=1))
+            rig.kube.fail("status", OFFERS, None, delay=1.0)
+            rig.offer(parameters=ONE_GPU)
+            await asyncio.sleep(0.5)
+            rig.kube.remove(PODS, "other")
+            await rig.until(lambda: rig.verdict() == ADMITTED, seconds=10)
+
+    run_virtually(main())
+
+
 def test_a_burst_of_offers_is_decided_together_in_the_order_of_their_scores() -> None:
     async def main() -> None:
         async with leading(nodes={"node-a": 2}) as rig:

@@ -82,12 +82,18 @@ def _on_signals(stop: asyncio.Event) -> None:
 
 def _explain(task: asyncio.Task[object]) -> None:
     error = task.exception() if not task.cancelled() else None
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    if isinstance(error, LeadershipLostError):
-        logger.error("leadership lost, leaving: %s", error)
+    lost = _first(error, LeadershipLostError)
+    if lost is not None:
+        logger.error("leadership lost, leaving: %s", lost)
     else:
         logger.error("%s ended, leaving", task.get_name(), exc_info=error)
+
+
+def _first(error: BaseException | None, kind: type[Exception]) -> BaseException | None:
+    """Return the first exception of a kind, however deep in groups it lies, or None."""
+    if isinstance(error, BaseExceptionGroup):
+        return next((found for inner in error.exceptions if (found := _first(inner, kind)) is not None), None)
+    return error if isinstance(error, kind) else None
 
 
 def _ready(replica: Replica) -> str | None:

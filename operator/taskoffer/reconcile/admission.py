@@ -47,6 +47,7 @@ class Admission:
         self._slots = asyncio.Semaphore(session.settings.concurrent_writes)
         self._wake_at: datetime | None = None
         self._cycle_seconds = 0.0
+        self._cycles = 0
 
     async def run(self) -> None:
         """Run cycles for ever, one whenever something has changed or an expiry has come."""
@@ -80,6 +81,7 @@ class Admission:
         started = monotonic()
         made: Plan = plan(world.snapshot(now))
         self._cycle_seconds = monotonic() - started
+        self._cycles += 1
         CYCLE_SECONDS.observe(self._cycle_seconds)
         PENDING.set(made.waiting)
         self._wake_at = made.wake_at
@@ -94,7 +96,7 @@ class Admission:
             self._session.policies_wanted.set()
 
     async def _write(self, decision: Decision, now: datetime) -> None:
-        world, uid = self._session.world, decision.offer.uid
+        world, uid, decided_in = self._session.world, decision.offer.uid, self._cycles
         try:
             async with self._slots:
                 written = await self._commit(decision, decision_patch(decision, now))
@@ -104,6 +106,9 @@ class Admission:
             world.assumed.pop(uid, None)
             self._session.cycle_wanted.set()
             return
+        if decision.answer.verdict is Verdict.WAIT and self._cycles != decided_in:
+            # Cycles that ran meanwhile left this offer out: they saw neither what came free for it nor its expiry.
+            self._session.cycle_wanted.set()
         self._tell(decision)
         if decision.answer.admission is not None:
             world.decided_here.add(uid)
