@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
 import threading
 import time
 import urllib.parse
@@ -33,7 +34,7 @@ class KeptClient(ApiClient):
         payload = None
         if body is not None:
             payload, headers["Content-Type"] = json.dumps(body).encode(), kind
-        if time.monotonic() - getattr(self._kept, "used", 0.0) > _IDLE_SECONDS:
+        if time.monotonic() - getattr(self._kept, "used", 0.0) > _IDLE_SECONDS or self._hung_up():
             self._drop()
         self._kept.used = time.monotonic()
         fresh = getattr(self._kept, "connection", None) is None
@@ -56,6 +57,13 @@ class KeptClient(ApiClient):
             self._kept.connection = found
             self._all.append(found)
         return found
+
+    def _hung_up(self) -> bool:
+        """Tell whether the server has closed the kept connection: nothing is to be read on one that is idle."""
+        found: http.client.HTTPSConnection | None = getattr(self._kept, "connection", None)
+        if found is None or found.sock is None:
+            return False
+        return bool(select.select([found.sock], [], [], 0)[0])
 
     def _drop(self) -> None:
         found: http.client.HTTPSConnection | None = getattr(self._kept, "connection", None)
