@@ -181,7 +181,12 @@ def _without_capacity(
 
 def _older_sibling(offer: OfferView, spec: TaskOfferSpec, snapshot: Snapshot) -> Answer | None:
     siblings = snapshot.siblings.get((offer.key.namespace, spec.task_id), ())
-    older = [s for s in siblings if (s.created, s.uid) < (offer.created, offer.uid)]
+    # Creation times have a resolution of one second, so one that is admitted already counts as the older one.
+    older = [
+        s
+        for s in siblings
+        if s.uid != offer.uid and (s.reason == Reason.ADMITTED or (s.created, s.uid) < (offer.created, offer.uid))
+    ]
     if not older:
         return None
     first = min(older, key=lambda s: (s.created, s.uid))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
+from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.decision.cycle import Move
@@ -147,7 +148,13 @@ class World:
             policies=policies,
             nodes=nodes,
             claims=list(self.claims(resource)),
-            siblings={key: tuple(same.values()) for key, same in self.siblings.items() if len(same) > 1},
+            siblings={
+                key: tuple(
+                    replace(s, reason=Reason.ADMITTED.value) if s.uid in self.assumed else s for s in same.values()
+                )
+                for key, same in self.siblings.items()
+                if len(same) > 1
+            },
             moves=tuple(self.moves.values()),
         )
         return _with_evaluations(snapshot, pending, views)
