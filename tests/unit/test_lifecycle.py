@@ -18,8 +18,7 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome, TrainingJob, TrainingJobStatus
-from taskoffer.decision.lifecycle import (
-    PERMANENT_EXIT_CODES,
+from taskoffer.decision.job_facts import (
     DeleteJob,
     EnsureAttempt,
     JobFacts,
@@ -30,9 +29,8 @@ from taskoffer.decision.lifecycle import (
     OfferFacts,
     PodView,
     SuspendJob,
-    parse_termination,
-    step,
 )
+from taskoffer.decision.lifecycle import PERMANENT_EXIT_CODES, parse_termination, step
 
 NAME = "offer-0123abcd"
 FIRST, SECOND = f"{NAME}-1", f"{NAME}-2"

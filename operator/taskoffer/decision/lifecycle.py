@@ -7,152 +7,38 @@ offer's admission alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from taskoffer.api.contract import ExitCode, ProgressReport, Termination
+from taskoffer.api.contract import ExitCode, Termination
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment
-from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode
+from taskoffer.api.v1alpha1.taskoffer import ClockMode
 from taskoffer.api.v1alpha1.trainingjob import (
     Attempt,
     AttemptOutcome,
     Result,
     StepStatus,
     TrainerStatus,
-    TrainingJob,
     TrainingJobStatus,
 )
 from taskoffer.decision.conditions import condition_of, is_true, set_condition
+from taskoffer.decision.job_facts import (
+    Action,
+    DeleteJob,
+    EnsureAttempt,
+    JobFacts,
+    JobPlan,
+    JobView,
+    Notice,
+    OfferEnd,
+    PodView,
+    SuspendJob,
+)
 from taskoffer.decision.naming import attempt_name
 from taskoffer.decision.snapshot import MoveRequest, OfferKey
 
 PERMANENT_EXIT_CODES = frozenset(code for code in ExitCode if not code.retryable) - {ExitCode.DONE}
 """Exit codes after which the same settings fail again: no further attempt is made."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobView:
-    """A batch/v1 Job of an attempt."""
-
-    name: str
-    uid: str
-    suspended: bool
-    finished: bool
-    succeeded: bool = False
-    created: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PodView:
-    """A pod of an attempt."""
-
-    name: str
-    uid: str
-    job_name: str
-    node: str | None
-    created: datetime
-    terminal: bool
-    succeeded: bool
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
-    exit_code: int | None = None
-    message: str = ""
-    waiting: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeHealth:
-    """Whether a node is Ready, and since when."""
-
-    ready: bool
-    since: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class OfferFacts:
-    """The offer behind a job, as far as the job needs it."""
-
-    active: bool
-    admission: Admission | None
-    finished: bool
-
-
-@dataclass(frozen=True, slots=True)
-class JobFacts:
-    """All that is observed about one TrainingJob."""
-
-    now: datetime
-    job: TrainingJob
-    offer: OfferFacts | None
-    jobs: Mapping[str, JobView]
-    pods: Sequence[PodView]
-    nodes: Mapping[str, NodeHealth]
-    report: ProgressReport | None = None
-    moved_to: tuple[Assignment, ...] | None = None
-    """The next attempt's place, once the cycle has found one for it."""
-    progress_interval: timedelta = timedelta(seconds=10)
-    log_tail: str | None = None
-    """Last lines of a failed pod's log; None until they were asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class EnsureAttempt:
-    """Create ConfigMap and Job of an attempt unless they are there."""
-
-    attempt: Attempt
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class SuspendJob:
-    """Ask a Job's pods to stop; the Job stays."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteJob:
-    """Remove a Job whose pod may never answer again."""
-
-    name: str
-    uid: str
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """An event on the TrainingJob."""
-
-    reason: Reason
-    message: str
-    warning: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class OfferEnd:
-    """The Finished condition that the offer is to get."""
-
-    reason: Reason
-    message: str
-
-
-Action = EnsureAttempt | SuspendJob | DeleteJob
-
-
-@dataclass(frozen=True, slots=True)
-class JobPlan:
-    """What to do about a TrainingJob now."""
-
-    actions: tuple[Action, ...] = ()
-    status: TrainingJobStatus | None = None
-    """The status to write, or None when it is right already."""
-    notices: tuple[Notice, ...] = ()
-    offer_end: OfferEnd | None = None
-    move: MoveRequest | None = None
-    wake_at: datetime | None = None
-    failed_pod: str | None = None
-    """Set, and nothing else, when the last lines of this pod's log are wanted before the plan is made."""
 
 
 def step(facts: JobFacts) -> JobPlan:

@@ -35,7 +35,7 @@ from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import TrainingJob
 from taskoffer.decision.conditions import is_true
 from taskoffer.decision.cycle import Move
-from taskoffer.decision.lifecycle import (
+from taskoffer.decision.job_facts import (
     Action,
     DeleteJob,
     EnsureAttempt,
@@ -44,8 +44,8 @@ from taskoffer.decision.lifecycle import (
     OfferEnd,
     OfferFacts,
     SuspendJob,
-    step,
 )
+from taskoffer.decision.lifecycle import step
 from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry, read

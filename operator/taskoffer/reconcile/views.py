@@ -15,8 +15,8 @@ from taskoffer.api.v1alpha1.meta import Condition
 from taskoffer.api.v1alpha1.taskoffer import Admission, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import TrainingJob
 from taskoffer.decision.evaluate import Evaluation
+from taskoffer.decision.job_facts import JobView, NodeHealth, PodView
 from taskoffer.decision.ledger import NodeView
-from taskoffer.decision.lifecycle import JobView, NodeHealth, PodView
 from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView
 from taskoffer.reconcile.cache import Raw
 from taskoffer.render.names import CONTAINER, JOB_LABEL, LANE_LABEL, OFFER_UID_LABEL, POLICY_LABEL

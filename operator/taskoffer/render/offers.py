@@ -9,7 +9,7 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Condition
 from taskoffer.decision.conditions import is_true, set_condition
 from taskoffer.decision.cycle import Decision
-from taskoffer.decision.lifecycle import OfferEnd
+from taskoffer.decision.job_facts import OfferEnd
 from taskoffer.decision.verdict import Verdict
 
 Patch = dict[str, Any]
