@@ -8,7 +8,9 @@ it, so that a constraint in Python can never silently be missing on the API serv
 Three decisions are made here for all kinds:
 
 * Defaults are left out: the server would write them into objects that people own.
-* Status carries bounds but no CEL rules: the operator is its only writer, and a rule could only lock it out.
+* What only the operator writes (each status, and the spec of a TrainingJob) carries bounds and patterns but no CEL
+  rules for its parts: they could only lock it out, and the server evaluates them again at every status write. That a
+  spec is immutable is still a rule.
 * Every integer is an ``int64`` and every number a ``double``, as in Kubernetes' own types.
 
 Usage: ``gen_crds.py`` writes the files, ``gen_crds.py --check`` compares and ends with 1 when one differs.
@@ -82,6 +84,8 @@ class Kind:
     short: str
     scope: str
     columns: tuple[Column, ...]
+    by_operator: bool = False
+    """The operator is the only writer: of the spec's CEL rules only the outermost are kept."""
 
     @property
     def file_name(self) -> str:
@@ -130,6 +134,7 @@ KINDS: tuple[Kind, ...] = (
             Column("Node", ".status.attempts[-1:].assignments[*].nodeName", "Nodes of that attempt.", priority=1),
             _AGE,
         ),
+        by_operator=True,
     ),
     Kind(
         CapacityPolicy,
@@ -154,9 +159,11 @@ class Structural:
     Args:
         model: The kind.
         with_defaults: Keep ``default``, for documentation; never for the API server.
+        by_operator: Leave out the CEL rules of the spec's parts.
     """
 
-    def __init__(self, model: type[WireModel], *, with_defaults: bool = False) -> None:
+    def __init__(self, model: type[WireModel], *, with_defaults: bool = False, by_operator: bool = False) -> None:
+        self._by_operator = by_operator
         self._kept = _KEPT | {"default"} if with_defaults else _KEPT
         self._root: Schema = model.model_json_schema(by_alias=True, mode="validation")
         self._defs: Mapping[str, Schema] = self._root.get("$defs", {})
@@ -169,10 +176,13 @@ class Structural:
             "apiVersion": "Version of this object's schema, as group/version.",
             "kind": "Name of the REST resource that this object represents.",
         }
+        spec = self._convert(fields["spec"], "spec", with_rules=not self._by_operator)
+        if self._by_operator:
+            spec[_RULES] = self._resolve(fields["spec"], "spec", ())[0][_RULES]
         made["properties"] = {
             **{name: {"type": "string", "description": text} for name, text in described.items()},
             "metadata": {"type": "object"},
-            "spec": self._convert(fields["spec"], "spec", with_rules=True),
+            "spec": spec,
             "status": self._convert(fields["status"], "status", with_rules=False),
         }
         made["required"] = ["spec"]
@@ -293,7 +303,7 @@ def build(kind: Kind) -> Schema:
                     "served": True,
                     "storage": True,
                     "additionalPrinterColumns": [column.to_wire() for column in kind.columns],
-                    "schema": {"openAPIV3Schema": Structural(kind.model).convert_root()},
+                    "schema": {"openAPIV3Schema": Structural(kind.model, by_operator=kind.by_operator).convert_root()},
                     "subresources": {"status": {}},
                 }
             ],
@@ -327,7 +337,7 @@ def field_paths() -> str:
     """Return one line for every field of every kind: its path, its type, and whether it is required."""
     lines = []
     for kind in KINDS:
-        schema = Structural(kind.model).convert_root()
+        schema = Structural(kind.model, by_operator=kind.by_operator).convert_root()
         for path, sub, required in walk(schema):
             type_ = f"{sub['type']}/{sub['format']}" if "format" in sub else sub["type"]
             lines.append(f"{kind.model.__name__} {path} {type_}{' required' if required else ''}\n")
