@@ -20,6 +20,8 @@ Shapes stay, so the list of all fields is committed as well; ``gen_crds.py --acc
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -48,6 +50,7 @@ _KEPT = frozenset({"type", "description", "format", "enum", *_TEXT_BOUNDS, *_COU
 _DROPPED = frozenset({"title", "default", "$defs"})
 _NUMBER_FORMAT = {"integer": "int64", "number": "double"}
 _RULES = "x-kubernetes-validations"
+_ON_CREATE = re.compile(r"oldSelf\.hasValue\(\) \|\| \((.*)\)")
 
 
 class UnsupportedSchemaError(Exception):
@@ -86,6 +89,8 @@ class Kind:
     columns: tuple[Column, ...]
     by_operator: bool = False
     """The operator is the only writer: of the spec's CEL rules only the outermost are kept."""
+    joined: bool = False
+    """Objects are many and written often: the CEL rules of each place are joined into one."""
 
     @property
     def file_name(self) -> str:
@@ -117,6 +122,7 @@ KINDS: tuple[Kind, ...] = (
             Column("Job", ".status.admission.jobName", "TrainingJob of the offer.", priority=1),
             _AGE,
         ),
+        joined=True,
     ),
     Kind(
         TrainingJob,
@@ -160,10 +166,14 @@ class Structural:
         model: The kind.
         with_defaults: Keep ``default``, for documentation; never for the API server.
         by_operator: Leave out the CEL rules of the spec's parts.
+        joined: Join the CEL rules of each place (see :func:`_joined`).
     """
 
-    def __init__(self, model: type[WireModel], *, with_defaults: bool = False, by_operator: bool = False) -> None:
+    def __init__(
+        self, model: type[WireModel], *, with_defaults: bool = False, by_operator: bool = False, joined: bool = False
+    ) -> None:
         self._by_operator = by_operator
+        self._joined = joined
         self._kept = _KEPT | {"default"} if with_defaults else _KEPT
         self._root: Schema = model.model_json_schema(by_alias=True, mode="validation")
         self._defs: Mapping[str, Schema] = self._root.get("$defs", {})
@@ -221,6 +231,8 @@ class Structural:
                     made[_RULES] = list(value)
             elif key not in _DROPPED:
                 raise UnsupportedSchemaError(f"{path}: {key} has no structural form; change the type")
+        if self._joined and len(made.get(_RULES, ())) > 1:
+            made[_RULES] = _joined(made[_RULES])
         return self._finish(made, path)
 
     @staticmethod
@@ -248,6 +260,47 @@ class Structural:
                 raise UnsupportedSchemaError(f"{path}: {name} contains itself; structural schemas cannot")
             return self._resolve(_merged(self._defs[name], _without(node, "$ref")), path, (*seen, name))
         return node, seen
+
+
+def _joined(made: list[Schema]) -> list[Schema]:
+    """Join the CEL rules of one place into two at most; a message is that of the first check that fails.
+
+    The server pays for each rule at every write, also of the status, and most of that is the price of starting one.
+    One rule looks at new objects and one at changes; where there is one check for changes alone, they are one rule.
+    (They cannot be one otherwise: kube-apiserver 1.36 evaluates no ``messageExpression`` that asks an optional
+    ``oldSelf``.) Beside a rule about changes the others look at new objects only: they would otherwise lose the
+    server's leniency towards what was stored before they existed.
+    """
+    changes: list[tuple[str, str]] = []
+    others: list[tuple[str, str]] = []
+    for one in made:
+        on_create = _ON_CREATE.fullmatch(one["rule"])
+        if on_create is not None:
+            others.append((on_create[1], one["message"]))
+        else:
+            (changes if "oldSelf" in one["rule"] else others).append((one["rule"], one["message"]))
+    if not changes:
+        return [{"rule": _all(others), "messageExpression": _first_broken(others)}]
+    if len(changes) == 1:
+        (change, message), *_ = changes
+        change = change.replace("oldSelf", "oldSelf.value()")
+        both = {"rule": f"oldSelf.hasValue() ? {change} : {_all(others)}", "optionalOldSelf": True}
+        return [both | {"messageExpression": _first_broken([*others, ("true", message)])}]
+    new = {"rule": f"oldSelf.hasValue() || ({_all(others)})", "optionalOldSelf": True}
+    return [
+        new | {"messageExpression": _first_broken(others)},
+        {"rule": _all(changes), "messageExpression": _first_broken(changes)},
+    ]
+
+
+def _all(checks: list[tuple[str, str]]) -> str:
+    return " && ".join(f"({check})" for check, _ in checks)
+
+
+def _first_broken(checks: list[tuple[str, str]]) -> str:
+    *some, (_, last) = checks
+    # A text of JSON is one of CEL as well.
+    return "".join(f"!({check}) ? {json.dumps(text)} : " for check, text in some) + json.dumps(last)
 
 
 def _without(node: Schema, key: str) -> Schema:
@@ -282,6 +335,7 @@ def build(kind: Kind) -> Schema:
         UnsupportedSchemaError: when a type uses something that has no structural form; it names the field.
     """
     name = kind.model.__name__
+    schema = Structural(kind.model, by_operator=kind.by_operator, joined=kind.joined).convert_root()
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -303,7 +357,7 @@ def build(kind: Kind) -> Schema:
                     "served": True,
                     "storage": True,
                     "additionalPrinterColumns": [column.to_wire() for column in kind.columns],
-                    "schema": {"openAPIV3Schema": Structural(kind.model, by_operator=kind.by_operator).convert_root()},
+                    "schema": {"openAPIV3Schema": schema},
                     "subresources": {"status": {}},
                 }
             ],
@@ -337,7 +391,7 @@ def field_paths() -> str:
     """Return one line for every field of every kind: its path, its type, and whether it is required."""
     lines = []
     for kind in KINDS:
-        schema = Structural(kind.model, by_operator=kind.by_operator).convert_root()
+        schema = Structural(kind.model).convert_root()
         for path, sub, required in walk(schema):
             type_ = f"{sub['type']}/{sub['format']}" if "format" in sub else sub["type"]
             lines.append(f"{kind.model.__name__} {path} {type_}{' required' if required else ''}\n")

@@ -87,7 +87,7 @@ def api() -> str:
     text += "absent.\n"
     for kind in gen_crds.KINDS:
         crd = gen_crds.build(kind)["spec"]
-        schema = gen_crds.Structural(kind.model, with_defaults=True).convert_root()
+        schema = gen_crds.Structural(kind.model, with_defaults=True, by_operator=kind.by_operator).convert_root()
         columns = ", ".join(column.name for column in kind.columns if not column.priority)
         text += f"\n## {crd['names']['kind']}\n\n{schema['description']}\n\n"
         text += f"Scope: {crd['scope']}. Short name: `{kind.short}`. Category: `{CATEGORY}`. "

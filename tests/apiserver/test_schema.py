@@ -134,11 +134,11 @@ BAD: dict[str, tuple[Object, list[str]]] = {
     "parameters beyond an int64": (make_offer(parameters=10**20), ["spec.model.parameters", "type int64"]),
     "an architecture for a text model": (
         make_offer(architecture="sdxl"),
-        ["spec.model.architecture", "exactly when taskType is Image", "remove it"],
+        ["spec: ", "model.architecture (sdxl or flux) must be set exactly when taskType is Image", "remove it"],
     ),
     "an image model without architecture": (
         image_offer(model={"architecture": None}),
-        ["spec.model.architecture", "sdxl or flux", "set it"],
+        ["spec: ", "model.architecture (sdxl or flux)", "set it"],
     ),
     "an unknown architecture": (
         image_offer(model={"architecture": "dalle"}),
@@ -148,7 +148,7 @@ BAD: dict[str, tuple[Object, list[str]]] = {
     # Data.
     "data of another type": (
         make_offer(dataset=DATASETS["DPO"]),
-        ["spec.dataset.type", "must be Instruct for taskType InstructText", "set it together with dataset.instruct"],
+        ["spec: ", "dataset.type must be Instruct for taskType InstructText", "set it together with dataset.instruct"],
     ),
     "a type without its member": (
         make_offer(dataset={"type": "Instruct"}),
@@ -345,7 +345,7 @@ FIXED: dict[str, Any] = {
 def test_a_field_of_an_offer_cannot_be_added_or_changed(crds: LocalCluster, namespace: str, field: str) -> None:
     offer = Stored(crds, namespace, make_offer())
     refused = offer.change(**{field: FIXED[field]})
-    assert f"spec.{field}: Invalid value" in refused
+    assert "Invalid value: " in refused
     assert f"{field} is immutable: create a new TaskOffer; {ONLY}" in refused
 
 
