@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -138,12 +139,17 @@ class Watcher:
     expected: int = 0
 
     async def run(self, kube: Kube, namespace: str) -> None:
-        """Watch a namespace's offers."""
-        client = kube._client.rest_client
-        url = f"{kube._host}{OFFERS.path(namespace)}?watch=true"
-        answer = await client.request("GET", url, headers={"Accept": "application/json"}, _request_timeout=3600)
-        async for line in answer.response.content:
-            self._take(json.loads(line)["object"])
+        """Watch a namespace's offers, and go on where a watch was cut: the server does that to slow readers."""
+        client, version = kube._client.rest_client, "0"
+        while True:
+            url = f"{kube._host}{OFFERS.path(namespace)}?watch=true&resourceVersion={version}"
+            answer = await client.request("GET", url, headers={"Accept": "application/json"}, _request_timeout=3600)
+            async for line in answer.response.content:
+                event = json.loads(line)
+                if event["type"] == "ERROR":
+                    raise RuntimeError(f"the watch of the measuring client failed: {event['object']}")
+                version = event["object"]["metadata"]["resourceVersion"]
+                self._take(event["object"])
 
     def _take(self, seen: Object) -> None:
         name, status = seen["metadata"]["name"], seen.get("status") or {}
@@ -163,7 +169,9 @@ class Watcher:
         return sorted((self.seen[n] - self.sent[n]) * 1000 for n in self.seen)
 
 
-async def decided(kube: Kube, namespace: str, count: int, rate: float | None) -> tuple[Watcher, float]:
+async def decided(
+    operator: Operator, kube: Kube, namespace: str, count: int, rate: float | None
+) -> tuple[Watcher, float]:
     """Create offers, at full speed or paced, and wait until each has a verdict. Return the seconds it took."""
     watcher = Watcher(expected=count)
     watching = asyncio.create_task(watcher.run(kube, namespace))
@@ -182,7 +190,12 @@ async def decided(kube: Kube, namespace: str, count: int, rate: float | None) ->
             await asyncio.sleep(max(0.0, started + i / rate - time.perf_counter()))
             await create(i)
     async with asyncio.timeout(600):
-        await watcher.all_seen.wait()
+        while not watcher.all_seen.is_set():
+            operator.check()
+            if watching.done():
+                watching.result()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(watcher.all_seen.wait(), 1)
     took = max(watcher.seen.values()) - started
     watching.cancel()
     return watcher, took
@@ -198,6 +211,11 @@ class Operator:
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
+
+    def check(self) -> None:
+        """Fail when it has ended."""
+        if self.process.poll() is not None:
+            sys.exit(f"the operator ended with {self.process.returncode}; its log is in {self._log.name}")
 
     def metrics(self) -> str:
         """Scrape it."""
@@ -275,14 +293,14 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         try:
             await operator.leading()
             quiet, _ = operator.memory()
-            slow, _ = await decided(kube, "paced", paced, args.rate)
+            slow, _ = await decided(operator, kube, "paced", paced, args.rate)
             pids = {
                 "operator": operator.process.pid,
                 "kube-apiserver": cluster.process("kube-apiserver").pid,
                 "etcd": cluster.process("etcd").pid,
             }
             before = {name: cpu_seconds(pid) for name, pid in pids.items()}
-            burst, took = await decided(kube, "burst", count, None)
+            burst, took = await decided(operator, kube, "burst", count, None)
             cpu = {name: (cpu_seconds(pid) - before[name]) / count * 1000 for name, pid in pids.items()}
             full, peak = operator.memory()
             await settle(operator, "TrainingJob", sum(n for r, n in burst.reasons.items() if r == "Admitted"))

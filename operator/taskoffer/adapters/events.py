@@ -46,11 +46,11 @@ class EventWriter:
         except asyncio.QueueFull:
             EVENTS_DROPPED.inc()
 
-    async def run(self) -> None:
-        """Write events for ever."""
+    async def run(self, calm: asyncio.Event) -> None:
+        """Write events for ever: all writers while it is calm, one otherwise."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(self._writers):
-                group.create_task(self._write_all())
+            for number in range(self._writers):
+                group.create_task(self._write_all(calm if number else None))
 
     async def flush(self, *, seconds: float) -> None:
         """Wait until the queue is empty, at most this long."""
@@ -60,8 +60,10 @@ class EventWriter:
         except TimeoutError:
             logger.warning("events left unwritten", extra={"count": self._queue.qsize()})
 
-    async def _write_all(self) -> None:
+    async def _write_all(self, calm: asyncio.Event | None) -> None:
         while True:
+            if calm is not None:
+                await calm.wait()
             subject, reason, message, warning = await self._queue.get()
             try:
                 await self._kube.create(

@@ -12,7 +12,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from kubernetes.aio import config as kube_config
@@ -105,6 +106,9 @@ class Kube:
         else:
             kube_config.load_incluster_config(client_configuration=configuration)
         configuration.connection_pool_maxsize = 100
+        configuration.proxy = configuration.proxy or _proxy(configuration.host)
+        # Left to itself, the HTTP client would look for proxies and for a .netrc in a thread at every request.
+        configuration.client_session_kwargs = {"trust_env": False, "cookie_jar": aiohttp.DummyCookieJar()}
         return cls(ApiClient(configuration=configuration), timeout=timeout)
 
     async def close(self) -> None:
@@ -196,6 +200,14 @@ class Kube:
         query = {"container": container, "tailLines": str(lines), "limitBytes": "16384"}
         data = await self.request("GET", PODS.path(namespace, pod, "log"), query=query, timeout=5)
         return data.decode(errors="replace")
+
+
+def _proxy(host: str) -> str | None:
+    """Return the proxy that the environment names for this server, as kubectl finds it, or None."""
+    address = urlsplit(host)
+    if proxy_bypass(address.netloc):
+        return None
+    return getproxies().get(address.scheme)
 
 
 def _raise(status: int, retry_after: str | None, data: bytes, what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -120,8 +121,20 @@ async def _watch(replica: Replica, options: Options, stop: asyncio.Event) -> Non
     raise RuntimeError("kopf ended by itself")
 
 
+def _tune_garbage_collection() -> None:
+    """Look for cycles seldom, and never among what was imported.
+
+    A burst makes hundreds of thousands of short-lived objects, nearly all of which go by reference counting. At
+    Python's defaults (a look at every 700 new ones) the looks took a fifth of the process's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 def main(options: Options) -> int:
     """Run a replica on uvloop where that is installed."""
+    _tune_garbage_collection()
     with contextlib.suppress(ImportError):
         import uvloop
 

@@ -37,6 +37,11 @@ from taskoffer.render.offers import decision_patch, revocation_patch
 
 logger = logging.getLogger(__name__)
 
+_CYCLE_PAUSE = 3
+"""Pause between cycles as a multiple of the last one's time: a cycle looks at the whole queue again."""
+_LONGEST_PAUSE = 0.1
+"""Seconds that such a pause lasts at most, unless a cycle takes longer."""
+
 
 class Admission:
     """The admission loop of a leading replica."""
@@ -68,14 +73,20 @@ class Admission:
                 return
         else:
             await wanted.wait()
-        # A long queue makes long cycles: leave the loop to the writes for at least as long as deciding took.
-        await asyncio.sleep(max(self._session.settings.coalesce, self._cycle_seconds))
+        # A long queue makes long cycles: leave most of the loop to the writes.
+        pause = max(_CYCLE_PAUSE * self._cycle_seconds, self._session.settings.coalesce)
+        await asyncio.sleep(min(pause, max(_LONGEST_PAUSE, self._cycle_seconds)))
 
     def _cycle(self, writes: asyncio.TaskGroup) -> None:
         """Decide all pending offers and start the writes. No await: nothing changes between snapshot and booking."""
         world = self._session.world
         if not world.complete or self._session.draining:
             self._wake_at = None
+            return
+        if world.idle:
+            # Events of running jobs come all the time.
+            self._wake_at = None
+            PENDING.set(0)
             return
         now = utcnow()
         started = monotonic()
@@ -90,6 +101,7 @@ class Admission:
             if decision.answer.admission is not None:
                 world.assumed[decision.offer.uid] = Assumed(decision.offer.uid, decision.answer.admission)
             writes.create_task(self._write(decision, now))
+        self._session.answers_on_their_way(len(world.in_flight))
         for move in made.moves:
             self._jobs.take_move(move)
         if made.decisions or made.moves:
@@ -102,6 +114,7 @@ class Admission:
                 written = await self._commit(decision, decision_patch(decision, now))
         finally:
             world.in_flight.discard(uid)
+            self._session.answers_on_their_way(len(world.in_flight))
         if not written:
             world.assumed.pop(uid, None)
             self._session.cycle_wanted.set()

@@ -60,6 +60,8 @@ logger = logging.getLogger(__name__)
 Revoke = Callable[[OfferEntry, Reason, str], Awaitable[bool]]
 
 _LOG_LINES = 12
+_IMPATIENT_WORKERS = 2
+"""Workers that go on in a burst of answers. The others would take the API server's time from the answers."""
 
 
 class NameTakenError(Exception):
@@ -80,8 +82,8 @@ class Jobs:
     async def run(self) -> None:
         """Work for ever."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(self._workers):
-                group.create_task(self._work())
+            for number in range(self._workers):
+                group.create_task(self._work(patient=number >= _IMPATIENT_WORKERS))
 
     def want_all(self) -> None:
         """Have every admitted offer and every TrainingJob looked at: after a start and at each resync."""
@@ -110,9 +112,11 @@ class Jobs:
             p.offer_uid == offer_uid and not p.view.terminal for p in world.pods
         )
 
-    async def _work(self) -> None:
+    async def _work(self, *, patient: bool) -> None:
         session = self._session
         while True:
+            if patient:
+                await session.calm.wait()
             key = await session.jobs_wanted.get()
             session.jobs_queued.discard(key)
             if session.draining:

@@ -121,7 +121,7 @@ class Replica:
             group.create_task(self.admission.run())
             group.create_task(self.jobs.run())
             group.create_task(self.policies.run())
-            group.create_task(session.events.run())
+            group.create_task(session.events.run(session.calm))
             group.create_task(self._resync_forever())
             group.create_task(self._poll_progress())
 

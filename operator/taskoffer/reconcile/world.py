@@ -71,6 +71,9 @@ class World:
     jobs_by_key: dict[OfferKey, TrainingJobEntry] = field(default_factory=dict)
     pods_of: dict[OfferKey, dict[str, PodEntry]] = field(default_factory=lambda: defaultdict(dict))
     batch_of: dict[OfferKey, dict[str, BatchJobEntry]] = field(default_factory=lambda: defaultdict(dict))
+    stored_claims: dict[tuple[Source, str], tuple[Claim, ...]] = field(default_factory=dict)
+    """What stored objects claim of ``claimed``, by source and UID. It changes with them, not with every cycle."""
+    claimed: str = ""
 
     def __post_init__(self) -> None:
         self.offers.on_change = self._index_offer
@@ -82,6 +85,11 @@ class World:
     def stores(self) -> tuple[Store[Any], ...]:
         """All stores, in the order in which they are listed: what charges GPUs comes before what asks for them."""
         return (self.nodes, self.pods, self.batch_jobs, self.jobs, self.policies, self.offers)
+
+    @property
+    def idle(self) -> bool:
+        """Tell whether nothing waits for a decision."""
+        return not self.by_state[OfferState.PENDING] and not self.moves
 
     @property
     def complete(self) -> bool:
@@ -99,12 +107,14 @@ class World:
                 del self.siblings[before.key.namespace, before.task_id]
             if before.admission is not None:
                 self.holding_by_job.pop(OfferKey(before.key.namespace, before.admission.job_name), None)
+            self.stored_claims.pop(("admission", before.uid), None)
         if after is not None:
             if before is not None:
                 after.inherit(before)
             if after.admission is not None:
                 self.holding_by_job[OfferKey(after.key.namespace, after.admission.job_name)] = after
             self.by_state[after.state][after.uid] = after
+            self._claim_offer(after)
             self.siblings[after.key.namespace, after.task_id][after.uid] = Sibling(
                 after.created, after.uid, after.key.name, after.reason
             )
@@ -122,12 +132,51 @@ class World:
             self.moved.pop(before.key, None)
         if after is not None:
             self.jobs_by_key[after.key] = after
+        key = after.key if after is not None else before.key if before is not None else None
+        holding = self.holding_by_job.get(key) if key is not None else None
+        if holding is not None:
+            self._claim_offer(holding)
 
     def _index_pod(self, before: PodEntry | None, after: PodEntry | None) -> None:
         _reindex(self.pods_of, _job_key(before), _job_key(after), before, after)
+        if after is not None:
+            self._claim_pod(after)
+        elif before is not None:
+            self.stored_claims.pop(("pod", before.uid), None)
 
     def _index_batch(self, before: BatchJobEntry | None, after: BatchJobEntry | None) -> None:
         _reindex(self.batch_of, _job_key(before), _job_key(after), before, after)
+        if after is not None:
+            self._claim_batch(after)
+        elif before is not None:
+            self.stored_claims.pop(("job", before.uid), None)
+
+    # What stored objects claim
+
+    def _claim_offer(self, entry: OfferEntry) -> None:
+        if entry.state is not OfferState.HOLDING or entry.admission is None:
+            return
+        policy = entry.admission.policy_ref.name
+        assignments = self._current_assignments(entry, entry.admission)
+        self.stored_claims["admission", entry.uid] = tuple(
+            _claim(entry.uid, assignment, "admission", policy) for assignment in assignments
+        )
+
+    def _claim_batch(self, job: BatchJobEntry) -> None:
+        count = job.requests.get(self.claimed, 0)
+        if count and job.node is not None and not job.view.finished and not job.view.suspended:
+            claim = Claim(job.offer_uid, job.node, count, "job", job.policy, job.lane)
+            self.stored_claims["job", job.uid] = (claim,)
+        else:
+            self.stored_claims.pop(("job", job.uid), None)
+
+    def _claim_pod(self, pod: PodEntry) -> None:
+        count = pod.requests.get(self.claimed, 0)
+        if count and pod.node is not None and not pod.view.terminal:
+            claim = Claim(pod.offer_uid or f"pod:{pod.uid}", pod.node, count, "pod", pod.policy, pod.lane)
+            self.stored_claims["pod", pod.uid] = (claim,)
+        else:
+            self.stored_claims.pop(("pod", pod.uid), None)
 
     # The snapshot
 
@@ -161,25 +210,20 @@ class World:
 
     def claims(self, resource: str) -> Iterator[Claim]:
         """Yield every claim on a GPU, from every source."""
-        for entry in self.by_state[OfferState.HOLDING].values():
-            if entry.admission is not None:
-                policy = entry.admission.policy_ref.name
-                for assignment in self._current_assignments(entry, entry.admission):
-                    yield _claim(entry.uid, assignment, "admission", policy)
+        if resource != self.claimed:
+            self.claimed = resource
+            for job in self.batch_jobs:
+                self._claim_batch(job)
+            for pod in self.pods:
+                self._claim_pod(pod)
+        for claims in self.stored_claims.values():
+            yield from claims
         for assumed in self.assumed.values():
             for assignment in assumed.admission.assignments:
                 yield _claim(assumed.uid, assignment, "assumed", assumed.admission.policy_ref.name)
         for move in self.moved.values():
             for assignment in move.assignments:
                 yield Claim(move.offer_uid, assignment.node_name, assignment.count, "assumed")
-        for job in self.batch_jobs:
-            count = job.requests.get(resource, 0)
-            if count and job.node is not None and not job.view.finished and not job.view.suspended:
-                yield Claim(job.offer_uid, job.node, count, "job", job.policy, job.lane)
-        for pod in self.pods:
-            count = pod.requests.get(resource, 0)
-            if count and pod.node is not None and not pod.view.terminal:
-                yield Claim(pod.offer_uid or f"pod:{pod.uid}", pod.node, count, "pod", pod.policy, pod.lane)
 
     def overbooked(self, admission: Admission) -> str | None:
         """Say which node of an admission is booked beyond what it has, or None."""
