@@ -40,6 +40,8 @@ from taskoffer.decision.snapshot import MoveRequest, OfferKey
 PERMANENT_EXIT_CODES = frozenset(code for code in ExitCode if not code.retryable) - {ExitCode.DONE}
 """Exit codes after which the same settings fail again: no further attempt is made."""
 
+_NOT_STARTED = "the pod has not started"
+
 
 def step(facts: JobFacts) -> JobPlan:
     """Return what to do about a TrainingJob now."""
@@ -141,14 +143,15 @@ class _Pass:
     def _create(self) -> JobPlan:
         number = len(self.attempts)
         self.actions.append(EnsureAttempt(self.current, number))
-        self._condition("Running", False, Reason.PENDING, f"attempt {number}: the Job is being created")
+        # In the words of a pass that finds the Job without a pod, so that such a pass has nothing to write.
+        self._condition("Running", False, Reason.PENDING, f"attempt {number}: {_NOT_STARTED}")
         return self._plan("Pending")
 
     def _pending(self) -> JobPlan:
         # The Job can be much younger than the decision, for example when the operator was away in between.
         since = max(self.current.created_at, (self.job.created if self.job else None) or self.current.created_at)
         gives_up = since + timedelta(seconds=self.limits.start_timeout_seconds)
-        waiting = self.pod.waiting if self.pod and self.pod.waiting else "the pod has not started"
+        waiting = self.pod.waiting if self.pod and self.pod.waiting else _NOT_STARTED
         if self.facts.now >= gives_up:
             message = f"the container did not start within {self.limits.start_timeout_seconds} s: {waiting}"
             return self._give_up(AttemptOutcome.START_TIMEOUT, Reason.START_TIMEOUT, message)

@@ -21,7 +21,7 @@ class Settings:
 
     lease_namespace: str = "taskoffer-system"
     lease_name: str = "taskoffer"
-    coalesce: float = 0.003
+    coalesce: float = 0.001
     """How long a wake-up waits for others, so that a burst becomes one cycle."""
     concurrent_writes: int = 24
     write_timeout: float = 4.0
