@@ -20,7 +20,7 @@ from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, ExplanationIt
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import Ledger, NodeView, best_fit, open_ledger
 from taskoffer.decision.naming import job_name
-from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView, Snapshot
+from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView, Snapshot
 from taskoffer.decision.verdict import Answer, Verdict
 
 
@@ -179,7 +179,7 @@ def _without_capacity(
     return policy, None, evaluation
 
 
-def _older_sibling(offer: OfferView, spec: TaskOfferSpec, snapshot: Snapshot) -> Answer | None:
+def _older_sibling(offer: OfferView, spec: TaskOfferSpec | OfferTerms, snapshot: Snapshot) -> Answer | None:
     siblings = snapshot.siblings.get((offer.key.namespace, spec.task_id), ())
     # Creation times have a resolution of one second, so one that is admitted already counts as the older one.
     older = [
@@ -275,7 +275,7 @@ def _place(
     )
 
 
-def deadline_of(spec: TaskOfferSpec, start: datetime) -> datetime | None:
+def deadline_of(spec: TaskOfferSpec | OfferTerms, start: datetime) -> datetime | None:
     """Return when the result is due if the clock starts now, or None while a Training clock has not started."""
     if spec.clock_mode is ClockMode.TRAINING:
         return spec.deadline

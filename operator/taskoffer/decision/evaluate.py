@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
+from functools import lru_cache
 
 from taskoffer.api.contract import SERVED_TASK_TYPES
 from taskoffer.api.reasons import Reason
@@ -256,14 +257,7 @@ def score_of(facts: Facts) -> Score | None:
         value = Decimal(term.value) if term.value is not None else values[term.name]
         part = (Decimal(term.weight) * value).quantize(_PLACES, ROUND_HALF_UP)
         total += part
-        items.append(
-            ExplanationItem(
-                type="Term",
-                name=term.name.value,
-                value=str(part),
-                message=f"{term.weight} x {value.normalize():f}",
-            )
-        )
+        items.append(_term(term.name.value, str(part), f"{term.weight} x {value.normalize():f}"))
     cap = facts.policy.scoring.cap
     if cap is not None and total > Decimal(cap):
         excess = (Decimal(cap) - total).quantize(_PLACES)
@@ -272,6 +266,12 @@ def score_of(facts: Facts) -> Score | None:
         )
         total += excess
     return Score(total.quantize(_PLACES), tuple(items))
+
+
+@lru_cache(maxsize=4096)
+def _term(name: str, value: str, message: str) -> ExplanationItem:
+    """Return a term of a score. Offers of a queue share most of theirs, and the values are immutable."""
+    return ExplanationItem(type="Term", name=name, value=value, message=message)
 
 
 def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 
 from taskoffer.api.reasons import Reason
+from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Condition, PolicyRef
-from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
+from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import Claim, NodeView
@@ -27,6 +28,28 @@ class OfferKey:
 
 
 @dataclass(frozen=True, slots=True)
+class OfferTerms:
+    """What of an offer's spec still counts once it has been evaluated, under the same names.
+
+    A queue can be long, and a whole spec takes thirty times the memory.
+    """
+
+    task_id: str
+    task_type: TaskType
+    policy_name: str | None
+    time_limit_seconds: int
+    clock_mode: ClockMode | None
+    deadline: datetime | None
+    expires_at: datetime | None
+    is_active: bool
+
+    @classmethod
+    def of(cls, spec: TaskOfferSpec) -> OfferTerms:
+        """Take the terms from a spec."""
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
 class OfferView:
     """An undecided or waiting offer at one resourceVersion."""
 
@@ -35,7 +58,7 @@ class OfferView:
     resource_version: str
     generation: int
     created: datetime
-    spec: TaskOfferSpec | None
+    spec: TaskOfferSpec | OfferTerms | None
     invalid: str | None = None
     conditions: tuple[Condition, ...] = ()
     observed_generation: int | None = None
@@ -115,7 +138,7 @@ class Snapshot:
     """Evaluations by offer UID and policy name; every offer with a spec and a policy in force has one."""
     moves: Sequence[MoveRequest] = ()
 
-    def policy_for(self, spec: TaskOfferSpec) -> tuple[PolicyView | None, Reason | None, str]:
+    def policy_for(self, spec: TaskOfferSpec | OfferTerms) -> tuple[PolicyView | None, Reason | None, str]:
         """Return the policy that decides an offer, or the reason and message why there is none.
 
         Without a name it is the policy annotated as default; of several the newest, as with StorageClasses.

@@ -173,7 +173,7 @@ class Admission:
         wanted = decision.answer.admission
         if wanted is not None:
             return entry.admission == wanted
-        looked_at = entry.state is OfferState.DONE or (entry.status or {}).get("observedGeneration") == offer.generation
+        looked_at = entry.state is OfferState.DONE or entry.observed_generation == offer.generation
         return looked_at and entry.reason == decision.answer.reason.value
 
     async def _read_again(self, offer: OfferView) -> Object:

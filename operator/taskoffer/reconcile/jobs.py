@@ -31,7 +31,6 @@ from taskoffer.adapters.lease import LeadershipLostError
 from taskoffer.api.contract import ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION
-from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import TrainingJob
 from taskoffer.decision.conditions import is_true
 from taskoffer.decision.cycle import Move
@@ -48,7 +47,7 @@ from taskoffer.decision.job_facts import (
 from taskoffer.decision.lifecycle import step
 from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.session import Session
-from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry, read
+from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry
 from taskoffer.render.job import attempt_job, config_map
 from taskoffer.render.names import CONTAINER
 from taskoffer.render.offers import end_patch
@@ -232,7 +231,7 @@ class Jobs:
             await self._take_back(offer, Reason.OVERBOOKED, overbooked)
             return
         # The spec of an admitted offer cannot change, so what is kept of it is what was admitted.
-        spec, invalid = read(TaskOfferSpec, offer.spec or {}, "TaskOffer")
+        spec, invalid = offer.read_spec()
         if spec is None:
             # It holds GPUs that no job can use, so they are given back and the offer is answered as what it is.
             await self._take_back(offer, Reason.INVALID_OFFER, f"the stored offer is not valid: {invalid}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -17,7 +18,7 @@ from taskoffer.api.v1alpha1.trainingjob import TrainingJob
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.job_facts import JobView, NodeHealth, PodView
 from taskoffer.decision.ledger import NodeView
-from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView
+from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView
 from taskoffer.reconcile.cache import Raw
 from taskoffer.render.names import CONTAINER, JOB_LABEL, LANE_LABEL, OFFER_UID_LABEL, POLICY_LABEL
 
@@ -60,7 +61,7 @@ class OfferState(StrEnum):
 
 @dataclass(slots=True)
 class OfferEntry:
-    """An offer as it is kept. The raw parts of a finished offer are dropped, of a pending one once they are read."""
+    """An offer as it is kept: its spec as text, since a queue can be long, and of a finished one not even that."""
 
     key: OfferKey
     uid: str
@@ -73,49 +74,55 @@ class OfferEntry:
     reason: str
     active: bool
     finished: bool
-    spec: Raw | None
-    status: Raw | None
+    spec: bytes | None
+    stored_conditions: list[Raw] | tuple[Condition, ...]
+    """As stored, and as read once somebody has asked for them."""
+    observed_generation: int | None
     view: OfferView | None = None
     admission: Admission | None = None
     evaluation: tuple[str, int, Evaluation] | None = None
-
-    parsed: tuple[TaskOfferSpec | None, str | None] | None = None
+    terms: tuple[OfferTerms | None, str | None] | None = None
+    fresh_spec: TaskOfferSpec | None = None
+    """The spec as read for the terms, until it has been evaluated."""
 
     def inherit(self, before: OfferEntry) -> None:
         """Take over what was computed from the same generation: a status write changes neither spec nor score."""
-        if before.parsed is not None and before.generation == self.generation and self.state is OfferState.PENDING:
-            self.parsed, self.evaluation, self.spec = before.parsed, before.evaluation, None
+        if before.terms is not None and before.generation == self.generation and self.state is OfferState.PENDING:
+            self.terms, self.evaluation = before.terms, before.evaluation
+
+    def read_spec(self) -> tuple[TaskOfferSpec | None, str | None]:
+        """Read the spec. Return it, or None and what is wrong with it."""
+        return read(TaskOfferSpec, json.loads(self.spec or b"{}"), "TaskOffer")
 
     def read_view(self) -> OfferView:
         """Return the offer as the cycle sees it; parsed once."""
         if self.view is None:
-            if self.parsed is None:
-                self.parsed = read(TaskOfferSpec, self.spec or {}, "TaskOffer")
-                self.spec = None
-            spec, invalid = self.parsed
+            if self.terms is None:
+                self.fresh_spec, problem = self.read_spec()
+                self.terms = (OfferTerms.of(self.fresh_spec) if self.fresh_spec else None), problem
+            terms, invalid = self.terms
             self.view = OfferView(
                 key=self.key,
                 uid=self.uid,
                 resource_version=self.version,
                 generation=self.generation,
                 created=self.created,
-                spec=spec,
+                spec=terms,
                 invalid=invalid,
                 conditions=self.conditions(),
-                observed_generation=(self.status or {}).get("observedGeneration"),
+                observed_generation=self.observed_generation,
             )
         return self.view
 
     def conditions(self) -> tuple[Condition, ...]:
         """Return the stored conditions; unreadable ones count as absent."""
-        stored = (self.status or {}).get("conditions")
-        if not stored:
-            return ()
-        try:
-            return _CONDITIONS.validate_python(stored)
-        except ValidationError:
-            UNREADABLE.labels("TaskOffer").inc()
-            return ()
+        if not isinstance(self.stored_conditions, tuple):
+            try:
+                self.stored_conditions = _CONDITIONS.validate_python(self.stored_conditions)
+            except ValidationError:
+                UNREADABLE.labels("TaskOffer").inc()
+                self.stored_conditions = ()
+        return self.stored_conditions
 
 
 def offer_entry(raw: Raw) -> OfferEntry:
@@ -143,8 +150,9 @@ def offer_entry(raw: Raw) -> OfferEntry:
         reason=str((conditions.get("Admitted") or {}).get("reason", "undecided")),
         active=spec.get("active") is not False,
         finished=finished,
-        spec=spec if keep else None,
-        status=status if keep else None,
+        spec=json.dumps(spec, separators=(",", ":")).encode() if keep else None,
+        stored_conditions=(status.get("conditions") or ()) if keep else (),
+        observed_generation=status.get("observedGeneration"),
         admission=admission if keep else None,
     )
 

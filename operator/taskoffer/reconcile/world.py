@@ -255,7 +255,10 @@ def _with_evaluations(snapshot: Snapshot, pending: list[OfferEntry], views: list
             continue
         kept = entry.evaluation
         if kept is None or kept[0] != policy.uid or kept[1] != policy.generation:
-            kept = entry.evaluation = (policy.uid, policy.generation, evaluate(view.spec, policy.spec))
+            spec = entry.fresh_spec or entry.read_spec()[0]
+            assert spec is not None  # noqa: S101 - its terms were read
+            kept = entry.evaluation = (policy.uid, policy.generation, evaluate(spec, policy.spec))
+        entry.fresh_spec = None
         found[entry.uid, policy.name] = kept[2]
     return Snapshot(
         now=snapshot.now,
