@@ -59,8 +59,8 @@ logger = logging.getLogger(__name__)
 Revoke = Callable[[OfferEntry, Reason, str], Awaitable[bool]]
 
 _LOG_LINES = 12
-_IMPATIENT_WORKERS = 2
-"""Workers that go on in a burst of answers. The others would take the API server's time from the answers."""
+_IMPATIENT_WORKERS = 1
+"""Workers that go on in a burst of answers; one starts several jobs a second. The others would take the API server's time from the answers."""
 
 
 class NameTakenError(Exception):
