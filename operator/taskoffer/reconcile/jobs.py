@@ -60,7 +60,8 @@ Revoke = Callable[[OfferEntry, Reason, str], Awaitable[bool]]
 
 _LOG_LINES = 12
 _IMPATIENT_WORKERS = 1
-"""Workers that go on in a burst of answers; one starts several jobs a second. The others would take the API server's time from the answers."""
+"""Workers that go on in a burst of answers; one starts several jobs a second. The others would take the API server's
+time from the answers."""
 
 
 class NameTakenError(Exception):
