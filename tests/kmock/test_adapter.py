@@ -19,6 +19,7 @@ from taskoffer.adapters.kube import (
     NotFoundError,
     ThrottledError,
     UnknownOutcomeError,
+    proxy_for,
 )
 
 OFFER = "/apis/taskoffer.dev/v1alpha1/namespaces/default/taskoffers/a"
@@ -166,3 +167,24 @@ async def test_a_name_that_is_taken_is_a_conflict(kmock: Any, kube: Kube) -> Non
     await kube.create(OFFERS, "default", make_offer(name="a"))
     with pytest.raises(ConflictError, match="already exists"):
         await kube.create(OFFERS, "default", make_offer(name="a"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "proxy"),
+    [
+        ({}, None),
+        ({"https_proxy": "http://proxy:3128"}, "http://proxy:3128"),
+        ({"https_proxy": "http://proxy:3128", "no_proxy": "10.0.0.1"}, None),
+        ({"https_proxy": "http://proxy:3128", "no_proxy": "example.com"}, "http://proxy:3128"),
+        ({"http_proxy": "http://proxy:3128"}, None),
+    ],
+)
+def test_a_proxy_of_the_environment_is_used_unless_the_server_is_excepted(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], proxy: str | None
+) -> None:
+    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert proxy_for("https://10.0.0.1:6443") == proxy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from core_builders import FOUR_GPUS, ONE_GPU, TWO_GPUS
 from fake_kube import FakeKube, refused
 from fake_replica import leading, make_replica
 from taskoffer.adapters.kube import (
+    BATCH_JOBS,
     JOBS_OF_TRAINING,
     LEASES,
     NODES,
@@ -441,5 +443,48 @@ def test_offers_of_a_broken_policy_wait_and_those_of_another_are_decided() -> No
             assert rig.verdict("a") == ("False", "PolicyNotReady")
             assert rig.verdict("b") == ADMITTED
             assert rig.verdict("c") == ("False", "PolicyNotFound")
+
+    run_virtually(main())
+
+
+def test_in_a_burst_answers_go_before_the_jobs_and_events_that_follow_from_them() -> None:
+    async def main() -> None:
+        async with leading(nodes={f"node-{n}": 8 for n in range(8)}) as rig:
+            rig.kube.latency = 0.05
+            offers = 400
+            for n in range(offers):
+                rig.offer(f"o{n}")
+            await rig.until(lambda: rig.kube.count("status", OFFERS) == offers)
+            writes = [r for r in rig.kube.requests if r.verb in ("create", "status") and r.kind != "Lease"]
+            answers = [n for n, r in enumerate(writes) if r.kind == "TaskOffer"]
+            # The burst is over when few answers are left.
+            first, last = answers[0], answers[-rig.session.settings.concurrent_writes]
+            seconds = writes[last].at - writes[first].at
+            beside = Counter(r.kind for r in writes[first:last])
+            # One job worker and one event writer go on meanwhile, each with one request at a time.
+            most = seconds / rig.kube.latency + 2
+            assert beside["TrainingJob"] + beside["ConfigMap"] + beside["Job"] <= most
+            assert 0 < beside["Event"] <= most
+            admitted = sum(rig.verdict(f"o{n}") == ADMITTED for n in range(offers))
+            assert admitted > 10
+            await rig.until(lambda: rig.kube.count("create", BATCH_JOBS) == admitted)
+            assert rig.kube.count("status", OFFERS) == offers
+
+    run_virtually(main())
+
+
+def test_a_cycle_is_spared_when_nothing_waits_for_a_decision() -> None:
+    async def main() -> None:
+        async with leading() as rig:
+            rig.offer()
+            await rig.until(lambda: rig.verdict() == ADMITTED)
+            await rig.quiet(1)
+            before = rig.replica.admission._cycles
+            for n in range(20):
+                rig.kube.put(PODS, make_pod(f"other-{n}", gpus=1))
+            await rig.quiet(5)
+            assert rig.replica.admission._cycles == before
+            rig.offer("b", parameters=TWO_GPUS)
+            await rig.until(lambda: rig.verdict("b") == FULL)
 
     run_virtually(main())

@@ -353,3 +353,58 @@ def test_a_spelled_text_is_checked_in_python_and_explained_in_the_schema() -> No
     assert schema[RULES] == [
         {"rule": "self.matches(r'^[a-z]+$')", "message": "text must be a word: use lower-case letters"}
     ]
+
+
+# How rules are joined
+
+
+def joined(*rules: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = gen_crds._joined(list(rules))
+    return found
+
+
+PLAIN = {"rule": "self > 0", "message": "a: b"}
+SIZE = {"rule": "self < 9", "message": "c: d"}
+FIXED = {"rule": "self == oldSelf", "message": "e: f"}
+NEW = {"rule": "oldSelf.hasValue() || (has(self.x))", "message": "g: h", "optionalOldSelf": True}
+KEPT = {"rule": "has(self.y) == has(oldSelf.y)", "message": "i: j"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        pytest.param(
+            (PLAIN, SIZE),
+            [{"rule": "(self > 0) && (self < 9)", "messageExpression": '!(self > 0) ? "a: b" : "c: d"'}],
+            id="without a rule about changes nothing of the old value is asked",
+        ),
+        pytest.param(
+            (PLAIN, FIXED),
+            [
+                {
+                    "rule": "oldSelf.hasValue() ? self == oldSelf.value() : (self > 0)",
+                    "optionalOldSelf": True,
+                    "messageExpression": '!(self > 0) ? "a: b" : "e: f"',
+                }
+            ],
+            id="beside one rule about changes the others look at new objects",
+        ),
+        pytest.param(
+            (NEW, FIXED, KEPT),
+            [
+                {
+                    "rule": "oldSelf.hasValue() || ((has(self.x)))",
+                    "optionalOldSelf": True,
+                    "messageExpression": '"g: h"',
+                },
+                {
+                    "rule": "(self == oldSelf) && (has(self.y) == has(oldSelf.y))",
+                    "messageExpression": '!(self == oldSelf) ? "e: f" : "i: j"',
+                },
+            ],
+            id="several rules about changes are one of their own",
+        ),
+    ],
+)
+def test_rules_of_one_place_are_joined(rules: tuple[dict[str, Any], ...], expected: list[dict[str, Any]]) -> None:
+    assert joined(*rules) == expected

@@ -106,7 +106,7 @@ class Kube:
         else:
             kube_config.load_incluster_config(client_configuration=configuration)
         configuration.connection_pool_maxsize = 100
-        configuration.proxy = configuration.proxy or _proxy(configuration.host)
+        configuration.proxy = configuration.proxy or proxy_for(configuration.host)
         # Left to itself, the HTTP client would look for proxies and for a .netrc in a thread at every request.
         configuration.client_session_kwargs = {"trust_env": False, "cookie_jar": aiohttp.DummyCookieJar()}
         return cls(ApiClient(configuration=configuration), timeout=timeout)
@@ -202,7 +202,7 @@ class Kube:
         return data.decode(errors="replace")
 
 
-def _proxy(host: str) -> str | None:
+def proxy_for(host: str) -> str | None:
     """Return the proxy that the environment names for this server, as kubectl finds it, or None."""
     address = urlsplit(host)
     if proxy_bypass(address.netloc):

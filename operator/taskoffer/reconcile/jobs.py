@@ -121,6 +121,9 @@ class Jobs:
             session.jobs_queued.discard(key)
             if session.draining:
                 continue
+            if patient and not session.calm.is_set():
+                session.want_job(key)
+                continue
             if key in self.busy:
                 self._later(key, 0.02)
                 continue
