@@ -30,7 +30,8 @@ from taskoffer.decision.job_facts import (
     PodView,
     SuspendJob,
 )
-from taskoffer.decision.lifecycle import PERMANENT_EXIT_CODES, parse_termination, step
+from taskoffer.decision.lifecycle import step
+from taskoffer.decision.trainer_words import PERMANENT_EXIT_CODES, parse_termination
 
 NAME = "offer-0123abcd"
 FIRST, SECOND = f"{NAME}-1", f"{NAME}-2"

@@ -19,19 +19,10 @@ from builders import (
     stored,
 )
 from core_builders import NOW
+from taskoffer.reconcile.pod_views import batch_job_entry, pinned_node, pod_entry, requested
+from taskoffer.reconcile.quantities import moment
 from taskoffer.reconcile.replica import concerns
-from taskoffer.reconcile.views import (
-    OfferState,
-    batch_job_entry,
-    moment,
-    node_entry,
-    offer_entry,
-    pinned_node,
-    pod_entry,
-    policy_entry,
-    requested,
-    training_job_entry,
-)
+from taskoffer.reconcile.views import OfferState, node_entry, offer_entry, policy_entry, training_job_entry
 
 REDUCERS: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]] = {
     "TaskOffer": (offer_entry, make_offer()),

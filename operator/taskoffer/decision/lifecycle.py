@@ -16,9 +16,7 @@ from taskoffer.api.v1alpha1.taskoffer import ClockMode
 from taskoffer.api.v1alpha1.trainingjob import (
     Attempt,
     AttemptOutcome,
-    Result,
     StepStatus,
-    TrainerStatus,
     TrainingJobStatus,
 )
 from taskoffer.decision.conditions import condition_of, is_true, set_condition
@@ -36,9 +34,7 @@ from taskoffer.decision.job_facts import (
 )
 from taskoffer.decision.naming import attempt_name
 from taskoffer.decision.snapshot import MoveRequest, OfferKey
-
-PERMANENT_EXIT_CODES = frozenset(code for code in ExitCode if not code.retryable) - {ExitCode.DONE}
-"""Exit codes after which the same settings fail again: no further attempt is made."""
+from taskoffer.decision.trainer_words import PERMANENT_EXIT_CODES, parse_termination, result_of, trainer_status_of
 
 _NOT_STARTED = "the pod has not started"
 
@@ -334,7 +330,7 @@ class _Pass:
 
     def _complete(self, report: Termination | None) -> JobPlan:
         self._take_report(final=True)
-        self.result = _result(report) or self.result
+        self.result = result_of(report) or self.result
         text = "trained and verified"
         if report and report.eval_loss_before is not None and report.eval_loss_after is not None:
             text += f"; held-out loss {report.eval_loss_before:.4f} -> {report.eval_loss_after:.4f}"
@@ -378,14 +374,7 @@ class _Pass:
             return
         if before is not None and report.last_updated_time <= before.last_updated_time:
             return
-        # The pod runs foreign data: names that occur twice or too often must not make the status unwritable.
-        metrics = {metric.name: metric for metric in report.metrics}
-        self.trainer_status = TrainerStatus(
-            progress_percentage=report.progress_percentage,
-            estimated_remaining_seconds=report.estimated_remaining_seconds,
-            metrics=tuple(metrics.values())[:256],
-            last_updated_time=report.last_updated_time,
-        )
+        self.trainer_status = trainer_status_of(report)
 
     def _plan(self, train: str, *, move: MoveRequest | None = None) -> JobPlan:
         before = self.facts.job.status
@@ -412,26 +401,3 @@ class _Pass:
             move=move,
             wake_at=self.wake_at,
         )
-
-
-def parse_termination(message: str) -> Termination | None:
-    """Read the trainer's last words, or None when the container left something else (a log tail, nothing)."""
-    try:
-        return Termination.model_validate_json(message) if message.lstrip().startswith("{") else None
-    except ValueError:
-        return None
-
-
-def _result(report: Termination | None) -> Result | None:
-    if report is None:
-        return None
-
-    def text(value: float | None) -> str | None:
-        return None if value is None else f"{value:.6g}"
-
-    return Result(
-        adapter_path=report.adapter_dir[:2048] if report.adapter_dir else None,
-        sha256=report.adapter_sha256[:64] if report.adapter_sha256 else None,
-        eval_loss_before=text(report.eval_loss_before),
-        eval_loss_after=text(report.eval_loss_after),
-    )

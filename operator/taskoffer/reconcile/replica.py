@@ -29,9 +29,9 @@ from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.admission import Admission
 from taskoffer.reconcile.cache import Raw, Store
 from taskoffer.reconcile.jobs import Jobs
+from taskoffer.reconcile.pod_views import PodEntry
 from taskoffer.reconcile.policies import Policies
 from taskoffer.reconcile.session import Session
-from taskoffer.reconcile.views import PodEntry
 
 logger = logging.getLogger(__name__)
 

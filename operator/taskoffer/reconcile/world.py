@@ -16,18 +16,15 @@ from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.ledger import Claim, NodeView, Source, open_ledger
 from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Sibling, Snapshot
 from taskoffer.reconcile.cache import Store
+from taskoffer.reconcile.pod_views import BatchJobEntry, PodEntry, batch_job_entry, pod_entry
 from taskoffer.reconcile.views import (
-    BatchJobEntry,
     NodeEntry,
     OfferEntry,
     OfferState,
-    PodEntry,
     PolicyEntry,
     TrainingJobEntry,
-    batch_job_entry,
     node_entry,
     offer_entry,
-    pod_entry,
     policy_entry,
     training_job_entry,
 )
