@@ -36,7 +36,9 @@ PACKAGES = ("operator/taskoffer", "trainer_image/taskoffer_trainer", "lab/taskof
 
 # Words of Kubernetes and of people, which no list of this repository can hold.
 FOREIGN = frozenset({"ConfigMap", "LeaderElection", "NetworkPolicy", "PersistentVolumeClaim", "ServiceAccount"})
-KUBERNETES_FIELDS = frozenset({"backoffLimit", "restartPolicy", "podReplacementPolicy", "podFailurePolicy"})
+KUBERNETES_FIELDS = frozenset(
+    {"backoffLimit", "messageExpression", "oldSelf", "restartPolicy", "podReplacementPolicy", "podFailurePolicy"}
+)
 MADE_BY_THE_READER = frozenset({"policy.yaml", "offer.yaml", "mine.yaml", "hosts.toml"})
 COMMANDS = {"taskoffer": taskoffer_parser, "taskoffer-lab": lab_parser}
 ARCHITECTURE_LINES = 150
