@@ -4,7 +4,8 @@ Creates N offers at full speed against a real API server and reports, in the sam
 
 * the raw limit: creates/s, status patches/s and both together that a bare async client reaches with the same bodies;
 * the operator's decided offers/s (a mix of admitted, waiting and rejected ones), and the ratio to "both together";
-* p50 and p99 from creation to decision by the client's clock, in the burst and at a paced rate;
+* p50 and p99 from creation to decision by the client's clock, in the burst and at a paced rate, once with the mix of
+  the burst and once with every offer admitted that can be;
 * writes per offer by kind, and the operator's peak memory.
 
     python benchmarks/admission.py --offers 5000
@@ -28,6 +29,7 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,12 @@ CONCURRENCY = 24
 PORT = 18099
 
 
-def offer(namespace: str, name: str, kind: int) -> Object:
-    """Return an offer: of ten, two are refused (too long, foreign family), the others can be admitted."""
+def offer(namespace: str, name: str, kind: int, *, mixed: bool = False) -> Object:
+    """Return an offer: of ten, two are refused (too long, foreign family), the others can be admitted.
+
+    In a mix, six of those eight ask for the node that is too small for them, and wait.
+    """
+    waits = {"policyName": "small", "gpuCount": 2} if mixed and kind >= 4 else {}
     model = "bigscience/bloom-560m" if kind == 0 else "meta-llama/Llama-3.2-1B"
     return {
         "apiVersion": "taskoffer.dev/v1alpha1",
@@ -70,6 +76,7 @@ def offer(namespace: str, name: str, kind: int) -> Object:
             "output": {"persistentVolumeClaim": {"claimName": "outputs"}},
             "timeLimitSeconds": 200_000 if kind == 1 else 3600,
             "gpuCount": 1,
+            **waits,
         },
     }
 
@@ -150,7 +157,7 @@ class Watcher:
 
 
 async def decided(
-    operator: Operator, kube: Kube, namespace: str, count: int, rate: float | None
+    operator: Operator, kube: Kube, namespace: str, count: int, rate: float | None, *, mixed: bool = False
 ) -> tuple[Watcher, float]:
     """Create offers, at full speed or paced, and wait until each has a verdict. Return the seconds it took."""
     watcher = Watcher(expected=count)
@@ -160,7 +167,7 @@ async def decided(
     async def create(i: int) -> None:
         name = f"o-{i}"
         watcher.sent[name] = time.perf_counter()
-        await kube.create(OFFERS, namespace, offer(namespace, name, i % 10))
+        await kube.create(OFFERS, namespace, offer(namespace, name, i % 10, mixed=mixed))
 
     started = time.perf_counter()
     if rate is None:
@@ -281,17 +288,23 @@ def cpu_seconds(pid: int | None) -> float:
 
 
 async def prepare(cluster: Cluster, kube: Kube, gpus: int, namespaces: Iterable[str]) -> None:
-    """Make namespaces, a node without a kubelet that offers the GPUs, and a policy without lanes or slots."""
+    """Make namespaces, nodes without a kubelet (a large one and one with a single GPU), and a policy for each."""
     for name in namespaces:
         cluster.kubectl("create", "namespace", name)
-    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "bench"}}
-    cluster.kubectl("create", "-f", "-", stdin=json.dumps(node))
+    for name in ("bench", "small"):
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"bench": name}}}
+        cluster.kubectl("create", "-f", "-", stdin=json.dumps(node))
     ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "made for the benchmark"}
-    sizes = {"nvidia.com/gpu": str(gpus), "cpu": "1000", "memory": "9000Gi", "pods": "100000"}
-    status = {"status": {"allocatable": sizes, "capacity": sizes, "conditions": [ready]}}
-    cluster.kubectl("patch", "node", "bench", "--subresource=status", "--type=merge", "-p", json.dumps(status))
+    for name, count in (("bench", gpus), ("small", 1)):
+        sizes = {"nvidia.com/gpu": str(count), "cpu": "1000", "memory": "9000Gi", "pods": "100000"}
+        status = {"status": {"allocatable": sizes, "capacity": sizes, "conditions": [ready]}}
+        cluster.kubectl("patch", "node", name, "--subresource=status", "--type=merge", "-p", json.dumps(status))
     policy = presets.load("lab")
     policy["spec"]["filters"].pop("maxConcurrentJobs")
+    policy["spec"]["nodeSelector"] = {"matchLabels": {"bench": "bench"}}
+    await kube.create(POLICIES, None, policy)
+    policy["metadata"] = {"name": "small"}
+    policy["spec"]["nodeSelector"] = {"matchLabels": {"bench": "small"}}
     await kube.create(POLICIES, None, policy)
 
 
@@ -308,7 +321,9 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         install(cluster)
         count, paced = args.offers, round(args.rate * args.seconds)
         # A fifth of the burst can be admitted; paced offers find room.
-        await prepare(cluster, kube, count // 5 + paced + WARM, ("raw-a", "raw-b", "warm", "burst", "paced"))
+        await prepare(
+            cluster, kube, count // 5 + 2 * paced + WARM, ("raw-a", "raw-b", "warm", "mixed", "paced", "burst")
+        )
         if not args.controllers:
             # Without them Jobs make no pods: the figures are the operator's and the API server's alone.
             cluster.process("kube-controller-manager").stop()
@@ -320,7 +335,8 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             await operator.leading()
             quiet, _ = operator.memory()
             # The server compiles the rules of a kind when it first meets an object of it.
-            await decided(operator, kube, "warm", WARM, args.rate)
+            await decided(operator, kube, "warm", WARM, args.rate, mixed=True)
+            mix, _ = await decided(operator, kube, "mixed", paced, args.rate, mixed=True)
             slow, _ = await decided(operator, kube, "paced", paced, args.rate)
             pids = {"operator": operator.process.pid, **server}
             before = cpu_of(pids)
@@ -340,6 +356,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         "decided": count / took,
         "ratio": count / took / statistics.mean(r.both for r in raw),
         "burst": burst,
+        "mixed": mix,
         "paced": slow,
         "cpu_ms": cpu,
         "rss": (quiet, full, peak),
@@ -361,11 +378,16 @@ def writes(metrics: str) -> dict[str, int]:
     return {kind: int(float(value)) for kind, value in found}
 
 
+def latency(run: dict[str, Any], *, phase: str, share: int) -> float:
+    """Return a percentile of a phase, from creation to decision, in ms."""
+    return quantile(run[phase].latencies(), share / 100)
+
+
 def report(args: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
     """Write the table."""
     mid = sorted(runs, key=lambda r: r["ratio"])[len(runs) // 2]
     burst, paced = mid["burst"].latencies(), mid["paced"].latencies()
-    total = args.offers + len(paced) + WARM
+    total = args.offers + 2 * len(paced) + WARM
     kinds = writes(mid["metrics"])
     twice = sum(1 for n in mid["burst"].status_writes.values() if n > 1)
 
@@ -381,8 +403,11 @@ def report(args: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
         ("**decided offers/s**", spread(lambda r: r["decided"])),
         ("**ratio to the raw limit**", spread(lambda r: r["ratio"] * 100, "{:.0f} %")),
         ("burst: creation to decision p50 / p99, ms", f"{quantile(burst, 0.5):.0f} / {quantile(burst, 0.99):.0f}"),
-        (f"paced {args.rate:g}/s: p50, ms", spread(lambda r: quantile(r["paced"].latencies(), 0.5), "{:.1f}")),
-        (f"paced {args.rate:g}/s: p99, ms", spread(lambda r: quantile(r["paced"].latencies(), 0.99), "{:.1f}")),
+        *(
+            (f"{args.rate:g}/s, {what}: p{share}, ms", spread(partial(latency, phase=phase, share=share), "{:.1f}"))
+            for phase, what in (("mixed", "a fifth admitted"), ("paced", "four fifths admitted"))
+            for share in (50, 99)
+        ),
         ("status writes per decided offer", f"{kinds.get('TaskOffer.status', 0) / total:.3f}"),
         ("offers with more than one status write", str(twice)),
         (

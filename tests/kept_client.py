@@ -63,7 +63,9 @@ class KeptClient(ApiClient):
         found: http.client.HTTPSConnection | None = getattr(self._kept, "connection", None)
         if found is None or found.sock is None:
             return False
-        return bool(select.select([found.sock], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(found.sock, select.POLLIN | select.POLLHUP)
+        return bool(poll.poll(0))
 
     def _drop(self) -> None:
         found: http.client.HTTPSConnection | None = getattr(self._kept, "connection", None)
