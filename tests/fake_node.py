@@ -184,7 +184,7 @@ class FakeKubelet:
             except ApiError as error:
                 if error.status not in (404, 409):
                     self.failures.append(str(error))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 # Whatever it is, the other pods and the heartbeats go on, and the test fails with it at its end.
                 self.failures.append(repr(error))
 
