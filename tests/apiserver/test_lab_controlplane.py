@@ -73,7 +73,11 @@ def test_rbac_refuses_a_service_account_without_a_role(controlplane: LocalCluste
 def test_a_job_gets_its_pod_from_the_controller_manager(controlplane: LocalCluster) -> None:
     controlplane.kubectl("create", "namespace", "jobs")
     controlplane.kubectl("create", "job", "one", "-n", "jobs", "--image=none.invalid/x")
-    wait_until(lambda: "one-" in controlplane.kubectl("get", "pods", "-n", "jobs", "-o", "name"), "the Job's pod", 20)
+    try:
+        wait_until(lambda: "one-" in controlplane.kubectl("get", "pods", "-n", "jobs", "-o", "name"), "the pod", 20)
+    finally:
+        # The cluster is shared: left behind, the pod would go to another test's node.
+        controlplane.kubectl("delete", "job", "one", "-n", "jobs", "--cascade=foreground")
 
 
 def test_two_clusters_run_at_once_and_are_not_mixed_up(controlplane: LocalCluster) -> None:

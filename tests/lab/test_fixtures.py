@@ -95,8 +95,13 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path):
 
 
 def run_in_new_python(*arguments: str) -> str:
-    """Run the fixtures' command line in a process of its own, so that this one never imports torch."""
-    command = [sys.executable, "-m", "taskoffer_lab.fixtures", *arguments]
+    """Run the fixtures' command line in a process of its own."""
+    return in_new_python("-m", "taskoffer_lab.fixtures", *arguments)
+
+
+def in_new_python(*arguments: str) -> str:
+    """Run Python in a process of its own, where nothing has imported torch yet."""
+    command = [sys.executable, *arguments]
     environment = {"PYTHONPATH": str(REPOSITORY / "lab"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -141,9 +146,10 @@ def test_the_same_recipe_gives_the_same_bytes_and_is_not_built_twice(models, tmp
     }
 
     built = (again / "model.safetensors").stat().st_mtime_ns
-    assert build_tiny_model(again) == again
+    once_more = "import sys; from taskoffer_lab.fixtures import build_tiny_model; build_tiny_model(Path(sys.argv[1]))"
+    said = in_new_python("-c", f"from pathlib import Path; {once_more}; print('torch' in sys.modules)", str(again))
+    assert said.strip() == "False", "a model that is there already must not cost the import of torch"
     assert (again / "model.safetensors").stat().st_mtime_ns == built
-    assert "torch" not in sys.modules, "a model that is there already must not cost the import of torch"
 
 
 @pytest.mark.trainer
