@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from taskoffer.adapters.clock import utcnow
+from taskoffer.adapters.clock import monotonic, utcnow
 from taskoffer.adapters.events import Subject
 from taskoffer.adapters.kube import (
     POLICIES,
@@ -35,6 +35,7 @@ class Policies:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._written: dict[str, float] = {}
 
     async def run(self) -> None:
         """Write the policies' status whenever something about it may have changed, with a pause between."""
@@ -74,6 +75,10 @@ class Policies:
             GPUS.labels(entry.view.name, "used").set(made.capacity.used)
         if made == before:
             return
+        due = self._written.get(entry.view.uid, 0.0) + session.settings.policy_pending_interval
+        if (wait := due - monotonic()) > 0 and _counts_the_queue_only(before, made):
+            asyncio.get_running_loop().call_later(wait, session.policies_wanted.set)
+            return
         patch = {
             "metadata": {"resourceVersion": entry.version, "uid": entry.view.uid},
             "status": merge_patch(entry.status, made.to_wire()),
@@ -89,6 +94,7 @@ class Policies:
             logger.warning("policy status not written", extra={"policy": entry.view.name, "error": str(error)})
             session.policies_wanted.set()
         else:
+            self._written[entry.view.uid] = monotonic()
             self._tell(entry, before, made)
 
     def _tell(self, entry: PolicyEntry, before: CapacityPolicyStatus | None, made: CapacityPolicyStatus) -> None:
@@ -99,6 +105,14 @@ class Policies:
             if (condition.type, condition.reason) not in known and not good:
                 warning = condition.reason in (Reason.INVALID_POLICY, Reason.ALLOCATABLE_BELOW_BOOKED)
                 self._session.events.emit(subject, _reason(condition.reason), condition.message, warning=warning)
+
+
+def _counts_the_queue_only(before: CapacityPolicyStatus | None, made: CapacityPolicyStatus) -> bool:
+    """Tell whether nothing but the number of pending offers has changed."""
+    if before is None or before.capacity is None or made.capacity is None:
+        return False
+    pending = made.capacity.pending
+    return made == before.model_copy(update={"capacity": before.capacity.model_copy(update={"pending": pending})})
 
 
 def _reason(value: str) -> Reason:

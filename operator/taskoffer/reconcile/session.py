@@ -28,8 +28,9 @@ class Settings:
     resync: float = 300.0
     progress_interval: float = 10.0
     policy_status_interval: float = 2.0
-    """Shortest time between two writes of a policy's status. It is the largest object of all, and costs the API server
-    four times what an answer does."""
+    policy_pending_interval: float = 5.0
+    """Shortest times between two writes of a policy's status, and of the number of pending offers alone. It is the
+    largest object of all, and costs the API server three times what an answer does."""
 
 
 @dataclass(slots=True)
