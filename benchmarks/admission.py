@@ -27,11 +27,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from bare_client import Watcher, at_once, cpu_of, offer, quantile, raw_limit, raw_pace
 
 from taskoffer import presets
 from taskoffer.adapters.kube import OFFERS, POLICIES, Kube
@@ -40,120 +42,9 @@ from taskoffer_lab.install import install, operator_kubeconfig
 from taskoffer_lab.local_provider import LocalProvider
 from taskoffer_lab.spec import ClusterSpec
 
-Object = dict[str, Any]
-
 WARM = 10
 """Offers that are decided before anything is measured."""
-CONCURRENCY = 24
 PORT = 18099
-
-
-def offer(namespace: str, name: str, kind: int, *, mixed: bool = False) -> Object:
-    """Return an offer: of ten, two are refused (too long, foreign family), the others can be admitted.
-
-    In a mix, six of those eight ask for the node that is too small for them, and wait.
-    """
-    waits = {"policyName": "small", "gpuCount": 2} if mixed and kind >= 4 else {}
-    model = "bigscience/bloom-560m" if kind == 0 else "meta-llama/Llama-3.2-1B"
-    return {
-        "apiVersion": "taskoffer.dev/v1alpha1",
-        "kind": "TaskOffer",
-        "metadata": {"name": name, "namespace": namespace},
-        "spec": {
-            "taskID": name,
-            "taskType": "InstructText",
-            "model": {
-                "name": model,
-                "parameters": 1_000_000,
-                "source": {"persistentVolumeClaim": {"claimName": "models", "path": "llama"}},
-            },
-            "dataset": {
-                "type": "Instruct",
-                "instruct": {"fieldInstruction": "instruction", "fieldOutput": "output"},
-                "rows": 10_000,
-                "source": {"persistentVolumeClaim": {"claimName": "data", "path": "rows.jsonl"}},
-            },
-            "output": {"persistentVolumeClaim": {"claimName": "outputs"}},
-            "timeLimitSeconds": 200_000 if kind == 1 else 3600,
-            "gpuCount": 1,
-            **waits,
-        },
-    }
-
-
-STATUS: Object = {
-    "observedGeneration": 1,
-    "score": "0.7250",
-    "explanation": [
-        {"type": "Term", "name": f"Term{i}", "value": "0.1225", "message": "0.35 x 0.35"} for i in range(7)
-    ],
-    "conditions": [
-        {
-            "type": "Admitted",
-            "status": "False",
-            "reason": "WaitingForCapacity",
-            "message": "needs 1 x nvidia.com/gpu on one node; bench has the most free, 0 of 1000",
-            "lastTransitionTime": "2026-01-01T00:00:00Z",
-            "observedGeneration": 1,
-        }
-    ],
-}
-"""A status of the size that the operator writes."""
-
-
-async def at_once(jobs: Iterable[Callable[[], Awaitable[Any]]], limit: int = CONCURRENCY) -> float:
-    """Run jobs with bounded concurrency; return the seconds they took together."""
-    source = iter(jobs)
-
-    async def work() -> None:
-        for job in source:
-            await job()
-
-    started = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(limit)))
-    return time.perf_counter() - started
-
-
-@dataclass
-class Watcher:
-    """When each offer was sent and when its verdict was seen, by this process's clock."""
-
-    sent: dict[str, float] = field(default_factory=dict)
-    seen: dict[str, float] = field(default_factory=dict)
-    reasons: dict[str, int] = field(default_factory=dict)
-    status_writes: dict[str, int] = field(default_factory=dict)
-    all_seen: asyncio.Event = field(default_factory=asyncio.Event)
-    expected: int = 0
-
-    async def run(self, kube: Kube, namespace: str) -> None:
-        """Watch a namespace's offers, and go on where a watch was cut: the server does that to slow readers."""
-        client, version = kube._client.rest_client, "0"
-        while True:
-            url = f"{kube._host}{OFFERS.path(namespace)}?watch=true&resourceVersion={version}"
-            answer = await client.request("GET", url, headers={"Accept": "application/json"}, _request_timeout=3600)
-            async for line in answer.response.content:
-                event = json.loads(line)
-                if event["type"] == "ERROR":
-                    raise RuntimeError(f"the watch of the measuring client failed: {event['object']}")
-                version = event["object"]["metadata"]["resourceVersion"]
-                self._take(event["object"])
-
-    def _take(self, seen: Object) -> None:
-        name, status = seen["metadata"]["name"], seen.get("status") or {}
-        if not status.get("conditions"):
-            return
-        self.status_writes[name] = self.status_writes.get(name, 0) + 1
-        if name in self.seen:
-            return
-        self.seen[name] = time.perf_counter()
-        reason = next(c["reason"] for c in status["conditions"] if c["type"] == "Admitted")
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        if len(self.seen) >= self.expected:
-            self.all_seen.set()
-
-    def latencies(self) -> list[float]:
-        """Return milliseconds from creation to verdict."""
-        return sorted((self.seen[n] - self.sent[n]) * 1000 for n in self.seen)
 
 
 async def decided(
@@ -186,46 +77,6 @@ async def decided(
     took = max(watcher.seen.values()) - started
     watching.cancel()
     return watcher, took
-
-
-@dataclass(frozen=True)
-class Raw:
-    """What a bare client reaches, per second, and the CPU that both writes together cost, ms per offer."""
-
-    creates: float
-    patches: float
-    both: float
-    cpu_ms: dict[str, float]
-
-
-async def raw_limit(kube: Kube, pids: Mapping[str, int | None], count: int) -> Raw:
-    """Measure what the server takes from a bare client: creates, status patches, both one after another.
-
-    The measuring watch is open here as well, since it costs the server something for every write.
-    """
-
-    async def create(ns: str, i: int) -> None:
-        await kube.create(OFFERS, ns, offer(ns, f"r-{i}", 5))
-
-    async def patch(ns: str, i: int) -> None:
-        await kube.patch_status(OFFERS, ns, f"r-{i}", {"status": STATUS})
-
-    async def both(ns: str, i: int) -> None:
-        await create(ns, i)
-        await patch(ns, i)
-
-    watching = [asyncio.create_task(Watcher().run(kube, ns)) for ns in ("raw-a", "raw-b")]
-    await asyncio.sleep(0.3)
-    creates = await at_once([lambda i=i: create("raw-a", i) for i in range(count)])
-    patches = await at_once([lambda i=i: patch("raw-a", i) for i in range(count)])
-    before = cpu_of(pids)
-    together = await at_once([lambda i=i: both("raw-b", i) for i in range(count)])
-    cpu = {name: (seconds - before[name]) / count * 1000 for name, seconds in cpu_of(pids).items()}
-    for task in watching:
-        task.cancel()
-    for ns in ("raw-a", "raw-b"):
-        await kube.request("DELETE", OFFERS.path(ns), timeout=300)
-    return Raw(count / creates, count / patches, count / together, cpu)
 
 
 class Operator:
@@ -274,19 +125,6 @@ class Operator:
         return code
 
 
-def cpu_of(pids: Mapping[str, int | None]) -> dict[str, float]:
-    """Return the CPU time so far of each process, and of this one as the client."""
-    return {**{name: cpu_seconds(pid) for name, pid in pids.items()}, "client": time.process_time()}
-
-
-def cpu_seconds(pid: int | None) -> float:
-    """Return the CPU time of a process so far."""
-    if pid is None:
-        return 0.0
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 async def prepare(cluster: Cluster, kube: Kube, gpus: int, namespaces: Iterable[str]) -> None:
     """Make namespaces, nodes without a kubelet (a large one and one with a single GPU), and a policy for each."""
     for name in namespaces:
@@ -308,11 +146,6 @@ async def prepare(cluster: Cluster, kube: Kube, gpus: int, namespaces: Iterable[
     await kube.create(POLICIES, None, policy)
 
 
-def quantile(values: list[float], share: float) -> float:
-    """Return a quantile of sorted values."""
-    return values[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
-
-
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run the whole benchmark once."""
     spec = ClusterSpec(name=f"bench-{os.getpid()}", node_monitor_grace_seconds=3600)
@@ -322,7 +155,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         count, paced = args.offers, round(args.rate * args.seconds)
         # A fifth of the burst can be admitted; paced offers find room.
         await prepare(
-            cluster, kube, count // 5 + 2 * paced + WARM, ("raw-a", "raw-b", "warm", "mixed", "paced", "burst")
+            cluster, kube, count // 5 + 2 * paced + WARM, ("raw-a", "raw-b", "raw-c", "warm", "mixed", "paced", "burst")
         )
         if not args.controllers:
             # Without them Jobs make no pods: the figures are the operator's and the API server's alone.
@@ -330,6 +163,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             cluster.process("kube-scheduler").stop()
         server = {name: cluster.process(name).pid for name in ("kube-apiserver", "etcd")}
         raw = [await raw_limit(kube, server, args.raw or count)]
+        floor = await raw_pace(kube, paced, args.rate)
         operator = Operator(operator_kubeconfig(cluster, Path(scratch)), Path(args.log))
         try:
             await operator.leading()
@@ -353,6 +187,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         await kube.close()
     return {
         "raw": raw,
+        "floor": floor,
         "decided": count / took,
         "ratio": count / took / statistics.mean(r.both for r in raw),
         "burst": burst,
@@ -403,6 +238,13 @@ def report(args: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
         ("**decided offers/s**", spread(lambda r: r["decided"])),
         ("**ratio to the raw limit**", spread(lambda r: r["ratio"] * 100, "{:.0f} %")),
         ("burst: creation to decision p50 / p99, ms", f"{quantile(burst, 0.5):.0f} / {quantile(burst, 0.99):.0f}"),
+        *(
+            (
+                f"{args.rate:g}/s, bare client, create and patch: p{share}, ms",
+                spread(lambda r, share=share: quantile(r["floor"], share / 100), "{:.1f}"),
+            )
+            for share in (50, 99)
+        ),
         *(
             (f"{args.rate:g}/s, {what}: p{share}, ms", spread(partial(latency, phase=phase, share=share), "{:.1f}"))
             for phase, what in (("mixed", "a fifth admitted"), ("paced", "four fifths admitted"))
