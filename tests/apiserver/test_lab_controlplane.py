@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from taskoffer_lab.api_client import ApiClient, ApiError, ClientConfig
+from taskoffer_lab.errors import LabError
+from taskoffer_lab.install import install
+from taskoffer_lab.kubeconfig_provider import KubeconfigProvider
 from taskoffer_lab.local_provider import LocalCluster, LocalProvider
 from taskoffer_lab.paths import package_root, state_root
 from taskoffer_lab.process_table import wait_until
@@ -181,3 +184,26 @@ def test_a_control_plane_takes_seconds_when_its_tools_are_built() -> None:
     started = time.monotonic()
     with LocalProvider().up(ClusterSpec(name=f"quick-{os.getpid()}")):
         assert time.monotonic() - started < 30  # 4 s on 2 idle cores; other work may run beside the tests.
+
+
+def test_the_kubeconfig_provider_uses_a_cluster_and_leaves_it_alone(controlplane: LocalCluster) -> None:
+    found = KubeconfigProvider(controlplane.kubeconfig).up(ClusterSpec(name="theirs"))
+    with found as theirs:
+        install(theirs)
+        assert "taskoffers.taskoffer.dev" in theirs.kubectl("get", "crds", "-o", "name")
+        assert "ok" in theirs.kubectl("get", "--raw", "/readyz")
+        with pytest.raises(LabError, match="are not the lab's") as refused:
+            theirs.process("etcd")
+        assert "use the local provider" in str(refused.value)
+    assert controlplane.api.ready(), "a cluster that was there before outlives the lab's use of it"
+
+
+def test_the_kubeconfig_provider_says_what_is_missing(tmp_path: Path, controlplane: LocalCluster) -> None:
+    with pytest.raises(LabError, match="no kubeconfig at") as refused:
+        KubeconfigProvider(tmp_path / "none").up(ClusterSpec(name="theirs"))
+    assert "set KUBECONFIG" in str(refused.value)
+    dead = tmp_path / "dead"
+    text = controlplane.kubeconfig.read_text()
+    dead.write_text(text.replace(controlplane.client_config.server, "https://127.0.0.1:1"))
+    with pytest.raises(LabError, match="does not answer"):
+        KubeconfigProvider(dead).up(ClusterSpec(name="theirs"))
