@@ -127,7 +127,7 @@ def _tune_garbage_collection() -> None:
     A burst makes hundreds of thousands of short-lived objects, nearly all of which go by reference counting. At
     Python's defaults (a look at every 700 new ones) the looks took a fifth of the process's time; at 20,000 one look
     lasts 10 to 20 ms, which an offer that comes just then has to wait. A look at everything, which lasts longest, is
-    made a hundred times more seldom than by default.
+    made at each resync.
     """
     gc.collect()
     gc.freeze()

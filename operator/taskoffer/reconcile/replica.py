@@ -7,6 +7,7 @@ one way out of every unclear state.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 
 import aiohttp
@@ -180,6 +181,8 @@ class Replica:
             await self.resync()
             self.jobs.want_all()
             self.session.cycle_wanted.set()
+            # A process that leads for weeks looks at everything now and then: see handlers.run.
+            gc.collect()
 
     async def _poll_progress(self) -> None:
         """Ask running trainers for their progress, each once per interval."""
