@@ -22,6 +22,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.sizing import parameters_of
+from taskoffer_lab.api_client import ApiError
 from taskoffer_lab.demo import crew as crew_module
 from taskoffer_lab.demo.checks import Adapter, adapters_of, check_answers, check_files, check_losses
 from taskoffer_lab.demo.crew import Crew
@@ -314,6 +315,25 @@ def test_following_gives_up_in_time_and_names_what_is_left() -> None:
     api = FakeApi(([admitted("a")], [job_object("a")], [pod_object("a", "Pending", 2, "ErrImagePull")]))
     with pytest.raises(LabError, match=r"a: Admitted Pending ErrImagePull"):
         follow(api, ["a"], lambda rows: None, seconds=0, poll=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [TimeoutError("the handshake timed out"), ApiError(503, "GET", "/", "starting")])
+def test_following_bears_an_api_server_that_does_not_answer_for_a_while(error: Exception) -> None:
+    class Busy(FakeApi):
+        failures = 5
+
+        def request(self, method: str, path: str) -> dict[str, Any]:
+            if self.failures and "pods" in path:
+                self.failures -= 1
+                self._asked = 0
+                raise error
+            return super().request(method, path)
+
+    world = ([admitted("a")], [job_object("a", condition("Complete", True, "Succeeded"))], [])
+    seen = follow(Busy(world), ["a"], lambda rows: None, seconds=5, poll=0)  # type: ignore[arg-type]
+    assert [row.state for row in seen.ended] == ["Succeeded"]
+    with pytest.raises(LabError, match="the API server has not answered for 0 s: .*(timed out|starting)"):
+        follow(Busy(world), ["a"], lambda rows: None, poll=0, silent=0)  # type: ignore[arg-type]
 
 
 def good_run() -> tuple[list[Example], Seen]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from taskoffer_lab.api_client import ApiClient
+from taskoffer_lab.api_client import ApiClient, ApiError
 from taskoffer_lab.demo.rows import Row, rows_of
 from taskoffer_lab.demo.script import NAMESPACE
 from taskoffer_lab.errors import LabError
@@ -14,7 +14,10 @@ END_SECONDS = 900.0
 """How long all trainings together may take. On 2 idle cores it is 2 to 3 minutes."""
 
 POLL_SECONDS = 0.5
+SILENT_SECONDS = 60.0
+"""How long the API server may not answer: on a machine whose cores and disk are taken, some calls time out."""
 _GROUP = f"/apis/taskoffer.dev/v1alpha1/namespaces/{NAMESPACE}"
+_PATHS = (f"{_GROUP}/taskoffers", f"{_GROUP}/trainingjobs", f"/api/v1/namespaces/{NAMESPACE}/pods")
 
 
 @dataclass
@@ -63,19 +66,25 @@ def follow(
     *,
     seconds: float = END_SECONDS,
     poll: float = POLL_SECONDS,
+    silent: float = SILENT_SECONDS,
 ) -> Seen:
     """Look at the offers until all have ended.
 
     Raises:
-        LabError: They have not ended in time; names those and what they wait for.
+        LabError: They have not ended in time, and it names those and what they wait for; or the API server has not
+            answered for `silent` seconds.
     """
     seen = Seen()
-    started = time.monotonic()
+    started = answered = time.monotonic()
     while True:
-        offers, jobs, pods = (
-            api.request("GET", path)["items"]
-            for path in (f"{_GROUP}/taskoffers", f"{_GROUP}/trainingjobs", f"/api/v1/namespaces/{NAMESPACE}/pods")
-        )
+        try:
+            offers, jobs, pods = (api.request("GET", path)["items"] for path in _PATHS)
+        except (OSError, ApiError) as error:
+            if time.monotonic() - answered > silent:
+                raise LabError(f"the API server has not answered for {silent:.0f} s: {error}") from error
+            time.sleep(poll)
+            continue
+        answered = time.monotonic()
         rows = rows_of(offers, jobs, pods)
         seen.take(rows, _running(offers, pods), time.monotonic() - started)
         show(rows)
