@@ -332,7 +332,7 @@ def test_following_bears_an_api_server_that_does_not_answer_for_a_while(error: E
     world = ([admitted("a")], [job_object("a", condition("Complete", True, "Succeeded"))], [])
     seen = follow(Busy(world), ["a"], lambda rows: None, seconds=5, poll=0)  # type: ignore[arg-type]
     assert [row.state for row in seen.ended] == ["Succeeded"]
-    with pytest.raises(LabError, match="the API server has not answered for 0 s: .*(timed out|starting)"):
+    with pytest.raises(LabError, match=r"the API server has not answered for 0 s: .*(timed out|starting)"):
         follow(Busy(world), ["a"], lambda rows: None, poll=0, silent=0)  # type: ignore[arg-type]
 
 
