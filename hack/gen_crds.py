@@ -309,6 +309,10 @@ def _joined(made: list[Schema]) -> list[Schema]:
     changes: list[tuple[str, str]] = []
     others: list[tuple[str, str]] = []
     for one in made:
+        if "fieldPath" in one:
+            raise UnsupportedSchemaError(
+                f"{one['rule']}: a joined rule has no fieldPath; name the field in its message"
+            )
         on_create = _ON_CREATE.fullmatch(one["rule"])
         if on_create is not None:
             others.append((on_create[1], one["message"]))

@@ -203,7 +203,7 @@ class Kube:
 
 
 def proxy_for(host: str) -> str | None:
-    """Return the proxy that the environment names for this server, as kubectl finds it, or None."""
+    """Return the proxy that the environment names for this server, or None; ``no_proxy`` lists hosts, not ranges."""
     address = urlsplit(host)
     if proxy_bypass(address.netloc):
         return None

@@ -45,11 +45,14 @@ class Session:
     cycle_wanted: asyncio.Event = field(default_factory=asyncio.Event)
     policies_wanted: asyncio.Event = field(default_factory=asyncio.Event)
     jobs_wanted: asyncio.Queue[OfferKey] = field(default_factory=asyncio.Queue)
-    calm: asyncio.Event = field(default_factory=lambda: _set(asyncio.Event()))
+    calm: asyncio.Event = field(default_factory=asyncio.Event)
     """Not set while many answers are on their way: then what follows from answers has to wait for its turn."""
     draining: bool = False
     """Set when the replica is about to stop: nothing new is decided."""
     jobs_queued: set[OfferKey] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.calm.set()
 
     def answers_on_their_way(self, count: int) -> None:
         """Take in how many answers are being written, or wait for being written."""
@@ -93,8 +96,3 @@ class Session:
         if store is not None:
             store.observe("ADDED", made)
         return made
-
-
-def _set(event: asyncio.Event) -> asyncio.Event:
-    event.set()
-    return event

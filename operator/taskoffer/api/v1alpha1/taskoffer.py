@@ -270,7 +270,6 @@ _SPEC_RULES = (
             f"self.taskType != '{task.value}' || self.dataset.type == '{kind.value}'",
             f"dataset.type must be {kind.value} for taskType {task.value}: set it together with "
             f"dataset.{_DATASET_MEMBERS[kind]}, or change taskType",
-            field_path=".dataset.type",
             on_create=True,
         )
         for task, kind in DATASET_OF_TASK.items()
@@ -278,11 +277,10 @@ _SPEC_RULES = (
     rule(
         "has(self.model.architecture) == (self.taskType == 'Image')",
         "model.architecture (sdxl or flux) must be set exactly when taskType is Image: set it or remove it",
-        field_path=".model.architecture",
         on_create=True,
     ),
     *(
-        rule(f"has(self.{field}) == has(oldSelf.{field})", _immutable(field), field_path=f".{field}")
+        rule(f"has(self.{field}) == has(oldSelf.{field})", _immutable(field))
         for field in _IMMUTABLE
         if field not in _REQUIRED
     ),
@@ -434,7 +432,6 @@ class TaskOffer(WireModel):
                 "!has(oldSelf.status) || !has(oldSelf.status.admission) || "
                 f"(({_unchanged('expiresAt')}) && ({_unchanged('priorityClassName')}))",
                 "the offer is admitted: only spec.active may change; set spec.active to false to cancel it",
-                field_path=".spec",
             ),
         )
     )
