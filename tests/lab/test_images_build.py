@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from taskoffer_lab.images.registry import Registry, has_tag
 from taskoffer_lab.images.runner import CancelledError, Reporter
 from taskoffer_lab.images.sources import BuildContext, ImageSource
 from taskoffer_lab.images.store import BuildStore, images_folder
+from taskoffer_lab.process_table import wait_until
 from taskoffer_lab.registry_name import REGISTRY
 
 REPOSITORY = Path(__file__).parents[2]
@@ -55,10 +55,7 @@ def blobs(cache: Path) -> set[str]:
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+    wait_until(condition, what, 90)
 
 
 def running(words: str) -> bool:

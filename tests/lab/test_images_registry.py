@@ -17,6 +17,7 @@ from taskoffer_lab.errors import LabError
 from taskoffer_lab.images import registry as registry_module
 from taskoffer_lab.images.registry import Registry, has_tag, mark_used, prune_registry, registry_command
 from taskoffer_lab.images.runner import Reporter
+from taskoffer_lab.process_table import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -60,10 +61,7 @@ def gone(pid: int) -> bool:
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 60
-    while not gone(pid):
-        assert time.monotonic() < deadline, f"process {pid} still runs"
-        time.sleep(0.05)
+    wait_until(lambda: gone(pid), f"the end of process {pid}", 60)
 
 
 @needs_registry

@@ -3,13 +3,13 @@
 import os
 import sys
 import threading
-import time
 
 import pytest
 
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.images import runner
 from taskoffer_lab.images.runner import CancelledError, Reporter, run_program
+from taskoffer_lab.process_table import wait_until
 
 
 def shell(script: str) -> list[str]:
@@ -71,10 +71,10 @@ def test_a_cancelled_program_is_killed(tmp_path):
     pid_file = tmp_path / "pid"
 
     def cancel_when_running() -> None:
-        deadline = time.monotonic() + 60
-        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        cancelled.set()
+        try:
+            wait_until(lambda: pid_file.exists() and pid_file.read_text() != "", "the program's start", 60)
+        finally:
+            cancelled.set()
 
     thread = threading.Thread(target=cancel_when_running)
     thread.start()
