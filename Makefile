@@ -9,7 +9,7 @@ PYTEST := $(PY) -m pytest
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 export UV_PYTHON_PREFERENCE := only-system
 
-.PHONY: help setup tools generate fmt check test test-unit test-apiserver test-trainer test-node demo bench images clean
+.PHONY: help setup tools generate fmt check test test-unit test-apiserver chaos test-trainer test-node demo bench images clean
 
 help: ## show the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -54,6 +54,9 @@ test-unit: setup ## the quick rungs: unit and kmock
 
 test-apiserver: setup ## against a real API server
 	$(PYTEST) tests/apiserver
+
+chaos: setup ## the fault campaigns in full length (hours; TASKOFFER_CHAOS_SEED repeats one)
+	TASKOFFER_CHAOS=whole $(PYTEST) tests/chaos
 
 test-trainer: setup ## real training steps on a tiny model
 	$(PYTEST) tests/trainer

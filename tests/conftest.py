@@ -15,8 +15,8 @@ from taskoffer_lab.toolchain import missing_tool_names
 
 __all__ = ["auditor", "controlplane", "crds", "namespace", "node_cluster"]
 
-RUNGS = ("unit", "kmock", "lab", "apiserver", "trainer", "node")
-_MARKED = ("apiserver", "node", "trainer")
+RUNGS = ("unit", "kmock", "lab", "apiserver", "chaos", "trainer", "node")
+_MARKED = ("apiserver", "chaos", "node", "trainer")
 _TESTS = Path(__file__).parent
 _REQUIRED = "TASKOFFER_REQUIRE_RUNGS"
 
@@ -33,9 +33,9 @@ def rung_of(path: Path) -> str | None:
 @functools.cache
 def why_not(rung: str) -> str:
     """Return why the rung cannot run on this machine, "" if it can."""
-    if rung not in ("apiserver", "node"):
+    if rung not in ("apiserver", "chaos", "node"):
         return ""
-    missing = missing_tool_names(["controlplane"] if rung == "apiserver" else ["controlplane", "node"])
+    missing = missing_tool_names(["controlplane", "node"] if rung == "node" else ["controlplane"])
     if missing and find_go() is None and os.environ.get("TASKOFFER_OFFLINE"):
         return f"no Go toolchain to build {', '.join(missing)} with, and TASKOFFER_OFFLINE is set"
     return why_no_nodes() if rung == "node" else ""

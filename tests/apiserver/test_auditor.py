@@ -81,10 +81,14 @@ def test_work_that_fits_is_clean(crds: LocalCluster, hand: ByHand) -> None:
     with Auditor(crds.kubeconfig) as audit:
         hand.run("one", 4)
         hand.run("two", 4)
+        # The Job controller makes the pods in its own time.
+        wait_until(lambda: made_of(audit) >= {"TaskOffer", "TrainingJob", "Job", "Pod"}, "every kind was seen", 30)
         assert audit.check() == []
-    kinds = {event.kind for event in audit.events if event.type == "ADDED"}
-    assert kinds >= {"TaskOffer", "TrainingJob", "Job", "Pod"}
     assert audit.gaps == []
+
+
+def made_of(audit: Auditor) -> set[str]:
+    return {event.kind for event in list(audit.events) if event.type == "ADDED"}
 
 
 def test_a_job_too_many_fails_the_audit_with_the_numbers_and_the_history(crds: LocalCluster, hand: ByHand) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from operator_bench import Bench, condition, moment
+from operator_bench import SECONDS, Bench, condition, moment
 from taskoffer_lab.api_client import ApiError
+from taskoffer_lab.process_table import wait_until
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -257,6 +258,27 @@ def test_deleting_an_offer_removes_all_of_it_and_keeps_its_gpus_until_the_pod_ha
     bench.end(pod, 143)
     bench.gone(bench.path("pods", pod, api="/api/v1"))
     bench.decided("second", "Admitted")
+
+
+def test_a_job_that_is_left_behind_by_a_deletion_is_stopped_and_gives_its_gpus_back(bench: Bench) -> None:
+    node = bench.node(gpus=4)
+    bench.policy()
+    offer = bench.admitted("orphaned", 4)
+    pod = bench.run("orphaned")
+    training = bench.path("trainingjobs", offer["status"]["admission"]["jobName"])
+    orphan = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Orphan"}
+    bench.api.request("DELETE", bench.path("taskoffers", "orphaned"), orphan)
+    bench.asked_to_stop(pod)
+    bench.gone(bench.path("taskoffers", "orphaned"))
+    bench.booked(node, 4)
+    bench.end(pod, 143)
+    bench.booked(node, 0)
+    wait_until(
+        lambda: bool(condition(bench.api.request("GET", training), "Failed")), "the end of what was kept", SECONDS
+    )
+    kept = condition(bench.api.request("GET", training), "Failed")
+    assert (kept["reason"], kept["message"]) == ("Cancelled", "its offer is gone")
+    bench.admitted("next", 4)
 
 
 def test_an_offer_that_was_deleted_and_made_again_is_another_offer(bench: Bench) -> None:

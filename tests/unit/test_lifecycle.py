@@ -142,9 +142,40 @@ def last_outcome(made: JobPlan) -> AttemptOutcome | None:
 # What has no job to do
 
 
-def test_a_job_without_its_offer_is_left_to_the_garbage_collector() -> None:
-    facts = JobFacts(now=NOW, job=job(), offer=None, jobs={}, pods=(), nodes=READY)
-    assert step(facts) == JobPlan()
+def without_offer(
+    made: TrainingJob, *, jobs: Sequence[JobView] = (), pods: Sequence[PodView] = (), after: float = 10
+) -> JobPlan:
+    by_name = {view.name: view for view in jobs}
+    return step(JobFacts(now=at(after), job=made, offer=None, jobs=by_name, pods=pods, nodes=READY))
+
+
+def test_a_job_whose_offer_is_gone_is_left_alone_when_nothing_came_of_it() -> None:
+    assert without_offer(job()) == JobPlan()
+
+
+@pytest.mark.parametrize("attempts", [[], [attempt()]], ids=["before its first status", "with its first status"])
+def test_the_pods_of_a_job_whose_offer_is_gone_are_asked_to_stop(attempts: Sequence[Object]) -> None:
+    made = without_offer(job(attempts), jobs=[batch()], pods=[pod(started=5)])
+    assert made.actions == (SuspendJob(FIRST),)
+    assert [notice.reason for notice in made.notices] == [Reason.STOPPING]
+    running = status_of(made).conditions[0]
+    assert (running.type, running.status, running.reason) == ("Running", "True", Reason.STOPPING)
+    assert running.message == "its offer is gone; 1 pod(s) are asked to stop"
+
+
+def test_a_job_whose_offer_is_gone_has_ended_once_its_pods_have() -> None:
+    stopping = [batch(suspended=True)]
+    waiting = without_offer(job([attempt(started=5)]), jobs=stopping, pods=[pod(started=5)])
+    assert waiting.actions == ()
+    assert last_outcome(waiting) is None
+    made = without_offer(job([attempt(started=5)]), jobs=stopping, pods=[ended(143)], after=70)
+    assert last_outcome(made) is AttemptOutcome.STOPPED
+    assert {c.type: (c.status, c.reason) for c in status_of(made).conditions} == {
+        "Running": ("False", Reason.CANCELLED),
+        "Failed": ("True", Reason.CANCELLED),
+    }
+    over = job([attempt(outcome="Stopped", finished=70)], conditions=[c.to_wire() for c in status_of(made).conditions])
+    assert without_offer(over, jobs=stopping, pods=[ended(143)]) == JobPlan()
 
 
 def test_a_job_that_is_being_deleted_is_left_alone() -> None:

@@ -68,6 +68,7 @@ class JobFacts:
     now: datetime
     job: TrainingJob
     offer: OfferFacts | None
+    """None when the API server has said that the offer is gone."""
     jobs: Mapping[str, JobView]
     pods: Sequence[PodView]
     nodes: Mapping[str, NodeHealth]

@@ -19,6 +19,7 @@ from taskoffer.api.v1alpha1.trainingjob import (
     StepStatus,
     TrainingJobStatus,
 )
+from taskoffer.decision.abandoned import abandoned
 from taskoffer.decision.conditions import condition_of, is_true, set_condition
 from taskoffer.decision.job_facts import (
     Action,
@@ -42,11 +43,12 @@ _NOT_STARTED = "the pod has not started"
 def step(facts: JobFacts) -> JobPlan:
     """Return what to do about a TrainingJob now."""
     status = facts.job.status
-    if facts.offer is None or facts.job.metadata.deletion_timestamp is not None:
-        # Without its offer the job is about to be collected, and its Job and pods with it.
+    if facts.job.metadata.deletion_timestamp is not None:
         return JobPlan()
     if is_true(status.conditions, "Complete") or is_true(status.conditions, "Failed"):
         return _finished(facts)
+    if facts.offer is None:
+        return abandoned(facts)
     attempts = status.attempts or _first_attempt(facts)
     if not attempts:
         return JobPlan()

@@ -193,12 +193,24 @@ class Jobs:
             logger.error("stored TrainingJob is not valid", extra={"job": str(key), "error": entry.problem})
             return
         facts = self._facts(entry, entry.job)
+        if facts.offer is None and not _over(entry.job) and not await self._is_gone(entry.job):
+            return
         made = step(facts)
         if made.failed_pod is not None:
             tail = await _log_tail(self._session.kube, key.namespace, made.failed_pod)
             facts = replace(facts, log_tail=tail)
             made = step(facts)
         await self._apply(key, entry, made, facts)
+
+    async def _is_gone(self, job: TrainingJob) -> bool:
+        """Ask the server whether a job's offer is gone: a cache that lacks it is not enough to stop a training."""
+        wanted, namespace = job.spec.offer_ref, job.metadata.namespace or ""
+        try:
+            raw = await self._session.kube.get(OFFERS, namespace, wanted.name)
+        except NotFoundError:
+            return True
+        self._session.world.offers.observe("MODIFIED", raw)
+        return bool(raw["metadata"]["uid"] != wanted.uid)
 
     def _facts(self, entry: TrainingJobEntry, job: TrainingJob) -> JobFacts:
         world, key = self._session.world, entry.key
@@ -361,6 +373,10 @@ class Jobs:
             self._session.world.offers.forget(offer.uid, int(offer.version))
         else:
             self._session.world.offers.observe("MODIFIED", raw)
+
+
+def _over(job: TrainingJob) -> bool:
+    return is_true(job.status.conditions, "Complete") or is_true(job.status.conditions, "Failed")
 
 
 def _owned_by(raw: Object, uid: str) -> bool:

@@ -1,0 +1,46 @@
+"""What becomes of a TrainingJob whose offer has been deleted.
+
+Kubernetes' garbage collector removes what an offer owns, and with it the pods. But it works through a queue of its
+own, learns of new kinds every half minute only, and leaves everything alone after ``--cascade=orphan``. A job that
+nobody has asked for any more must not train meanwhile, so its pods are asked to stop right away.
+"""
+
+from __future__ import annotations
+
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.meta import Condition
+from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome
+from taskoffer.decision.conditions import set_condition
+from taskoffer.decision.job_facts import JobFacts, JobPlan, Notice, SuspendJob
+
+_WHY = "its offer is gone"
+
+
+def abandoned(facts: JobFacts) -> JobPlan:
+    """Return what to do about an unfinished TrainingJob whose offer is gone: stop its pods, then say that it ended."""
+    if not (facts.job.status.attempts or facts.jobs or facts.pods):
+        # Nothing has come of it, so there is nothing to stop; it may even be somebody else's.
+        return JobPlan()
+    to_stop = tuple(SuspendJob(job.name) for job in facts.jobs.values() if not job.finished and not job.suspended)
+    alive = [pod for pod in facts.pods if not pod.terminal]
+    before = facts.job.status
+    conditions, attempts = before.conditions, list(before.attempts)
+
+    def say(kind: str, status: bool, reason: Reason, message: str) -> tuple[Condition, ...]:
+        generation = facts.job.metadata.generation
+        return set_condition(conditions, kind, status, reason, message, now=facts.now, generation=generation)
+
+    if alive:
+        conditions = say("Running", True, Reason.STOPPING, f"{_WHY}; {len(alive)} pod(s) are asked to stop")
+    elif not to_stop:
+        if attempts and attempts[-1].outcome is None:
+            ended = {"outcome": AttemptOutcome.STOPPED, "finished_at": facts.now, "message": _WHY}
+            attempts[-1] = attempts[-1].model_copy(update=ended)
+        conditions = say("Running", False, Reason.CANCELLED, _WHY)
+        conditions = say("Failed", True, Reason.CANCELLED, _WHY)
+    status = before.model_copy(update={"conditions": conditions, "attempts": tuple(attempts)})
+    return JobPlan(
+        actions=to_stop,
+        status=status if status != before else None,
+        notices=(Notice(Reason.STOPPING, f"{_WHY}: the pods are asked to stop"),) if to_stop else (),
+    )
