@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import pytest
 from builders import make_node, make_offer, make_pod, make_policy
 from core_builders import ONE_GPU, TWO_GPUS
 from taskoffer.adapters.events import EventWriter
-from taskoffer.adapters.kube import Kube
+from taskoffer.adapters.kube import WATCHED, Kube
 from taskoffer.adapters.lease import Lease, LeaseTimes
 from taskoffer.handlers.watches import registry_for
+from taskoffer.reconcile.flow import Flow
 from taskoffer.reconcile.replica import Replica
 from taskoffer.reconcile.session import Session, Settings
 
@@ -63,7 +65,10 @@ async def operator(
     lease = Lease(kube, "system", "taskoffer", "me", LeaseTimes())
     replica = Replica(Session(kube, lease, EventWriter(kube), Settings(lease_namespace="system", write_timeout=0.5)))
     # kopf's own runner ends by cancelling every task that is younger than itself, this fixture's and the test's too.
-    watches = await kopf.spawn_tasks(registry=registry_for(replica, kubeconfig), standalone=True, clusterwide=True)
+    flow = Flow(WATCHED, 20, time.monotonic)
+    watches = await kopf.spawn_tasks(
+        registry=registry_for(replica, flow, kubeconfig), standalone=True, clusterwide=True
+    )
     leading = asyncio.create_task(replica.run())
     made = Operator(kmock, replica)
     try:

@@ -56,6 +56,16 @@ CONFIG_MAPS = Resource("", "v1", "configmaps")
 EVENTS = Resource("", "v1", "events")
 LEASES = Resource("coordination.k8s.io", "v1", "leases")
 
+WATCHED = {
+    "Node": NODES,
+    "Pod": PODS,
+    "Job": BATCH_JOBS,
+    "TrainingJob": JOBS_OF_TRAINING,
+    "CapacityPolicy": POLICIES,
+    "TaskOffer": OFFERS,
+}
+"""The kinds of which the cache holds every object that concerns us."""
+
 
 class ApiError(Exception):
     """The server refused a request for good (4xx): nothing was changed."""
@@ -165,6 +175,10 @@ class Kube:
             if not more:
                 return items, page["metadata"]["resourceVersion"]
             query["continue"] = more
+
+    async def probe(self, resource: Resource) -> None:
+        """Ask for one object of a kind, whatever is there: the server answers only from a state that is up to date."""
+        await self.request("GET", resource.path(), query={"limit": "1"})
 
     async def get(self, resource: Resource, namespace: str | None, name: str) -> Object:
         """Read one object."""

@@ -37,6 +37,30 @@ EVENTS_DROPPED = Counter(
     "Events that were not written because too many were waiting.",
     registry=REGISTRY,
 )
+WATCH_STREAMS = Counter(
+    "taskoffer_watch_streams_opened_total",
+    "Watch requests that the API server has accepted, by kind. Each lasts for one window.",
+    ["kind"],
+    registry=REGISTRY,
+)
+WATCH_GAPS = Counter(
+    "taskoffer_watch_gaps_total",
+    "Lists that a watch needed because the server no longer had the history that it had missed, by kind.",
+    ["kind"],
+    registry=REGISTRY,
+)
+WATCH_HEARD = Gauge(
+    "taskoffer_watch_heard_timestamp_seconds",
+    "When a watch last said anything, bookmarks included, by kind.",
+    ["kind"],
+    registry=REGISTRY,
+)
+WRITE_RETRIES = Counter(
+    "taskoffer_api_write_retries_total",
+    "Writes that are sent again, or decided again first, by kind and cause.",
+    ["kind", "cause"],
+    registry=REGISTRY,
+)
 LEADER = Gauge("taskoffer_leader", "1 while this replica leads.", registry=REGISTRY)
 LEASE_TRANSITIONS = Gauge("taskoffer_lease_transitions", "leaseTransitions of the lease.", registry=REGISTRY)
 UNREADABLE = Counter(

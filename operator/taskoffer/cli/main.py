@@ -51,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how often the cache is compared with a full list (default: %(default)s)",
     )
+    run.add_argument(
+        "--watch-window",
+        type=_window,
+        default=20,
+        metavar="SECONDS",
+        help="how long one watch request lasts; a watch that is silent for over twice as long ends the process, "
+        "so that another one takes its place (default: %(default)s, at least 10)",
+    )
     run.add_argument("--log-format", choices=("text", "json"), default="text", help="default: %(default)s")
     run.add_argument("--verbose", "-v", action="store_true", help="log debug messages")
     run.set_defaults(command=_run)
@@ -68,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _window(text: str) -> int:
+    seconds = int(text)
+    if seconds < 10:
+        # The server's word comes some two seconds before the end of a watch, and not at all in very short ones.
+        raise argparse.ArgumentTypeError(f"{seconds} is too short: choose at least 10 seconds")
+    return seconds
+
+
 def _run(args: argparse.Namespace) -> int:
     from taskoffer.handlers.run import Options
     from taskoffer.handlers.run import main as run_replica
@@ -80,6 +96,7 @@ def _run(args: argparse.Namespace) -> int:
         lease_name=args.lease_name,
         progress_interval=args.progress_interval,
         resync=args.resync,
+        watch_window=args.watch_window,
     )
     return run_replica(Options(kubeconfig=kubeconfig, listen=args.listen, port=args.port, settings=settings))
 

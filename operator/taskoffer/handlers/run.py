@@ -15,11 +15,13 @@ from pathlib import Path
 
 import kopf
 
+from taskoffer.adapters.clock import monotonic
 from taskoffer.adapters.events import EventWriter
-from taskoffer.adapters.kube import Kube
+from taskoffer.adapters.kube import WATCHED, Kube
 from taskoffer.adapters.lease import LeadershipLostError, Lease, LeaseTimes
 from taskoffer.adapters.status_server import StatusServer
 from taskoffer.handlers.watches import registry_for
+from taskoffer.reconcile.flow import Flow, SilentWatchError, listen
 from taskoffer.reconcile.replica import Replica
 from taskoffer.reconcile.session import Session, Settings
 
@@ -47,12 +49,14 @@ async def run(options: Options) -> int:
     lease = Lease(lease_kube, options.settings.lease_namespace, options.settings.lease_name, identity, options.lease)
     session = Session(kube=kube, lease=lease, events=EventWriter(kube), settings=options.settings)
     replica = Replica(session)
-    server = StatusServer(options.listen, options.port, healthy=lambda: None, ready=lambda: _ready(replica))
+    flow = Flow(WATCHED, options.settings.watch_window, monotonic)
+    server = StatusServer(options.listen, options.port, healthy=flow.problem, ready=lambda: _ready(replica))
     await server.start()
     _on_signals(stop)
     tasks = {
         asyncio.create_task(replica.run(), name="replica"),
-        asyncio.create_task(_watch(replica, options, stop), name="watches"),
+        asyncio.create_task(_watch(replica, flow, options, stop), name="watches"),
+        asyncio.create_task(listen(flow, kube), name="flow"),
         asyncio.create_task(stop.wait(), name="stop"),
     }
     try:
@@ -60,8 +64,10 @@ async def run(options: Options) -> int:
         failed = [task for task in done if task.get_name() != "stop"]
         for task in failed:
             _explain(task)
-        # A lease is given up only when nothing this replica has sent can still be committed.
-        drained = not failed and await replica.drain(options.settings.write_timeout)
+        # A lease is given up only when nothing this replica has sent can still be committed. One that hears nothing
+        # any more can still write.
+        orderly = all(task.get_name() == "flow" for task in failed)
+        drained = orderly and await replica.drain(options.settings.write_timeout)
         for task in rest:
             task.cancel()
         if rest:
@@ -86,6 +92,8 @@ def _explain(task: asyncio.Task[object]) -> None:
     lost = _first(error, LeadershipLostError)
     if lost is not None:
         logger.error("leadership lost, leaving: %s", lost)
+    elif (silent := _first(error, SilentWatchError)) is not None:
+        logger.error("watch silent, leaving: %s", silent)
     else:
         logger.error("%s ended, leaving", task.get_name(), exc_info=error)
 
@@ -101,7 +109,7 @@ def _ready(replica: Replica) -> str | None:
     return None if replica.session.world.complete else "not every kind has been listed"
 
 
-async def _watch(replica: Replica, options: Options, stop: asyncio.Event) -> None:
+async def _watch(replica: Replica, flow: Flow, options: Options, stop: asyncio.Event) -> None:
     """Run kopf without its peering, which is no leader election, and without its own signal handling.
 
     kopf takes the signals over when it starts, so they are taken back right then: on SIGTERM the answers on their way
@@ -112,7 +120,7 @@ async def _watch(replica: Replica, options: Options, stop: asyncio.Event) -> Non
         os.environ["KUBECONFIG"] = str(options.kubeconfig)
     before = asyncio.all_tasks()
     tasks = await kopf.spawn_tasks(
-        registry=registry_for(replica, options.kubeconfig),
+        registry=registry_for(replica, flow, options.kubeconfig),
         standalone=True,
         clusterwide=True,
     )

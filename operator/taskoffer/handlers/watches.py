@@ -16,18 +16,12 @@ from typing import Any
 
 import kopf
 
+from taskoffer.adapters.kube import WATCHED
+from taskoffer.handlers.streams import listening
+from taskoffer.reconcile.flow import Flow
 from taskoffer.reconcile.replica import JOB_SELECTOR, Replica
 
 logger = logging.getLogger(__name__)
-
-KINDS: dict[str, tuple[str, str, str]] = {
-    "Node": ("", "v1", "nodes"),
-    "Pod": ("", "v1", "pods"),
-    "Job": ("batch", "v1", "jobs"),
-    "TrainingJob": ("taskoffer.dev", "v1alpha1", "trainingjobs"),
-    "CapacityPolicy": ("taskoffer.dev", "v1alpha1", "capacitypolicies"),
-    "TaskOffer": ("taskoffer.dev", "v1alpha1", "taskoffers"),
-}
 
 
 class NoDiffBase(kopf.DiffBaseStorage):
@@ -66,9 +60,10 @@ class NoProgress(kopf.ProgressStorage):
         return essence
 
 
-def registry_for(replica: Replica, kubeconfig: Path | None) -> kopf.OperatorRegistry:
+def registry_for(replica: Replica, flow: Flow, kubeconfig: Path | None) -> kopf.OperatorRegistry:
     """Return kopf's registry: settings, login and one event handler per kind."""
     registry = kopf.OperatorRegistry()
+    kinds = {resource.plural: kind for kind, resource in WATCHED.items()}
 
     @kopf.on.startup(registry=registry)
     async def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
@@ -77,22 +72,26 @@ def registry_for(replica: Replica, kubeconfig: Path | None) -> kopf.OperatorRegi
         settings.posting.enabled = False
         settings.scanning.disabled = True
         settings.queueing.idle_timeout = 0.05
-        settings.watching.server_timeout = 300
+        settings.watching.server_timeout = flow.window
+        # A stream that says nothing for longer than a window is dead; kopf opens another one where it broke off.
+        settings.watching.inactivity_timeout = 1.25 * flow.window
         settings.watching.connect_timeout = 5
         settings.watching.reconnect_backoff = 0.1
         settings.watching.label_selectors["batch", "v1", "jobs"] = JOB_SELECTOR
         settings.networking.request_timeout = 30
 
     @kopf.on.login(registry=registry)
-    async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+    async def login(**kwargs: Any) -> kopf.AiohttpSession | None:
         if kubeconfig is not None:
-            return kopf.login_with_kubeconfig(**kwargs)
-        return by_address(kopf.login_with_service_account(**kwargs), os.environ)
+            info = kopf.login_with_kubeconfig(**kwargs)
+        else:
+            info = by_address(kopf.login_with_service_account(**kwargs), os.environ)
+        return listening(info, flow, kinds) if info is not None else None
 
-    for kind, (group, version, plural) in KINDS.items():
-        kopf.on.event(group, version, plural, registry=registry, id=f"watch-{plural}")(
-            functools.partial(_take, replica, kind)
-        )
+    for kind, resource in WATCHED.items():
+        kopf.on.event(
+            resource.group, resource.version, resource.plural, registry=registry, id=f"watch-{resource.plural}"
+        )(functools.partial(_take, replica, flow, kind))
     return registry
 
 
@@ -107,8 +106,9 @@ def by_address(login: kopf.ConnectionInfo | None, environment: Mapping[str, str]
     return dataclasses.replace(login, server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}")
 
 
-async def _take(replica: Replica, kind: str, *, event: Any, **_: Any) -> None:
+async def _take(replica: Replica, flow: Flow, kind: str, *, event: Any, **_: Any) -> None:
     """Hand an event on. kopf swallows exceptions of handlers, so what goes wrong is said here."""
+    flow.handled(kind)
     try:
         replica.observe(kind, event["type"], event["object"])
     except Exception:

@@ -22,7 +22,7 @@ from taskoffer.adapters.kube import (
     ThrottledError,
     UnknownOutcomeError,
 )
-from taskoffer.adapters.metrics import CYCLE_SECONDS, DECISIONS, PENDING
+from taskoffer.adapters.metrics import CYCLE_SECONDS, DECISIONS, PENDING, WRITE_RETRIES
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION, PolicyRef
 from taskoffer.decision.cycle import Decision, Plan, plan
@@ -139,14 +139,19 @@ class Admission:
             try:
                 await self._session.write_status(self._session.world.offers, OFFERS, offer.key, patch)
             except ThrottledError as error:
+                WRITE_RETRIES.labels("TaskOffer.status", "throttled").inc()
                 await asyncio.sleep(error.retry_after)
             except UnknownOutcomeError as error:
+                WRITE_RETRIES.labels("TaskOffer.status", "unknown").inc()
                 logger.warning("answer with unknown outcome", extra={"offer": str(offer.key), "error": str(error)})
                 maybe_written = True
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 5.0)
             except (ConflictError, NotFoundError):
-                return await self._stands(offer, decision)
+                stands = await self._stands(offer, decision)
+                if not stands:
+                    WRITE_RETRIES.labels("TaskOffer.status", "overtaken").inc()
+                return stands
             except ApiError as error:
                 # The object cannot take this status, for example because it was stored under other rules. Trying
                 # again at once would spin, so the next resync does.

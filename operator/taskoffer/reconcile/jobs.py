@@ -28,6 +28,7 @@ from taskoffer.adapters.kube import (
     UnknownOutcomeError,
 )
 from taskoffer.adapters.lease import LeadershipLostError
+from taskoffer.adapters.metrics import WRITE_RETRIES
 from taskoffer.api.contract import ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION
@@ -133,12 +134,15 @@ class Jobs:
             except LeadershipLostError:
                 raise
             except ThrottledError as error:
+                WRITE_RETRIES.labels("TrainingJob", "throttled").inc()
                 self._later(key, error.retry_after)
             except (ConflictError, NotFoundError) as error:
+                WRITE_RETRIES.labels("TrainingJob", "overtaken").inc()
                 logger.info("job pass overtaken", extra={"job": str(key), "error": str(error)})
                 await self._refresh(key)
                 self._later(key, 0.05)
             except (ApiError, UnknownOutcomeError) as error:
+                WRITE_RETRIES.labels("TrainingJob", "refused" if isinstance(error, ApiError) else "unknown").inc()
                 logger.warning("job pass failed", extra={"job": str(key), "error": str(error)})
                 self._later(key, 2.0)
             except NameTakenError as error:

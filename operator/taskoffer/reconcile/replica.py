@@ -13,12 +13,7 @@ import logging
 import aiohttp
 
 from taskoffer.adapters.kube import (
-    BATCH_JOBS,
-    JOBS_OF_TRAINING,
-    NODES,
-    OFFERS,
-    PODS,
-    POLICIES,
+    WATCHED,
     ApiError,
     Resource,
     ThrottledError,
@@ -143,17 +138,8 @@ class Replica:
 
     async def resync(self) -> None:
         """List every kind and correct the cache. Tries until it succeeds: without it nothing may be decided."""
-        resources: dict[str, tuple[Resource, str | None]] = {
-            "Node": (NODES, None),
-            "Pod": (PODS, None),
-            "Job": (BATCH_JOBS, JOB_SELECTOR),
-            "TrainingJob": (JOBS_OF_TRAINING, None),
-            "CapacityPolicy": (POLICIES, None),
-            "TaskOffer": (OFFERS, None),
-        }
         for store in self.session.world.stores:
-            resource, selector = resources[store.kind]
-            await self._list(store, resource, selector)
+            await self._list(store, WATCHED[store.kind], JOB_SELECTOR if store.kind == "Job" else None)
         self.session.world.held_back.clear()
 
     async def _list(self, store: Store[object], resource: Resource, selector: str | None) -> None:

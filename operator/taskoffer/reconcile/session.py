@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from taskoffer.adapters.events import EventWriter
-from taskoffer.adapters.kube import Kube, Object, Resource
+from taskoffer.adapters.kube import ApiError, Kube, Object, Resource, ThrottledError
 from taskoffer.adapters.lease import Lease
 from taskoffer.adapters.metrics import WRITES
 from taskoffer.decision.snapshot import OfferKey
@@ -26,6 +26,8 @@ class Settings:
     concurrent_writes: int = 24
     write_timeout: float = 4.0
     resync: float = 300.0
+    watch_window: int = 20
+    """How long one watch request lasts; the server says at least one word in it."""
     progress_interval: float = 10.0
     policy_status_interval: float = 2.0
     policy_pending_interval: float = 5.0
@@ -77,8 +79,8 @@ class Session:
         self.lease.check()
         try:
             made = await self.kube.patch_status(resource, key.namespace or None, key.name, patch)
-        except Exception:
-            WRITES.labels(f"{store.kind}.status", "refused or unknown").inc()
+        except Exception as error:
+            WRITES.labels(f"{store.kind}.status", outcome(error)).inc()
             raise
         WRITES.labels(f"{store.kind}.status", "done").inc()
         store.observe("MODIFIED", made)
@@ -89,10 +91,17 @@ class Session:
         self.lease.check()
         try:
             made = await self.kube.create(resource, namespace, manifest)
-        except Exception:
-            WRITES.labels(str(manifest["kind"]), "refused or unknown").inc()
+        except Exception as error:
+            WRITES.labels(str(manifest["kind"]), outcome(error)).inc()
             raise
         WRITES.labels(str(manifest["kind"]), "done").inc()
         if store is not None:
             store.observe("ADDED", made)
         return made
+
+
+def outcome(error: Exception) -> str:
+    """Name how a write failed: refused (4xx), throttled (429), or unknown, which may have been committed."""
+    if isinstance(error, ApiError):
+        return "refused"
+    return "throttled" if isinstance(error, ThrottledError) else "unknown"

@@ -1,0 +1,75 @@
+"""kopf's HTTP session, with an ear on each stream: what arrives there is told before kopf has looked at it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import kopf
+
+from taskoffer.adapters.metrics import WATCH_GAPS, WATCH_HEARD, WATCH_STREAMS
+from taskoffer.reconcile.flow import Flow
+
+if TYPE_CHECKING:
+    from aiohttp.connector import Connection
+
+_EVENT_STARTS = tuple(b'{"type":"' + kind for kind in (b"ADDED", b"MODIFIED", b"DELETED"))
+
+
+class _Heard:
+    """A response's content whose chunks are announced; all else is the content's own."""
+
+    def __init__(self, content: aiohttp.StreamReader, flow: Flow, kind: str) -> None:
+        self._content, self._flow, self._kind = content, flow, kind
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._content, name)
+
+    async def iter_chunked(self, size: int) -> AsyncIterator[bytes]:
+        """Yield what arrives; kopf reads its streams this way."""
+        async for chunk in self._content.iter_chunked(size):
+            self._flow.heard(self._kind, event=chunk.startswith(_EVENT_STARTS))
+            WATCH_HEARD.labels(self._kind).set_to_current_time()
+            yield chunk
+
+
+def listening(info: kopf.ConnectionInfo, flow: Flow, kinds: dict[str, str]) -> kopf.AiohttpSession:
+    """Return kopf's session for a login, one that tells what it hears.
+
+    Args:
+        info: Where to connect and how to log in.
+        flow: Where it is told.
+        kinds: The kind of each plural that is watched.
+    """
+
+    class Response(aiohttp.ClientResponse):
+        """A response to kopf."""
+
+        async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+            await super().start(connection)
+            kind = kinds.get(self.url.path.rpartition("/")[2])
+            if kind is None or self.method != "GET" or self.status != 200:
+                return self
+            if self.url.query.get("watch") == "true":
+                WATCH_STREAMS.labels(kind).inc()
+                self.content = _Heard(self.content, flow, kind)  # type: ignore[assignment]
+            else:
+                # kopf lists again only when the server no longer has the history that it missed.
+                if flow.listed(kind):
+                    WATCH_GAPS.labels(kind).inc()
+            return self
+
+    return kopf.AiohttpSession(
+        server=info.server,
+        default_namespace=info.default_namespace,
+        priority=info.priority,
+        expiration=info.expiration,
+        aiohttp_session=aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
+            headers=info.as_http_headers(),
+            proxy=info.proxy_url,
+            trust_env=info.trust_env,
+            response_class=Response,
+        ),
+    )
