@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from fault_proxy import FaultProxy
 from taskoffer_lab.api_client import ApiError
 from taskoffer_lab.cluster import Cluster
 from taskoffer_lab.errors import LabError
@@ -91,15 +92,18 @@ class OperatorProcess:
         cluster: The cluster that it works on.
         directory: Where its kubeconfig and its log go.
         arguments: Further arguments of `taskoffer run`.
+        through: A proxy that stands between it and the API server.
     """
 
-    def __init__(self, cluster: Cluster, directory: Path, *arguments: str) -> None:
+    def __init__(self, cluster: Cluster, directory: Path, *arguments: str, through: FaultProxy | None = None) -> None:
         self._cluster = cluster
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._number = next(_numbers)
         self._arguments = arguments
         self._kubeconfig = operator_kubeconfig(cluster, directory)
+        if through is not None:
+            self._kubeconfig = through.kubeconfig(self._kubeconfig, directory)
         self.log_file = directory / f"operator-{self._number}.log"
         self.port = free_port()
 
