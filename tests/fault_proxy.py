@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -50,11 +51,22 @@ class _Connections(web.Server):
     def __init__(self, handler: Any) -> None:
         super().__init__(handler, access_log=None, auto_decompress=False)
         self.watching: dict[web.RequestHandler, asyncio.Task[Any]] = {}
+        self._transports: dict[web.RequestHandler, asyncio.Transport] = {}
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self._transports[handler] = transport
 
     def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
         super().connection_lost(handler, exc)
+        self._transports.pop(handler, None)
         if task := self.watching.pop(handler, None):
             task.cancel()
+
+    def abort(self) -> None:
+        """End all connections, also of clients that do not read, for which closing would wait."""
+        for transport in self._transports.values():
+            transport.abort()
 
 
 class FaultProxy:
@@ -149,7 +161,7 @@ class FaultProxy:
         """Break off all open watches, of one kind if it is given; returns how many there were.
 
         Args:
-            plural: The kind.
+            plural: A regular expression for the kind.
             gone: Send them an event of type ERROR with code 410 first and end them in an orderly way.
         """
         return self._call(self._cut(plural, gone))
@@ -172,12 +184,14 @@ class FaultProxy:
             self._started.set_result(runner.addresses[0][1])
             await self._stop.wait()
         except BaseException as error:
+            if self._started.done():
+                raise
             self._started.set_exception(error)
-            raise
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._server.abort()
             await runner.cleanup()
             await self._upstream.close()
 
@@ -191,10 +205,12 @@ class FaultProxy:
             stream.consider(fault)
 
     async def _cut(self, plural: str, gone: bool) -> int:
-        meant = [stream for stream in self._streams if plural in ("", stream.record.plural)]
+        on = Match(plural=plural, watch=True)
+        meant = [stream for stream in self._streams if on.fits(stream.record, None)]
         for stream in meant:
             if gone:
-                await stream.end_with(_error_event(GONE_IN_STREAM, stream.record))
+                with suppress(ConnectionError):  # The client is free to go away just now.
+                    await stream.end_with(_error_event(GONE_IN_STREAM, stream.record))
             stream.task.cancel()
         if meant:
             await asyncio.wait([stream.task for stream in meant])

@@ -72,7 +72,7 @@ class Match:
 
     Args:
         verbs: As in `Record.verb`.
-        plural: The resource.
+        plural: A regular expression for the whole name of the resource, such as ``jobs|pods``.
         subresource: "" for the object itself, None for both.
         namespace: The namespace.
         name: A regular expression for the whole name.
@@ -92,7 +92,7 @@ class Match:
         """Tell whether this request is meant."""
         return (
             (not self.verbs or record.verb in self.verbs)
-            and (not self.plural or record.plural == self.plural)
+            and (not self.plural or re.fullmatch(self.plural, record.plural) is not None)
             and (self.subresource is None or record.subresource == self.subresource)
             and (not self.namespace or record.namespace == self.namespace)
             and (not self.name or re.fullmatch(self.name, record.name) is not None)
@@ -104,6 +104,9 @@ class Match:
         given = [f"{field.name}={value!r}" for field in fields(self) if (value := getattr(self, field.name))]
         return ", ".join(given) or "everything"
 
+
+OWN_WRITES = Match(WRITES, "(?!leases|events).*")
+"""What a replica writes but for the election and Events: the boundaries at which a campaign kills it."""
 
 _PATH = re.compile(
     r"/(?:api|apis/[^/]+)/[^/]+(?:/namespaces/(?P<namespace>[^/]+))?"

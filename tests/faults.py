@@ -216,7 +216,7 @@ class Stall(StreamAction):
 
 @dataclass(frozen=True)
 class Swallow(StreamAction):
-    """Take single events out of watches; each event that `matches` (type, object) counts as a strike."""
+    """Take single events out of watches; each one that `matches` (type, object) counts. It sees bookmarks, too."""
 
     matches: Callable[[str, Object], bool]
 
