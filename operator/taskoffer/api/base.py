@@ -48,7 +48,10 @@ def spelled(pattern: str, remedy: str) -> Any:
 def _utc(value: datetime) -> datetime:
     if value.tzinfo is None:
         raise ValueError("needs a time zone, for example 2026-01-31T12:00:00Z")
-    return value.astimezone(UTC)
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("lies outside of the years 1 to 9999 once it is turned into UTC") from None
 
 
 def rfc3339(value: datetime) -> str:
