@@ -8,6 +8,16 @@ from datetime import datetime
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Condition, ConditionStatus
 
+MAX_CONDITIONS = 16
+"""The schema takes no more; conditions of other writers give way."""
+_OWN = frozenset(
+    {
+        *("Admitted", "Evicted", "Finished"),
+        *("Running", "Complete", "Failed"),
+        *("Ready", "CapacityConsistent", "Linted"),
+    }
+)
+
 
 def condition_of(conditions: Sequence[Condition], kind: str) -> Condition | None:
     """Return the condition of a type, or None."""
@@ -30,7 +40,7 @@ def set_condition(
     now: datetime,
     generation: int,
 ) -> tuple[Condition, ...]:
-    """Return the conditions with one of them set; lastTransitionTime moves only when the status changes.
+    """Return the conditions with one of them set, each type once; lastTransitionTime moves only with the status.
 
     Args:
         conditions: The conditions as they are.
@@ -52,8 +62,9 @@ def set_condition(
         last_transition_time=now.replace(microsecond=0) if moved or before is None else before.last_transition_time,
         observed_generation=generation,
     )
-    return (
-        (*(c for c in conditions if c.type != kind), made)
-        if before is None
-        else tuple(made if c.type == kind else c for c in conditions)
-    )
+    found = {c.type: c for c in reversed(conditions)}
+    kept = {c.type: found[c.type] for c in conditions} | {kind: made}
+    foreign = [other for other in kept if other not in _OWN]
+    for other in foreign[: max(0, len(kept) - MAX_CONDITIONS)]:
+        del kept[other]
+    return tuple(kept.values())

@@ -27,6 +27,8 @@ from taskoffer.decision.sizing import billions, family_of, parameters_of, size_c
 from taskoffer.decision.verdict import Refusal, Score
 
 _PLACES = Decimal("0.0001")
+_HIGHEST = Decimal("99999999.9999")
+"""The most that status.score can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +261,11 @@ def score_of(facts: Facts) -> Score | None:
         total += part
         items.append(_term(term.name.value, str(part), f"{term.weight} x {value.normalize():f}"))
     cap = facts.policy.scoring.cap
-    if cap is not None and total > Decimal(cap):
-        excess = (Decimal(cap) - total).quantize(_PLACES)
-        items.append(
-            ExplanationItem(type="Term", name="Cap", value=str(excess), message=f"the policy caps scores at {cap}")
-        )
+    highest = min(Decimal(cap), _HIGHEST) if cap is not None else _HIGHEST
+    if total > highest:
+        excess = (highest - total).quantize(_PLACES)
+        message = f"the policy caps scores at {cap}" if highest < _HIGHEST else f"no score can be above {_HIGHEST}"
+        items.append(ExplanationItem(type="Term", name="Cap", value=str(excess), message=message))
         total += excess
     return Score(total.quantize(_PLACES), tuple(items))
 

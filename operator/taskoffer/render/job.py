@@ -28,6 +28,8 @@ from taskoffer.render.trainingjob import run_config
 
 Manifest = dict[str, Any]
 
+_LONGEST_SECONDS = 2**31 - 1
+"""Kubernetes counts the time of a Job in nanoseconds, which overflow after 292 years."""
 _DEADLINE_RESERVE_SECONDS = 60
 """The kubelet ends the pod this long after the deadline, in case that neither trainer nor operator did."""
 
@@ -68,7 +70,7 @@ def attempt_job(job: TrainingJob, attempt: Attempt, number: int) -> Manifest:
         spec["ttlSecondsAfterFinished"] = job.spec.run.ttl_seconds_after_finished
     if attempt.deadline is not None:
         left = (attempt.deadline - attempt.created_at).total_seconds()
-        spec["activeDeadlineSeconds"] = max(1, int(left)) + _DEADLINE_RESERVE_SECONDS
+        spec["activeDeadlineSeconds"] = min(max(1, int(left)) + _DEADLINE_RESERVE_SECONDS, _LONGEST_SECONDS)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

@@ -6,10 +6,11 @@ which settings it trains. The presets in ``taskoffer.presets`` write the strateg
 
 from __future__ import annotations
 
+from decimal import ROUND_HALF_UP, Decimal
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from taskoffer.api.base import WireModel, spelled
 from taskoffer.api.contract import LoraSettings, TrainSettings
@@ -271,6 +272,28 @@ class CapacityPolicySpec(WireModel):
         return self
 
     @model_validator(mode="after")
+    def _check_factors(self) -> CapacityPolicySpec:
+        # Otherwise an offer would be admitted, and hold its GPUs, under settings that no TrainingJob can have.
+        for task in self.task_types:
+            for size in self.size_classes:
+                rank, rate = Decimal(task.lora_rank_factor or 1), Decimal(task.learning_rate_factor or 1)
+                scaled: dict[str, object] = {
+                    "r": max(1, _rounded(size.lora.r * rank)),
+                    "lora_alpha": max(1, _rounded(size.lora.lora_alpha * rank)),
+                    "learning_rate": float(Decimal(str(size.train.learning_rate)) * rate),
+                }
+                for model, names in ((LoraSettings, ("r", "lora_alpha")), (TrainSettings, ("learning_rate",))):
+                    try:
+                        model.model_validate({name: scaled[name] for name in names})
+                    except ValidationError as error:
+                        fault = error.errors()[0]
+                        raise ValueError(
+                            f"taskTypes[{task.name.value}] scales {fault['loc'][0]} of sizeClasses[{size.name}] to "
+                            f"{fault['input']}: {fault['msg']}; change the factor"
+                        ) from None
+        return self
+
+    @model_validator(mode="after")
     def _check_counts(self) -> CapacityPolicySpec:
         allowed = set(self.resources[0].counts)
         for size in self.size_classes:
@@ -279,6 +302,10 @@ class CapacityPolicySpec(WireModel):
                     f"sizeClasses[{size.name}].gpus is {size.gpus}; resources[0].counts allows {sorted(allowed)}"
                 )
         return self
+
+
+def _rounded(value: Decimal) -> int:
+    return int(value.to_integral_value(ROUND_HALF_UP))
 
 
 class NodeCapacity(WireModel):
