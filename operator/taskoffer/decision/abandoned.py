@@ -21,6 +21,11 @@ def abandoned(facts: JobFacts) -> JobPlan:
     if not (facts.job.status.attempts or facts.jobs or facts.pods):
         # Nothing has come of it, so there is nothing to stop; it may even be somebody else's.
         return JobPlan()
+    return stop_and_fail(facts, _WHY, Reason.CANCELLED)
+
+
+def stop_and_fail(facts: JobFacts, why: str, reason: Reason) -> JobPlan:
+    """Return what to do about a TrainingJob that cannot go on: stop its pods, and once they have ended say why."""
     to_stop = tuple(SuspendJob(job.name) for job in facts.jobs.values() if not job.finished and not job.suspended)
     alive = [pod for pod in facts.pods if not pod.terminal]
     before = facts.job.status
@@ -31,16 +36,16 @@ def abandoned(facts: JobFacts) -> JobPlan:
         return set_condition(conditions, kind, status, reason, message, now=facts.now, generation=generation)
 
     if alive:
-        conditions = say("Running", True, Reason.STOPPING, f"{_WHY}; {len(alive)} pod(s) are asked to stop")
+        conditions = say("Running", True, Reason.STOPPING, f"{why}; {len(alive)} pod(s) are asked to stop")
     elif not to_stop:
         if attempts and attempts[-1].outcome is None:
-            ended = {"outcome": AttemptOutcome.STOPPED, "finished_at": facts.now, "message": _WHY}
+            ended = {"outcome": AttemptOutcome.STOPPED, "finished_at": facts.now, "message": why[:1024]}
             attempts[-1] = attempts[-1].model_copy(update=ended)
-        conditions = say("Running", False, Reason.CANCELLED, _WHY)
-        conditions = say("Failed", True, Reason.CANCELLED, _WHY)
+        conditions = say("Running", False, reason, why)
+        conditions = say("Failed", True, reason, why)
     status = before.model_copy(update={"conditions": conditions, "attempts": tuple(attempts)})
     return JobPlan(
         actions=to_stop,
         status=status if status != before else None,
-        notices=(Notice(Reason.STOPPING, f"{_WHY}: the pods are asked to stop"),) if to_stop else (),
+        notices=(Notice(Reason.STOPPING, f"{why}: the pods are asked to stop"),) if to_stop else (),
     )

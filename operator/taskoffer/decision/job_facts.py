@@ -59,6 +59,8 @@ class OfferFacts:
     active: bool
     admission: Admission | None
     finished: bool
+    problem: str = ""
+    """What is wrong with its stored admission, where that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)

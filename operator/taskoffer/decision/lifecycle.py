@@ -7,7 +7,7 @@ offer's admission alone.
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from taskoffer.api.contract import ExitCode, Termination
 from taskoffer.api.reasons import Reason
@@ -19,7 +19,7 @@ from taskoffer.api.v1alpha1.trainingjob import (
     StepStatus,
     TrainingJobStatus,
 )
-from taskoffer.decision.abandoned import abandoned
+from taskoffer.decision.abandoned import abandoned, stop_and_fail
 from taskoffer.decision.conditions import condition_of, is_true, set_condition
 from taskoffer.decision.job_facts import (
     Action,
@@ -33,6 +33,7 @@ from taskoffer.decision.job_facts import (
     PodView,
     SuspendJob,
 )
+from taskoffer.decision.moments import later
 from taskoffer.decision.naming import attempt_name
 from taskoffer.decision.snapshot import MoveRequest, OfferKey
 from taskoffer.decision.trainer_words import PERMANENT_EXIT_CODES, parse_termination, result_of, trainer_status_of
@@ -51,7 +52,9 @@ def step(facts: JobFacts) -> JobPlan:
         return abandoned(facts)
     attempts = status.attempts or _first_attempt(facts)
     if not attempts:
-        return JobPlan()
+        # An attempt follows from a place, and where this one was is not known any more.
+        why = f"the offer's admission cannot be read: {facts.offer.problem}"
+        return stop_and_fail(facts, why, Reason.INVALID_OFFER) if facts.offer.problem else JobPlan()
     return _Pass(facts, attempts).run()
 
 
@@ -148,7 +151,7 @@ class _Pass:
     def _pending(self) -> JobPlan:
         # The Job can be much younger than the decision, for example when the operator was away in between.
         since = max(self.current.created_at, (self.job.created if self.job else None) or self.current.created_at)
-        gives_up = since + timedelta(seconds=self.limits.start_timeout_seconds)
+        gives_up = later(since, self.limits.start_timeout_seconds)
         waiting = self.pod.waiting if self.pod and self.pod.waiting else _NOT_STARTED
         if self.facts.now >= gives_up:
             message = f"the container did not start within {self.limits.start_timeout_seconds} s: {waiting}"
@@ -161,7 +164,7 @@ class _Pass:
         if self.current.started_at is None:
             deadline = self.current.deadline
             if self.run_spec.clock_mode is ClockMode.TRAINING and pod.started_at is not None:
-                due = pod.started_at + timedelta(seconds=self.run_spec.time_limit_seconds)
+                due = later(pod.started_at, self.run_spec.time_limit_seconds)
                 deadline = min(due, deadline) if deadline else due
             self._amend(started_at=pod.started_at, deadline=deadline)
             self.notices.append(Notice(Reason.RUNNING, f"attempt {len(self.attempts)} runs on {pod.node}"))
@@ -179,7 +182,7 @@ class _Pass:
                 continue
             away = "is gone" if health is None else "is not Ready"
             since = health.since if health and health.since else self._lost_since()
-            gives_up = since + timedelta(seconds=self.limits.node_lost_seconds)
+            gives_up = later(since, self.limits.node_lost_seconds)
             if self.facts.now >= gives_up:
                 message = f"node {assignment.node_name} {away} for over {self.limits.node_lost_seconds} s"
                 return self._give_up(AttemptOutcome.NODE_LOST, Reason.NODE_LOST, message)
@@ -267,7 +270,7 @@ class _Pass:
             return self._fail(
                 Reason.ATTEMPTS_EXHAUSTED, f"attempt {len(self.attempts)}: {last.message or last.outcome}"
             )
-        ready_at = (last.finished_at or self.facts.now) + timedelta(seconds=self.limits.backoff_seconds)
+        ready_at = later(last.finished_at or self.facts.now, self.limits.backoff_seconds)
         if self.facts.now < ready_at:
             self._wake(ready_at)
             return self._plan("Pending")

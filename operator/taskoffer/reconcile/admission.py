@@ -242,15 +242,14 @@ class Admission:
             for entry in world.by_state[OfferState.HOLDING].values()
             if entry.admission is not None
             and any(a.node_name == node for a in entry.admission.assignments)
-            and OfferKey(entry.key.namespace, entry.admission.job_name) not in world.jobs_by_key
+            and entry.job_key not in world.jobs_by_key
         ]
         return sorted(found, key=lambda e: (e.admission.decided_at, e.uid), reverse=True)  # type: ignore[union-attr]
 
     async def revoke(self, entry: OfferEntry, reason: Reason, message: str) -> bool:
         """Take an admission back by a conditional write, if nothing has come of it yet."""
-        session, admission = self._session, entry.admission
-        assert admission is not None  # noqa: S101
-        if await self._jobs.exists(OfferKey(entry.key.namespace, admission.job_name), entry.uid):
+        session = self._session
+        if await self._jobs.exists(entry.job_key, entry.uid):
             return False
         patch = revocation_patch(
             reason,

@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import timedelta
 
 from taskoffer.adapters.clock import utcnow
 from taskoffer.adapters.events import Subject
@@ -21,7 +20,6 @@ from taskoffer.adapters.kube import (
     OFFERS,
     ApiError,
     ConflictError,
-    Kube,
     NotFoundError,
     Object,
     ThrottledError,
@@ -42,15 +40,14 @@ from taskoffer.decision.job_facts import (
     JobFacts,
     JobPlan,
     OfferEnd,
-    OfferFacts,
     SuspendJob,
 )
 from taskoffer.decision.lifecycle import step
 from taskoffer.decision.snapshot import OfferKey
+from taskoffer.reconcile.observed import is_over, job_facts, log_tail
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry
 from taskoffer.render.job import attempt_job, config_map
-from taskoffer.render.names import CONTAINER
 from taskoffer.render.offers import end_patch
 from taskoffer.render.patch import merge_patch
 from taskoffer.render.trainingjob import training_job
@@ -59,7 +56,6 @@ logger = logging.getLogger(__name__)
 
 Revoke = Callable[[OfferEntry, Reason, str], Awaitable[bool]]
 
-_LOG_LINES = 12
 _IMPATIENT_WORKERS = 1
 """Workers that go on in a burst of answers; one starts several jobs a second. The others would take the API server's
 time from the answers."""
@@ -79,6 +75,8 @@ class Jobs:
         self.busy: set[OfferKey] = set()
         self.reports: dict[OfferKey, ProgressReport] = {}
         self.revoke: Revoke | None = None
+        self._reported: dict[OfferKey, str] = {}
+        """Versions of the unreadable TrainingJobs that were spoken of."""
 
     async def run(self) -> None:
         """Work for ever."""
@@ -188,23 +186,40 @@ class Jobs:
         world = self._session.world
         entry = world.jobs_by_key.get(key)
         if entry is None:
+            self._reported.pop(key, None)
             await self._derive(key)
             return
         offer = world.holding_by_job.get(key)
         if offer is not None and offer.uid != entry.offer_uid:
             raise self._taken(_offer_subject(offer), f"TrainingJob {key}")
         if entry.job is None:
-            logger.error("stored TrainingJob is not valid", extra={"job": str(key), "error": entry.problem})
+            self._report_invalid(entry)
             return
-        facts = self._facts(entry, entry.job)
-        if facts.offer is None and not _over(entry.job) and not await self._is_gone(entry.job):
+        facts = job_facts(
+            self._session.world, entry, entry.job, self.reports.get(key), self._session.settings.progress_interval
+        )
+        if facts.offer is None and not is_over(entry.job) and not await self._is_gone(entry.job):
             return
         made = step(facts)
         if made.failed_pod is not None:
-            tail = await _log_tail(self._session.kube, key.namespace, made.failed_pod)
+            tail = await log_tail(self._session.kube, key.namespace, made.failed_pod)
             facts = replace(facts, log_tail=tail)
             made = step(facts)
         await self._apply(key, entry, made, facts)
+
+    def _report_invalid(self, entry: TrainingJobEntry) -> None:
+        """Say once per version that a stored TrainingJob cannot be read. Its offer's GPUs stay booked meanwhile."""
+        if self._reported.get(entry.key) == entry.version:
+            return
+        self._reported[entry.key] = entry.version
+        logger.error("stored TrainingJob is not valid", extra={"job": str(entry.key), "error": entry.problem})
+        message = f"the stored TrainingJob is not valid: {entry.problem}; mend it, or delete its offer to free the GPUs"
+        subjects = [Subject(API_VERSION, "TrainingJob", entry.key.namespace, entry.key.name, entry.uid)]
+        offer = self._session.world.holding_by_job.get(entry.key)
+        if offer is not None:
+            subjects.append(_offer_subject(offer))
+        for subject in subjects:
+            self._session.events.emit(subject, Reason.INVALID_JOB, message, warning=True)
 
     async def _is_gone(self, job: TrainingJob) -> bool:
         """Ask the server whether a job's offer is gone: a cache that lacks it is not enough to stop a training."""
@@ -216,27 +231,16 @@ class Jobs:
         self._session.world.offers.observe("MODIFIED", raw)
         return bool(raw["metadata"]["uid"] != wanted.uid)
 
-    def _facts(self, entry: TrainingJobEntry, job: TrainingJob) -> JobFacts:
-        world, key = self._session.world, entry.key
-        offer = world.offers.get(entry.offer_uid)
-        return JobFacts(
-            now=utcnow(),
-            job=job,
-            # An offer that a finalizer keeps from being deleted counts as cancelled: its pods are to stop at once.
-            offer=OfferFacts(offer.active and not offer.deleting, offer.admission, offer.finished) if offer else None,
-            jobs={j.view.name: j.view for j in world.batch_of.get(key, {}).values()},
-            pods=[p.view for p in world.pods_of.get(key, {}).values()],
-            nodes={n.name: n.health for n in world.nodes},
-            report=self.reports.get(key),
-            moved_to=moved.assignments if (moved := world.moved.get(key)) else None,
-            progress_interval=timedelta(seconds=self._session.settings.progress_interval),
-        )
-
     async def _derive(self, key: OfferKey) -> None:
         """Create the TrainingJob of an admission, or take the admission back when its policy has moved on."""
         session = self._session
         offer = session.world.holding_by_job.get(key)
-        if offer is None or offer.admission is None or offer.deleting:
+        if offer is None or offer.deleting:
+            return
+        if offer.admission is None:
+            # Nobody can tell what was promised, so the offer is decided anew; until then its GPUs stay booked.
+            message = f"the stored admission cannot be read: {offer.admission_problem}"
+            await self._take_back(offer, Reason.INVALID_OFFER, message)
             return
         ref = offer.admission.policy_ref
         policy = next((p.view for p in session.world.policies if p.view.ref == ref), None)
@@ -256,7 +260,11 @@ class Jobs:
             # It holds GPUs that no job can use, so they are given back and the offer is answered as what it is.
             await self._take_back(offer, Reason.INVALID_OFFER, f"the stored offer is not valid: {invalid}")
             return
-        manifest = training_job(offer.key, offer.uid, spec, offer.admission, policy.spec)
+        try:
+            manifest = training_job(offer.key, offer.uid, spec, offer.admission, policy.spec)
+        except ValueError as error:
+            await self._take_back(offer, Reason.POLICY_CHANGED, f"the policy would not admit it: {error}")
+            return
         try:
             await session.create(session.world.jobs, JOBS_OF_TRAINING, key.namespace, manifest)
         except ConflictError:
@@ -273,8 +281,8 @@ class Jobs:
         return NameTakenError(message)
 
     async def _take_back(self, offer: OfferEntry, reason: Reason, message: str) -> None:
-        if offer.admission is not None and (self.revoke is None or not await self.revoke(offer, reason, message)):
-            self._later(OfferKey(offer.key.namespace, offer.admission.job_name), 2.0)
+        if self.revoke is None or not await self.revoke(offer, reason, message):
+            self._later(offer.job_key, 2.0)
 
     async def _apply(self, key: OfferKey, entry: TrainingJobEntry, made: JobPlan, facts: JobFacts) -> None:
         session = self._session
@@ -379,22 +387,9 @@ class Jobs:
             self._session.world.offers.observe("MODIFIED", raw)
 
 
-def _over(job: TrainingJob) -> bool:
-    return is_true(job.status.conditions, "Complete") or is_true(job.status.conditions, "Failed")
-
-
 def _owned_by(raw: Object, uid: str) -> bool:
     return any(o.get("uid") == uid and o.get("controller") for o in raw["metadata"].get("ownerReferences") or ())
 
 
 def _offer_subject(offer: OfferEntry) -> Subject:
     return Subject(API_VERSION, "TaskOffer", offer.key.namespace, offer.key.name, offer.uid)
-
-
-async def _log_tail(kube: Kube, namespace: str, pod: str) -> str:
-    """Return the last lines of a training container's log, or nothing when the kubelet does not give them."""
-    try:
-        return (await kube.log_tail(namespace, pod, CONTAINER, lines=_LOG_LINES)).strip()
-    except (ApiError, ThrottledError, UnknownOutcomeError) as error:
-        logger.info("log not read", extra={"pod": pod, "error": str(error)})
-        return ""

@@ -50,21 +50,23 @@ class Policies:
     async def _one(self, entry: PolicyEntry) -> None:
         session, now = self._session, utcnow()
         snapshot = session.world.snapshot(now)
+        view = snapshot.policies.get(entry.view.name)
+        if view is None:
+            # It is gone since the pass began.
+            return
         before, _ = read(CapacityPolicyStatus, entry.status, "CapacityPolicy")
         mine = [
             offer
             for offer in snapshot.offers
-            if offer.spec is not None
-            and (found := snapshot.policy_for(offer.spec)[0])
-            and found.name == entry.view.name
+            if offer.spec is not None and (found := snapshot.policy_for(offer.spec)[0]) and found.name == view.name
         ]
         made = policy_status(
             PolicyFacts(
                 now=now,
-                policy=entry.view,
+                policy=view,
                 generation=entry.generation,
-                valid=not entry.view.problem,
-                nodes=tuple(node_views(session.world, entry.view)),
+                valid=not view.problem,
+                nodes=tuple(node_views(session.world, view)),
                 ledger=open_ledger(snapshot.claims),
                 pending=len(mine),
                 before=before or CapacityPolicyStatus(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 
 
@@ -15,7 +16,21 @@ def moment(text: str | None) -> datetime | None:
         return None
 
 
+_WHOLE = re.compile(r"([0-9]{1,19})(k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
+_FACTORS: dict[str, int] = {"": 1} | {
+    unit: base**power
+    for base, units in ((1000, ("k", "M", "G", "T", "P", "E")), (1024, ("Ki", "Mi", "Gi", "Ti", "Pi", "Ei")))
+    for power, unit in enumerate(units, 1)
+}
+
+
 def whole(quantity: object) -> int:
-    """Read a quantity that is a whole number; anything else counts as 0, as with extended resources."""
-    text = str(quantity)
-    return int(text) if text.isdigit() else 0
+    """Read a quantity that is a whole number; anything else counts as 0, as with extended resources.
+
+    The server keeps quantities in their shortest form: of 1000 it makes 1k.
+    """
+    found = _WHOLE.fullmatch(str(quantity))
+    if found is None:
+        return 0
+    number, unit = found.groups("")
+    return int(number) * _FACTORS[unit]

@@ -12,22 +12,27 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from taskoffer.adapters.metrics import UNREADABLE
 from taskoffer.api.v1alpha1.capacitypolicy import DEFAULT_POLICY_ANNOTATION, CapacityPolicySpec
-from taskoffer.api.v1alpha1.meta import Condition
-from taskoffer.api.v1alpha1.taskoffer import Admission, TaskOfferSpec
+from taskoffer.api.v1alpha1.meta import Assignment, Condition
+from taskoffer.api.v1alpha1.taskoffer import MAX_OFFER_NAME, Admission, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import TrainingJob
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.job_facts import NodeHealth
 from taskoffer.decision.ledger import NodeView
+from taskoffer.decision.naming import job_name
 from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView
 from taskoffer.reconcile.cache import Raw
 from taskoffer.reconcile.quantities import moment, whole
+from taskoffer.reconcile.shapes import count, mapping, mappings
 
 _CONDITIONS = TypeAdapter(tuple[Condition, ...])
+_FAULT_LENGTH = 300
 
 
 def explain(error: ValidationError) -> str:
     """Put the first faults of a failed validation into one line that names the fields."""
-    faults = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()[:3]]
+    found = error.errors(include_url=False, include_context=False, include_input=False)[:3]
+    # Names of fields that do not belong there can be of any length.
+    faults = [f"{'.'.join(str(p) for p in e['loc'])[:_FAULT_LENGTH]}: {e['msg'][:_FAULT_LENGTH]}" for e in found]
     more = error.error_count() - len(faults)
     return "; ".join(faults) + (f" (and {more} more)" if more > 0 else "")
 
@@ -65,15 +70,24 @@ class OfferEntry:
     active: bool
     finished: bool
     spec: bytes | None
-    stored_conditions: list[Raw] | tuple[Condition, ...]
+    stored_conditions: list[Any] | tuple[Condition, ...]
     """As stored, and as read once somebody has asked for them."""
     observed_generation: int | None
     view: OfferView | None = None
     admission: Admission | None = None
+    admission_problem: str | None = None
+    """What is wrong with an admission that is stored and cannot be read."""
+    booked: tuple[Assignment, ...] = ()
+    """Where the admission books GPUs, as far as that can be read. It counts until it is known that nothing is there."""
     evaluation: tuple[str, int, Evaluation] | None = None
     terms: tuple[OfferTerms | None, str | None] | None = None
     fresh_spec: TaskOfferSpec | None = None
     """The spec as read for the terms, until it has been evaluated."""
+
+    @property
+    def job_key(self) -> OfferKey:
+        """Where its TrainingJob is, once it is admitted."""
+        return OfferKey(self.key.namespace, job_name(self.key.name, self.uid))
 
     def inherit(self, before: OfferEntry) -> None:
         """Take over what was computed from the same generation: a status write changes neither spec nor score."""
@@ -82,6 +96,12 @@ class OfferEntry:
 
     def read_spec(self) -> tuple[TaskOfferSpec | None, str | None]:
         """Read the spec. Return it, or None and what is wrong with it."""
+        if len(self.key.name) > MAX_OFFER_NAME:
+            UNREADABLE.labels("TaskOffer").inc()
+            return (
+                None,
+                f"metadata.name has {len(self.key.name)} characters, at most {MAX_OFFER_NAME} leave room for Jobs",
+            )
         return read(TaskOfferSpec, json.loads(self.spec or b"{}"), "TaskOffer")
 
     def read_view(self) -> OfferView:
@@ -110,41 +130,63 @@ class OfferEntry:
             try:
                 self.stored_conditions = _CONDITIONS.validate_python(self.stored_conditions)
             except ValidationError:
-                UNREADABLE.labels("TaskOffer").inc()
-                self.stored_conditions = ()
+                found = [read(Condition, raw, "TaskOffer")[0] for raw in self.stored_conditions]
+                self.stored_conditions = tuple(condition for condition in found if condition is not None)
         return self.stored_conditions
 
 
 def offer_entry(raw: Raw) -> OfferEntry:
     """Reduce a TaskOffer."""
-    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
-    conditions = {c.get("type"): c for c in status.get("conditions") or () if isinstance(c, dict)}
-    finished = (conditions.get("Finished") or {}).get("status") == "True"
-    admission: Admission | None = None
-    if status.get("admission") is not None:
-        admission, _ = read(Admission, status["admission"], "TaskOffer")
+    metadata, spec, status = raw["metadata"], mapping(raw.get("spec")), mapping(raw.get("status"))
+    key, uid = OfferKey(metadata.get("namespace", ""), metadata["name"]), metadata["uid"]
+    conditions = {c["type"]: c for c in mappings(status.get("conditions")) if isinstance(c.get("type"), str)}
+    finished = conditions.get("Finished", {}).get("status") == "True"
     if finished:
         state = OfferState.DONE
     else:
         state = OfferState.HOLDING if status.get("admission") is not None else OfferState.PENDING
     keep = state is not OfferState.DONE
+    admission, problem, booked = _booking(key, uid, status["admission"]) if state is OfferState.HOLDING else _NONE
+    stored = status.get("conditions")
     return OfferEntry(
-        key=OfferKey(metadata.get("namespace", ""), metadata["name"]),
-        uid=metadata["uid"],
+        key=key,
+        uid=uid,
         version=metadata["resourceVersion"],
         generation=metadata.get("generation", 0),
         created=datetime.fromisoformat(metadata["creationTimestamp"]),
         deleting="deletionTimestamp" in metadata,
         state=state,
         task_id=str(spec.get("taskID", "")),
-        reason=str((conditions.get("Admitted") or {}).get("reason", "undecided")),
+        reason=str(conditions.get("Admitted", {}).get("reason", "undecided")),
         active=spec.get("active") is not False,
         finished=finished,
         spec=json.dumps(spec, separators=(",", ":")).encode() if keep else None,
-        stored_conditions=(status.get("conditions") or ()) if keep else (),
-        observed_generation=status.get("observedGeneration"),
-        admission=admission if keep else None,
+        stored_conditions=stored if keep and isinstance(stored, list) else (),
+        observed_generation=count(status.get("observedGeneration")),
+        admission=admission,
+        admission_problem=problem,
+        booked=booked,
     )
+
+
+_NONE: tuple[None, None, tuple[Assignment, ...]] = (None, None, ())
+
+
+def _booking(key: OfferKey, uid: str, raw: object) -> tuple[Admission | None, str | None, tuple[Assignment, ...]]:
+    """Read an admission. Return it, or None and what is wrong with it; and the GPUs that it books in either case."""
+    admission, problem = read(Admission, raw, "TaskOffer")
+    own = job_name(key.name, uid)
+    if admission is not None and admission.job_name == own:
+        return admission, None, admission.assignments
+    if admission is not None:
+        # Under another offer's job name it would get into that one's way.
+        problem = f"jobName: {admission.job_name} is not the name of this offer's job, {own}"
+    booked: dict[str, Assignment] = {}
+    for part in mappings(mapping(raw).get("assignments")):
+        found, _ = read(Assignment, part, "TaskOffer")
+        if found is not None and (found.node_name not in booked or booked[found.node_name].count < found.count):
+            booked[found.node_name] = found
+    return None, problem, tuple(booked.values())
 
 
 def policy_view(raw: Raw) -> PolicyView:
@@ -152,11 +194,12 @@ def policy_view(raw: Raw) -> PolicyView:
     metadata = raw["metadata"]
     annotations = metadata.get("annotations") or {}
     generation = metadata.get("generation", 0)
-    spec, problem = read(CapacityPolicySpec, raw.get("spec") or {}, "CapacityPolicy")
-    status = raw.get("status") or {}
+    spec, problem = read(CapacityPolicySpec, mapping(raw.get("spec")), "CapacityPolicy")
+    status = mapping(raw.get("status"))
     if spec is None and status.get("activeSpec") is not None:
         spec, _ = read(CapacityPolicySpec, status["activeSpec"], "CapacityPolicy")
-        generation = status.get("activeGeneration", generation)
+        active = count(status.get("activeGeneration"))
+        generation = generation if active is None else active
     return PolicyView(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -184,8 +227,8 @@ def policy_entry(raw: Raw) -> PolicyEntry:
     metadata = raw["metadata"]
     return PolicyEntry(
         policy_view(raw),
-        raw.get("spec") or {},
-        raw.get("status") or {},
+        mapping(raw.get("spec")),
+        mapping(raw.get("status")),
         metadata["resourceVersion"],
         metadata.get("generation", 0),
     )
@@ -209,13 +252,13 @@ class NodeEntry:
 
 def node_entry(raw: Raw) -> NodeEntry:
     """Reduce a Node; only extended resources (those with a domain) are kept."""
-    metadata, status = raw["metadata"], raw.get("status") or {}
-    ready: Raw = next((c for c in status.get("conditions") or () if c.get("type") == "Ready"), {})
+    metadata, status = raw["metadata"], mapping(raw.get("status"))
+    ready: Raw = next((c for c in mappings(status.get("conditions")) if c.get("type") == "Ready"), {})
     return NodeEntry(
         name=metadata["name"],
         labels=metadata.get("labels") or {},
-        allocatable={k: whole(v) for k, v in (status.get("allocatable") or {}).items() if "/" in k},
-        schedulable=not (raw.get("spec") or {}).get("unschedulable") and "deletionTimestamp" not in metadata,
+        allocatable={k: whole(v) for k, v in mapping(status.get("allocatable")).items() if "/" in k},
+        schedulable=not mapping(raw.get("spec")).get("unschedulable") and "deletionTimestamp" not in metadata,
         health=NodeHealth(ready.get("status") == "True", moment(ready.get("lastTransitionTime"))),
     )
 
@@ -236,13 +279,19 @@ class TrainingJobEntry:
 def training_job_entry(raw: Raw) -> TrainingJobEntry:
     """Reduce a TrainingJob."""
     metadata = raw["metadata"]
+    job: TrainingJob | None
     job, problem = read(TrainingJob, {k: v for k, v in raw.items() if k in _JOB_FIELDS}, "TrainingJob")
     owner: Raw = next((o for o in metadata.get("ownerReferences") or () if o.get("controller")), {})
+    offer_uid = str(owner.get("uid", "")) if owner.get("kind") == "TaskOffer" else ""
+    if job is not None and offer_uid and offer_uid != job.spec.offer_ref.uid:
+        # Its pods would be charged to another offer than the one that answers for it.
+        problem = f"spec.offerRef.uid: {job.spec.offer_ref.uid} is not the owner's, {offer_uid}"
+        job = None
     return TrainingJobEntry(
         OfferKey(metadata.get("namespace", ""), metadata["name"]),
         metadata["uid"],
         metadata["resourceVersion"],
-        str(owner.get("uid", "")) if owner.get("kind") == "TaskOffer" else "",
+        offer_uid,
         job,
         problem,
     )

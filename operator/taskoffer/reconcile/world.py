@@ -102,20 +102,20 @@ class World:
             place.pop(before.uid, None)
             if not place:
                 del self.siblings[before.key.namespace, before.task_id]
-            if before.admission is not None:
-                self.holding_by_job.pop(OfferKey(before.key.namespace, before.admission.job_name), None)
+            if before.state is OfferState.HOLDING:
+                self.holding_by_job.pop(before.job_key, None)
             self.stored_claims.pop(("admission", before.uid), None)
         if after is not None:
             if before is not None:
                 after.inherit(before)
-            if after.admission is not None:
-                self.holding_by_job[OfferKey(after.key.namespace, after.admission.job_name)] = after
+            if after.state is OfferState.HOLDING:
+                self.holding_by_job[after.job_key] = after
             self.by_state[after.state][after.uid] = after
             self._claim_offer(after)
             self.siblings[after.key.namespace, after.task_id][after.uid] = Sibling(
                 after.created, after.uid, after.key.name, after.reason
             )
-            if after.admission is not None or after.state is OfferState.DONE:
+            if after.state is not OfferState.PENDING:
                 self.assumed.pop(after.uid, None)
         else:
             assert before is not None  # noqa: S101
@@ -151,10 +151,10 @@ class World:
     # What stored objects claim
 
     def _claim_offer(self, entry: OfferEntry) -> None:
-        if entry.state is not OfferState.HOLDING or entry.admission is None:
+        if entry.state is not OfferState.HOLDING:
             return
-        policy = entry.admission.policy_ref.name
-        assignments = self._current_assignments(entry, entry.admission)
+        policy = entry.admission.policy_ref.name if entry.admission is not None else None
+        assignments = self._current_assignments(entry)
         self.stored_claims["admission", entry.uid] = tuple(
             _claim(entry.uid, assignment, "admission", policy) for assignment in assignments
         )
@@ -179,7 +179,7 @@ class World:
 
     def snapshot(self, now: datetime) -> Snapshot:
         """Return what a cycle decides on: pending offers that are not being written, and every claim on a GPU."""
-        policies = {entry.view.name: entry.view for entry in self.policies}
+        policies = self.policy_views()
         resource = _resource(policies)
         pending = [
             entry
@@ -204,6 +204,22 @@ class World:
             moves=tuple(self.moves.values()),
         )
         return _with_evaluations(snapshot, pending, views)
+
+    def policy_views(self) -> dict[str, PolicyView]:
+        """Return the policies by name. One that hands out another resource than the oldest does has no spec.
+
+        The ledger counts one resource: with two, GPUs of the one would be lent as the other.
+        """
+        views = {entry.view.name: entry.view for entry in self.policies}
+        usable = [view for view in views.values() if view.spec is not None]
+        first = min(usable, key=lambda view: (view.created is not None, view.created, view.name), default=None)
+        wanted = _resource({first.name: first}) if first is not None else ""
+        for view in usable:
+            if (name := _resource({view.name: view})) != wanted:
+                assert first is not None  # noqa: S101
+                problem = f"resources: {name} is not what the oldest policy, {first.name}, hands out ({wanted})"
+                views[view.name] = replace(view, spec=None, problem=problem)
+        return views
 
     def claims(self, resource: str) -> Iterator[Claim]:
         """Yield every claim on a GPU, from every source."""
@@ -234,11 +250,11 @@ class World:
                 return f"{booked} of {offered} were booked on {assignment.node_name}"
         return None
 
-    def _current_assignments(self, entry: OfferEntry, admission: Admission) -> tuple[Assignment, ...]:
+    def _current_assignments(self, entry: OfferEntry) -> tuple[Assignment, ...]:
         """Return where an admitted offer's booking is now: the last attempt's place, else the admission's."""
-        job = self.jobs_by_key.get(OfferKey(entry.key.namespace, admission.job_name))
+        job = self.jobs_by_key.get(entry.job_key)
         if job is None or job.job is None or job.offer_uid != entry.uid or not job.job.status.attempts:
-            return admission.assignments
+            return entry.booked
         return job.job.status.attempts[-1].assignments
 
 
@@ -285,7 +301,7 @@ def node_views(world: World, policy: PolicyView) -> list[NodeView]:
     return [view for node in world.nodes if policy.selects(view := node.view(resource)) and view.allocatable >= 0]
 
 
-def _claim(holder: str, assignment: Assignment, source: Source, policy: str) -> Claim:
+def _claim(holder: str, assignment: Assignment, source: Source, policy: str | None) -> Claim:
     return Claim(holder, assignment.node_name, assignment.count, source, policy, assignment.lane)
 
 
