@@ -98,7 +98,13 @@ def _run(args: argparse.Namespace) -> int:
         resync=args.resync,
         watch_window=args.watch_window,
     )
+    sys.setrecursionlimit(_NESTING)
     return run_replica(Options(kubeconfig=kubeconfig, listen=args.listen, port=args.port, settings=settings))
+
+
+_NESTING = 12_000
+"""The API server stores what is nested up to 10,000 deep. At Python's own limit of 1,000 one such object would make
+every list that it is in unreadable."""
 
 
 def _preset(args: argparse.Namespace) -> int:
