@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,10 +10,10 @@ import pytest
 from builders import make_admission
 from operator_bench import GROUP, Bench, condition
 from operator_process import OperatorProcess
-from taskoffer_lab.api_client import ApiClient, ApiError, ClientConfig
-from taskoffer_lab.install import operator_kubeconfig, project_root
+from permissive_crds import anything_goes, eventually, refused
+from taskoffer_lab.api_client import ApiClient, ClientConfig
+from taskoffer_lab.install import operator_kubeconfig
 from taskoffer_lab.local_provider import LocalCluster
-from taskoffer_lab.process_table import wait_until
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -41,55 +38,6 @@ BROKEN_STATUSES: tuple[dict[str, Any], ...] = (
     {"admission": {"assignments": "everything"}},
     {"admission": []},
 )
-
-
-@contextmanager
-def anything_goes(bench: Bench, plural: str) -> Iterator[None]:
-    """Let a kind take anything for a while, as an earlier version of its schema might have.
-
-    The server cuts the watches of a kind whose schema changes, and forgets its history: nobody can have seen it.
-    """
-    cluster = bench.cluster
-    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{plural}.taskoffer.dev"
-    lax = copy.deepcopy(cluster.api.request("GET", path))
-    for version in lax["spec"]["versions"]:
-        free = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-        version["schema"]["openAPIV3Schema"] = {"type": "object", "properties": {"spec": free, "status": free}}
-    with bench.audit.excused():
-        cluster.api.request("PUT", path, lax)
-        try:
-            yield
-        finally:
-            manifest = project_root() / "crds" / f"taskoffer.dev_{plural}.yaml"
-            cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(manifest))
-
-
-def eventually(attempt: Any, what: str) -> None:
-    """Repeat a call until the server takes it: a changed schema takes a moment to be in force."""
-
-    def done() -> bool:
-        try:
-            attempt()
-        except ApiError as error:
-            if error.status in (400, 422, 404):
-                return False
-            raise
-        return True
-
-    wait_until(done, what, 20)
-
-
-def refused(attempt: Any, what: str) -> None:
-    """Repeat a dry run until the server refuses it."""
-
-    def done() -> bool:
-        try:
-            attempt()
-        except ApiError as error:
-            return error.status in (400, 422)
-        return False
-
-    wait_until(done, what, 20)
 
 
 def malformed_offer(bench: Bench, name: str) -> dict[str, Any]:
