@@ -6,6 +6,7 @@ An offer that does not fit now does not hold up the ones behind it.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,8 +21,18 @@ from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, ExplanationIt
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import Ledger, NodeView, best_fit, open_ledger
 from taskoffer.decision.naming import job_name
-from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView, Snapshot
+from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView, Shape, Snapshot, Waiting
 from taskoffer.decision.verdict import Answer, Verdict
+
+CAPACITY_REASONS = frozenset(
+    {
+        Reason.INVENTORY_NOT_READY.value,
+        Reason.WAITING_FOR_JOB_SLOT.value,
+        Reason.WAITING_FOR_LANE.value,
+        Reason.WAITING_FOR_CAPACITY.value,
+    }
+)
+"""Reasons of a wait that capacity alone can end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +69,9 @@ def plan(snapshot: Snapshot) -> Plan:
     room = _Room(snapshot)
     moves = tuple(_moves(snapshot, room))
     decisions: list[Decision] = []
-    wake_at: datetime | None = None
+    wake_at = snapshot.standing_end
     waiting = 0
-    for offer, policy, early, evaluation in _in_order(snapshot):
+    for offer, policy, early, evaluation in _in_order(snapshot, room):
         if evaluation is None or policy is None:
             answer = early
         else:
@@ -75,7 +86,7 @@ def plan(snapshot: Snapshot) -> Plan:
                 wake_at = offer.ends
         if answer is not None and not (answer.verdict is Verdict.WAIT and _says(offer, answer.reason)):
             decisions.append(Decision(offer, answer, policy.ref if policy else None))
-    return Plan(tuple(decisions), moves, wake_at, waiting)
+    return Plan(tuple(decisions), moves, wake_at, waiting + room.passed_over)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +113,8 @@ class _Room:
             if policy.spec is not None
         }
         self._stopped: dict[tuple[str, int, str | None], _Obstacle] = {}
+        self.passed_over = 0
+        """Standing offers whose answer still holds."""
 
     def nodes(self, policy: str) -> list[NodeView]:
         """Return the nodes that a policy selects and that offer anything."""
@@ -130,10 +143,10 @@ def _says(offer: OfferView, reason: Reason) -> bool:
 
 
 def _in_order(
-    snapshot: Snapshot,
+    snapshot: Snapshot, room: _Room
 ) -> Iterable[tuple[OfferView, PolicyView | None, Answer | None, Evaluation | None]]:
     """Yield offers with answers that need no capacity first, then the others by score, age and UID."""
-    ranked: list[tuple[int, datetime, str, OfferView, PolicyView, Evaluation]] = []
+    ranked: list[_Ranked] = []
     resolved: dict[str | None, tuple[PolicyView | None, Reason | None, str]] = {}
     for offer in snapshot.offers:
         if offer.spec is not None and offer.spec.policy_name not in resolved:
@@ -142,10 +155,26 @@ def _in_order(
         if early is not None or policy is None or evaluation is None:
             yield offer, policy, early, None
         else:
-            ranked.append((-evaluation.rank, offer.created, offer.uid, offer, policy, evaluation))
-    ranked.sort(key=itemgetter(0, 1, 2))
-    for *_, offer, policy, evaluation in ranked:
+            ranked.append((-evaluation.rank, offer.created, offer.uid, offer, evaluation, policy))
+    ranked.sort(key=_ORDER)
+    groups = (_still_standing(shape, group, snapshot, room) for shape, group in snapshot.standing.items())
+    for _, _, _, offer, evaluation, policy in heapq.merge(ranked, *groups, key=_ORDER):
         yield offer, policy, None, evaluation
+
+
+_Ranked = tuple[int, datetime, str, OfferView, Evaluation, PolicyView]
+_ORDER = itemgetter(0, 1, 2)
+
+
+def _still_standing(shape: Shape, group: Sequence[Waiting], snapshot: Snapshot, room: _Room) -> Iterable[_Ranked]:
+    """Yield a group's offers until what they wait for stands in the way of all that are left."""
+    policy = snapshot.policies[shape.policy]
+    for number, waiting in enumerate(group):
+        obstacle = room.obstacle(policy, waiting[4])
+        if obstacle is not None and obstacle.reason.value == shape.reason and not room.rejects(policy, obstacle):
+            room.passed_over += len(group) - number
+            return
+        yield (*waiting, policy)
 
 
 def _without_capacity(

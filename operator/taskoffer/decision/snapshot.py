@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from typing import NamedTuple
 
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
@@ -124,6 +125,20 @@ class MoveRequest:
     avoid_nodes: frozenset[str]
 
 
+class Shape(NamedTuple):
+    """What offers have in common that wait for the same thing: whatever stops one of them stops all."""
+
+    policy: str
+    gpus: int
+    lane: str | None
+    reason: str
+    """The reason that their status gives."""
+
+
+Waiting = tuple[int, datetime, str, OfferView, Evaluation]
+"""An offer in the order of admission: negative rank, creation time, UID, the offer and its evaluation."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """All that one cycle decides on."""
@@ -137,6 +152,11 @@ class Snapshot:
     evaluations: Mapping[tuple[str, str], Evaluation] = field(default_factory=dict)
     """Evaluations by offer UID and policy name; every offer with a spec and a policy in force has one."""
     moves: Sequence[MoveRequest] = ()
+    standing: Mapping[Shape, Sequence[Waiting]] = field(default_factory=dict)
+    """Offers beside ``offers`` whose answer still holds as long as the same thing stands in their way: they have a
+    policy in force, are refused by nothing in it, are active, are no duplicates and have not expired. In order."""
+    standing_end: datetime | None = None
+    """No standing offer expires before."""
 
     def policy_for(self, spec: TaskOfferSpec | OfferTerms) -> tuple[PolicyView | None, Reason | None, str]:
         """Return the policy that decides an offer, or the reason and message why there is none.

@@ -32,7 +32,6 @@ from taskoffer.decision.verdict import Verdict
 from taskoffer.reconcile.jobs import Jobs
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import OfferEntry, OfferState
-from taskoffer.reconcile.world import Assumed
 from taskoffer.render.offers import decision_patch, revocation_patch
 
 logger = logging.getLogger(__name__)
@@ -97,9 +96,7 @@ class Admission:
         PENDING.set(made.waiting)
         self._wake_at = made.wake_at
         for decision in made.decisions:
-            world.in_flight.add(decision.offer.uid)
-            if decision.answer.admission is not None:
-                world.assumed[decision.offer.uid] = Assumed(decision.offer.uid, decision.answer.admission)
+            world.send(decision.offer.uid, decision.answer.admission)
             writes.create_task(self._write(decision, now))
         self._session.answers_on_their_way(len(world.in_flight))
         for move in made.moves:

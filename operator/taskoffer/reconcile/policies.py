@@ -21,7 +21,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicyStatus
 from taskoffer.api.v1alpha1.meta import API_VERSION
 from taskoffer.decision.ledger import open_ledger
 from taskoffer.decision.policy_status import PolicyFacts, policy_status
-from taskoffer.decision.snapshot import OfferKey
+from taskoffer.decision.snapshot import OfferKey, Snapshot
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import PolicyEntry, read
 from taskoffer.reconcile.world import node_views
@@ -55,11 +55,6 @@ class Policies:
             # It is gone since the pass began.
             return
         before, _ = read(CapacityPolicyStatus, entry.status, "CapacityPolicy")
-        mine = [
-            offer
-            for offer in snapshot.offers
-            if offer.spec is not None and (found := snapshot.policy_for(offer.spec)[0]) and found.name == view.name
-        ]
         made = policy_status(
             PolicyFacts(
                 now=now,
@@ -68,7 +63,7 @@ class Policies:
                 valid=not view.problem,
                 nodes=tuple(node_views(session.world, view)),
                 ledger=open_ledger(snapshot.claims),
-                pending=len(mine),
+                pending=_pending(snapshot, view.name),
                 before=before or CapacityPolicyStatus(),
             )
         )
@@ -107,6 +102,16 @@ class Policies:
             if (condition.type, condition.reason) not in known and not good:
                 warning = condition.reason in (Reason.INVALID_POLICY, Reason.ALLOCATABLE_BELOW_BOOKED)
                 self._session.events.emit(subject, _reason(condition.reason), condition.message, warning=warning)
+
+
+def _pending(snapshot: Snapshot, policy: str) -> int:
+    """Return how many offers wait for a policy's decision or for its capacity."""
+    standing = sum(len(group) for shape, group in snapshot.standing.items() if shape.policy == policy)
+    return standing + sum(
+        1
+        for offer in snapshot.offers
+        if offer.spec is not None and (found := snapshot.policy_for(offer.spec)[0]) and found.name == policy
+    )
 
 
 def _counts_the_queue_only(before: CapacityPolicyStatus | None, made: CapacityPolicyStatus) -> bool:

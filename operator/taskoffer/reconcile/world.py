@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
 from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
-from taskoffer.decision.cycle import Move
+from taskoffer.decision.cycle import CAPACITY_REASONS, Move
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.ledger import Claim, NodeView, Source, open_ledger
-from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Sibling, Snapshot
+from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Shape, Sibling, Snapshot
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.pod_views import BatchJobEntry, PodEntry, batch_job_entry, pod_entry
+from taskoffer.reconcile.standing import Standing
 from taskoffer.reconcile.views import (
     NodeEntry,
     OfferEntry,
@@ -62,7 +64,14 @@ class World:
     moved: dict[OfferKey, Move] = field(default_factory=dict)
     """Places that a cycle has found and that are not yet written as an attempt: booked like an assumed admission."""
     by_state: dict[OfferState, dict[str, OfferEntry]] = field(default_factory=lambda: {s: {} for s in OfferState})
+    undecided: dict[str, OfferEntry] = field(default_factory=dict)
+    """Pending offers that each cycle looks at one by one: all but the standing ones."""
+    standing: Standing = field(default_factory=Standing)
+    settled_under: object = None
+    """The policies under which the standing offers were evaluated."""
     siblings: dict[tuple[str, str], dict[str, Sibling]] = field(default_factory=lambda: defaultdict(dict))
+    shared: set[tuple[str, str]] = field(default_factory=set)
+    """Namespaces and task ids that several offers have."""
     holding_by_job: dict[OfferKey, OfferEntry] = field(default_factory=dict)
     """Admitted, unfinished offers by the TrainingJob that is theirs."""
     jobs_by_key: dict[OfferKey, TrainingJobEntry] = field(default_factory=dict)
@@ -98,10 +107,9 @@ class World:
     def _index_offer(self, before: OfferEntry | None, after: OfferEntry | None) -> None:
         if before is not None:
             self.by_state[before.state].pop(before.uid, None)
-            place = self.siblings[before.key.namespace, before.task_id]
-            place.pop(before.uid, None)
-            if not place:
-                del self.siblings[before.key.namespace, before.task_id]
+            self.undecided.pop(before.uid, None)
+            self.standing.drop(before.uid)
+            self._leave_siblings(before)
             if before.state is OfferState.HOLDING:
                 self.holding_by_job.pop(before.job_key, None)
             self.stored_claims.pop(("admission", before.uid), None)
@@ -112,15 +120,47 @@ class World:
                 self.holding_by_job[after.job_key] = after
             self.by_state[after.state][after.uid] = after
             self._claim_offer(after)
-            self.siblings[after.key.namespace, after.task_id][after.uid] = Sibling(
-                after.created, after.uid, after.key.name, after.reason
-            )
-            if after.state is not OfferState.PENDING:
+            self._join_siblings(after)
+            if after.state is OfferState.PENDING:
+                self.undecided[after.uid] = after
+            else:
                 self.assumed.pop(after.uid, None)
         else:
             assert before is not None  # noqa: S101
             self.assumed.pop(before.uid, None)
             self.decided_here.discard(before.uid)
+
+    def _join_siblings(self, entry: OfferEntry) -> None:
+        place = entry.key.namespace, entry.task_id
+        same = self.siblings[place]
+        same[entry.uid] = Sibling(entry.created, entry.uid, entry.key.name, entry.reason)
+        if len(same) > 1:
+            self.shared.add(place)
+            self._unsettle(same)
+
+    def _leave_siblings(self, entry: OfferEntry) -> None:
+        place = entry.key.namespace, entry.task_id
+        same = self.siblings[place]
+        same.pop(entry.uid, None)
+        if len(same) < 2:
+            self.shared.discard(place)
+        if not same:
+            del self.siblings[place]
+
+    def _unsettle(self, uids: Iterable[str]) -> None:
+        """Have the next cycle look at these offers one by one."""
+        for uid in list(uids):
+            entry = self.offers.get(uid)
+            if entry is not None and entry.state is OfferState.PENDING:
+                self.standing.drop(uid)
+                self.undecided[uid] = entry
+
+    def send(self, uid: str, admission: Admission | None) -> None:
+        """Take in that an offer's answer is being written: it is not decided again, and an admission is booked."""
+        self.in_flight.add(uid)
+        self._unsettle((uid,))
+        if admission is not None:
+            self.assumed[uid] = Assumed(uid, admission)
 
     def _index_job(self, before: TrainingJobEntry | None, after: TrainingJobEntry | None) -> None:
         if before is not None and after is None:
@@ -181,29 +221,72 @@ class World:
         """Return what a cycle decides on: pending offers that are not being written, and every claim on a GPU."""
         policies = self.policy_views()
         resource = _resource(policies)
-        pending = [
-            entry
-            for entry in self.by_state[OfferState.PENDING].values()
-            if not entry.deleting and entry.uid not in self.in_flight and entry.uid not in self.held_back
-        ]
-        views = [entry.read_view() for entry in pending]
-        nodes = [node.view(resource) for node in self.nodes]
+        self._unsettle_what_changed(now, policies)
         snapshot = Snapshot(
             now=now,
-            offers=views,
+            offers=(),
             policies=policies,
-            nodes=nodes,
+            nodes=[node.view(resource) for node in self.nodes],
             claims=list(self.claims(resource)),
-            siblings={
-                key: tuple(
-                    replace(s, reason=Reason.ADMITTED.value) if s.uid in self.assumed else s for s in same.values()
-                )
-                for key, same in self.siblings.items()
-                if len(same) > 1
-            },
+            siblings={place: tuple(self._siblings_now(place)) for place in self.shared},
             moves=tuple(self.moves.values()),
         )
-        return _with_evaluations(snapshot, pending, views)
+        evaluations = self._settle(snapshot)
+        return replace(
+            snapshot,
+            offers=[entry.read_view() for entry in self.undecided.values() if self._may_decide(entry)],
+            evaluations=evaluations,
+            standing=self.standing.groups,
+            standing_end=self.standing.soonest_end,
+        )
+
+    def _may_decide(self, entry: OfferEntry) -> bool:
+        return not entry.deleting and entry.uid not in self.in_flight and entry.uid not in self.held_back
+
+    def _siblings_now(self, place: tuple[str, str]) -> Iterator[Sibling]:
+        for sibling in self.siblings[place].values():
+            assumed = sibling.uid in self.assumed
+            yield replace(sibling, reason=Reason.ADMITTED.value) if assumed else sibling
+
+    def _unsettle_what_changed(self, now: datetime, policies: dict[str, PolicyView]) -> None:
+        """Standing offers were evaluated under the policies of then, and may have expired since."""
+        under = [(p.ref, p.is_default, p.created, p.spec is None) for p in policies.values()]
+        if under != self.settled_under:
+            self.settled_under = under
+            self._unsettle(self.standing.clear())
+        self._unsettle(self.standing.drop_ended(now))
+
+    def _settle(self, snapshot: Snapshot) -> dict[tuple[str, str], Evaluation]:
+        """Evaluate the offers that are to be decided, and put those aside whose answer may well stand."""
+        evaluations: dict[tuple[str, str], Evaluation] = {}
+        settled: list[str] = []
+        for entry in self.undecided.values():
+            if not self._may_decide(entry):
+                continue
+            view = entry.read_view()
+            if view.spec is None:
+                continue
+            policy, _, _ = snapshot.policy_for(view.spec)
+            if policy is None or policy.spec is None:
+                continue
+            evaluation = _evaluation(entry, policy, policy.spec)
+            if self._stands(entry, view, evaluation, snapshot.now):
+                shape = Shape(policy.name, evaluation.gpus, evaluation.lane, view.reason or "")
+                self.standing.add(shape, view, evaluation)
+                settled.append(entry.uid)
+            else:
+                evaluations[entry.uid, policy.name] = evaluation
+        for uid in settled:
+            del self.undecided[uid]
+        return evaluations
+
+    def _stands(self, entry: OfferEntry, view: OfferView, evaluation: Evaluation, now: datetime) -> bool:
+        """Tell whether an offer's answer holds for as long as the same thing stands in its way."""
+        if view.reason not in CAPACITY_REASONS or view.observed_generation != view.generation:
+            return False
+        if evaluation.refusals or not entry.active or (entry.key.namespace, entry.task_id) in self.shared:
+            return False
+        return view.ends is None or now < view.ends
 
     def policy_views(self) -> dict[str, PolicyView]:
         """Return the policies by name. One that hands out another resource than the oldest does has no spec.
@@ -258,31 +341,15 @@ class World:
         return job.job.status.attempts[-1].assignments
 
 
-def _with_evaluations(snapshot: Snapshot, pending: list[OfferEntry], views: list[OfferView]) -> Snapshot:
-    found: dict[tuple[str, str], Evaluation] = {}
-    for entry, view in zip(pending, views, strict=True):
-        if view.spec is None:
-            continue
-        policy, _, _ = snapshot.policy_for(view.spec)
-        if policy is None or policy.spec is None:
-            continue
-        kept = entry.evaluation
-        if kept is None or kept[0] != policy.uid or kept[1] != policy.generation:
-            spec = entry.fresh_spec or entry.read_spec()[0]
-            assert spec is not None  # noqa: S101 - its terms were read
-            kept = entry.evaluation = (policy.uid, policy.generation, evaluate(spec, policy.spec))
-        entry.fresh_spec = None
-        found[entry.uid, policy.name] = kept[2]
-    return Snapshot(
-        now=snapshot.now,
-        offers=snapshot.offers,
-        policies=snapshot.policies,
-        nodes=snapshot.nodes,
-        claims=snapshot.claims,
-        siblings=snapshot.siblings,
-        evaluations=found,
-        moves=snapshot.moves,
-    )
+def _evaluation(entry: OfferEntry, policy: PolicyView, spec: CapacityPolicySpec) -> Evaluation:
+    """Return an offer's evaluation under a policy; made once for each generation of both."""
+    kept = entry.evaluation
+    if kept is None or kept[0] != policy.uid or kept[1] != policy.generation:
+        offered = entry.fresh_spec or entry.read_spec()[0]
+        assert offered is not None  # noqa: S101 - its terms were read
+        kept = entry.evaluation = (policy.uid, policy.generation, evaluate(offered, spec))
+    entry.fresh_spec = None
+    return kept[2]
 
 
 def _resource(policies: dict[str, PolicyView]) -> str:
