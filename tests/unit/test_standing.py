@@ -42,6 +42,7 @@ OFFERS = st.fixed_dictionaries(
     }
 )
 NAMES = st.sampled_from([f"o{number}" for number in range(6)])
+FATES = st.lists(st.sampled_from(["written", "lost", "refused"]), max_size=6)
 STEPS = st.one_of(
     st.tuples(st.just("offer"), NAMES, OFFERS),
     st.tuples(st.just("offer"), NAMES, OFFERS),
