@@ -15,24 +15,14 @@ from operator import itemgetter
 
 from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
-from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, FullMode
 from taskoffer.api.v1alpha1.meta import Assignment, PolicyRef
 from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, ExplanationItem, TaskOfferSpec
 from taskoffer.decision.evaluate import Evaluation
-from taskoffer.decision.ledger import Ledger, NodeView, best_fit, open_ledger
+from taskoffer.decision.ledger import best_fit
 from taskoffer.decision.naming import job_name
+from taskoffer.decision.room import Obstacle, Room
 from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView, Shape, Snapshot, Waiting
 from taskoffer.decision.verdict import Answer, Verdict
-
-CAPACITY_REASONS = frozenset(
-    {
-        Reason.INVENTORY_NOT_READY.value,
-        Reason.WAITING_FOR_JOB_SLOT.value,
-        Reason.WAITING_FOR_LANE.value,
-        Reason.WAITING_FOR_CAPACITY.value,
-    }
-)
-"""Reasons of a wait that capacity alone can end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +56,7 @@ class Plan:
 
 def plan(snapshot: Snapshot) -> Plan:
     """Decide every pending offer of the snapshot. Only answers whose verdict or reason changed are in the plan."""
-    room = _Room(snapshot)
+    room = Room(snapshot)
     moves = tuple(_moves(snapshot, room))
     decisions: list[Decision] = []
     wake_at = snapshot.standing_end
@@ -89,64 +79,17 @@ def plan(snapshot: Snapshot) -> Plan:
     return Plan(tuple(decisions), moves, wake_at, waiting + room.passed_over)
 
 
-@dataclass(frozen=True, slots=True)
-class _Obstacle:
-    """What stands in the way of every offer of one kind at the moment."""
-
-    reason: Reason
-    message: str
-    counterfactual: str
-
-
-class _Room:
-    """What is free while a cycle decides.
-
-    Offers of the same policy, GPU count and lane are alike: capacity only shrinks during a cycle, so what stops one
-    of them stops all that come after it. Only the first one of each kind pays for the search.
-    """
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.ledger = open_ledger(snapshot.claims)
-        self._nodes = {
-            name: [n for n in snapshot.nodes if policy.selects(n) and n.allocatable > 0]
-            for name, policy in snapshot.policies.items()
-            if policy.spec is not None
-        }
-        self._stopped: dict[tuple[str, int, str | None], _Obstacle] = {}
-        self.passed_over = 0
-        """Standing offers whose answer still holds."""
-
-    def nodes(self, policy: str) -> list[NodeView]:
-        """Return the nodes that a policy selects and that offer anything."""
-        return self._nodes.get(policy, [])
-
-    def obstacle(self, policy: PolicyView, evaluation: Evaluation) -> _Obstacle | None:
-        """Return what stops an offer of this kind, or None when it can be placed."""
-        kind = (policy.name, evaluation.gpus, evaluation.lane)
-        found = self._stopped.get(kind)
-        if found is None and policy.spec is not None:
-            found = _obstacle(policy.name, policy.spec, evaluation, self.ledger, self.nodes(policy.name))
-            if found is not None:
-                self._stopped[kind] = found
-        return found
-
-    @staticmethod
-    def rejects(policy: PolicyView, obstacle: _Obstacle) -> bool:
-        """Tell whether the policy refuses what it has no capacity for. An empty inventory is always a wait."""
-        full = policy.spec is not None and policy.spec.filters.on_full is FullMode.REJECT
-        return full and obstacle.reason is not Reason.INVENTORY_NOT_READY
-
-
 def _says(offer: OfferView, reason: Reason) -> bool:
     """Tell whether the offer's status gives this reason already, for this generation."""
     return offer.reason == reason.value and offer.observed_generation == offer.generation
 
 
 def _in_order(
-    snapshot: Snapshot, room: _Room
+    snapshot: Snapshot, room: Room
 ) -> Iterable[tuple[OfferView, PolicyView | None, Answer | None, Evaluation | None]]:
     """Yield offers with answers that need no capacity first, then the others by score, age and UID."""
-    ranked: list[_Ranked] = []
+    ranked: list[Waiting] = []
+    policies: dict[str, PolicyView] = {}
     resolved: dict[str | None, tuple[PolicyView | None, Reason | None, str]] = {}
     for offer in snapshot.offers:
         if offer.spec is not None and offer.spec.policy_name not in resolved:
@@ -155,26 +98,30 @@ def _in_order(
         if early is not None or policy is None or evaluation is None:
             yield offer, policy, early, None
         else:
-            ranked.append((-evaluation.rank, offer.created, offer.uid, offer, evaluation, policy))
-    ranked.sort(key=_ORDER)
-    groups = (_still_standing(shape, group, snapshot, room) for shape, group in snapshot.standing.items())
-    for _, _, _, offer, evaluation, policy in heapq.merge(ranked, *groups, key=_ORDER):
-        yield offer, policy, None, evaluation
+            ranked.append((-evaluation.rank, offer.created, offer.uid, offer, evaluation))
+            policies[offer.uid] = policy
+    ranked.sort(key=itemgetter(0, 1, 2))
+    for shape, (_, _, uid, offer, evaluation) in _by_rank(ranked, snapshot, room):
+        yield offer, snapshot.policies[shape.policy] if shape else policies[uid], None, evaluation
 
 
-_Ranked = tuple[int, datetime, str, OfferView, Evaluation, PolicyView]
-_ORDER = itemgetter(0, 1, 2)
-
-
-def _still_standing(shape: Shape, group: Sequence[Waiting], snapshot: Snapshot, room: _Room) -> Iterable[_Ranked]:
-    """Yield a group's offers until what they wait for stands in the way of all that are left."""
-    policy = snapshot.policies[shape.policy]
-    for number, waiting in enumerate(group):
-        obstacle = room.obstacle(policy, waiting[4])
-        if obstacle is not None and obstacle.reason.value == shape.reason and not room.rejects(policy, obstacle):
-            room.passed_over += len(group) - number
-            return
-        yield (*waiting, policy)
+def _by_rank(ranked: Sequence[Waiting], snapshot: Snapshot, room: Room) -> Iterable[tuple[Shape | None, Waiting]]:
+    """Merge the ranked offers with the standing groups; a group ends where its obstacle is met again."""
+    queues: list[tuple[Shape | None, Sequence[Waiting]]] = [(None, ranked), *snapshot.standing.items()]
+    heads = [(queue[0][:3], number, 0) for number, (_, queue) in enumerate(queues) if queue]
+    heapq.heapify(heads)
+    while heads:
+        _, number, at = heads[0]
+        shape, queue = queues[number]
+        if shape is not None and room.still_stops(snapshot.policies[shape.policy], queue[at][4], shape.reason):
+            room.passed_over += len(queue) - at
+            heapq.heappop(heads)
+            continue
+        yield shape, queue[at]
+        if at + 1 < len(queue):
+            heapq.heapreplace(heads, (queue[at + 1][:3], number, at + 1))
+        else:
+            heapq.heappop(heads)
 
 
 def _without_capacity(
@@ -251,8 +198,8 @@ def _place(
     offer: OfferView,
     policy: PolicyView,
     evaluation: Evaluation,
-    obstacle: _Obstacle | None,
-    room: _Room,
+    obstacle: Obstacle | None,
+    room: Room,
     now: datetime,
 ) -> Answer:
     """Answer an offer that passed every filter: admit it where it fits, else say what is missing."""
@@ -312,58 +259,7 @@ def deadline_of(spec: TaskOfferSpec | OfferTerms, start: datetime) -> datetime |
     return min(due, spec.deadline) if spec.deadline is not None else due
 
 
-def _obstacle(
-    policy_name: str,
-    policy: CapacityPolicySpec,
-    evaluation: Evaluation,
-    ledger: Ledger,
-    eligible: Sequence[NodeView],
-) -> _Obstacle | None:
-    """Return the first thing that stands in the way of such an offer, or None."""
-    resource, gpus = policy.resources[0].name, evaluation.gpus
-    usable = [n for n in eligible if n.ready]
-    if not usable:
-        return _Obstacle(
-            Reason.INVENTORY_NOT_READY,
-            f"no Ready and schedulable node that the policy selects offers {resource}",
-            "admitted once such a node is Ready",
-        )
-    slots = policy.filters.max_concurrent_jobs
-    if slots is not None and ledger.running(policy_name) >= slots:
-        return _Obstacle(
-            Reason.WAITING_FOR_JOB_SLOT,
-            f"{ledger.running(policy_name)} of {slots} concurrent jobs run",
-            "admitted once one of them has ended",
-        )
-    if evaluation.lane is not None:
-        size = next(lane.gpus for lane in policy.lanes if lane.name == evaluation.lane)
-        used = ledger.lane_used(policy_name, evaluation.lane)
-        if used + gpus > size:
-            return _Obstacle(
-                Reason.WAITING_FOR_LANE,
-                f"needs {gpus} x {resource} in lane {evaluation.lane}, where {used} of {size} are booked",
-                f"admitted once {used + gpus - size} more are free in lane {evaluation.lane}",
-            )
-    large = [n for n in usable if n.allocatable >= gpus]
-    if not large:
-        largest = max(usable, key=lambda n: (n.allocatable, n.name))
-        return _Obstacle(
-            Reason.WAITING_FOR_CAPACITY,
-            f"needs {gpus} x {resource} on one node; the largest Ready node, {largest.name}, has {largest.allocatable}",
-            f"admitted once a node with {gpus} x {resource} is Ready",
-        )
-    freest = max(large, key=lambda n: (ledger.free(n), n.name))
-    if ledger.free(freest) < gpus:
-        free = max(0, ledger.free(freest))
-        return _Obstacle(
-            Reason.WAITING_FOR_CAPACITY,
-            f"needs {gpus} x {resource} on one node; {freest.name} has the most free, {free} of {freest.allocatable}",
-            f"admitted once {gpus - free} more are free on {freest.name}",
-        )
-    return None
-
-
-def _moves(snapshot: Snapshot, room: _Room) -> Iterable[Move]:
+def _moves(snapshot: Snapshot, room: Room) -> Iterable[Move]:
     """Find GPUs for attempts that must move. Their holder stays charged where its old pods still are."""
     ledger = room.ledger
     for request in snapshot.moves:

@@ -12,9 +12,10 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
-from taskoffer.decision.cycle import CAPACITY_REASONS, Move
+from taskoffer.decision.cycle import Move
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.ledger import Claim, NodeView, Source, open_ledger
+from taskoffer.decision.room import CAPACITY_REASONS
 from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Shape, Sibling, Snapshot
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.pod_views import BatchJobEntry, PodEntry, batch_job_entry, pod_entry
