@@ -18,6 +18,7 @@ from fault_proxy import FaultProxy
 from fault_requests import Object
 from taskoffer_lab.api_client import ApiClient
 from taskoffer_lab.local_provider import LocalCluster
+from taskoffer_lab.process_table import wait_until
 
 SECONDS = 20.0
 BROKEN = (ConnectionError, http.client.HTTPException)
@@ -135,8 +136,10 @@ def proxy(crds: LocalCluster) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def client(proxy: FaultProxy, crds: LocalCluster, namespace: str) -> Client:
-    """A client in a namespace of its own."""
-    return Client(proxy, crds.api, namespace)
+    """A client in a namespace of its own, which has already got the configmap that every namespace gets."""
+    made = Client(proxy, crds.api, namespace)
+    wait_until(lambda: made.stored("kube-root-ca.crt"), "the authority's configmap", SECONDS)
+    return made
 
 
 @pytest.fixture

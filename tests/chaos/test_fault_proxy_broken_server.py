@@ -27,6 +27,7 @@ EVENT = json.dumps({"type": "ADDED", "object": {"metadata": {"name": "one"}}}).e
 class Handler(BaseHTTPRequestHandler):
     """Hangs up on writes, and lets a function of the test write a watch's stream."""
 
+    protocol_version = "HTTP/1.1"
     stream: Callable[[Handler], object]
 
     def do_POST(self) -> None:
@@ -34,12 +35,17 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def do_GET(self) -> None:
-        """Send what the test wants to be sent, and hang up."""
+        """Send what the test wants to be sent, and hang up before the answer has come to its end."""
         self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         self.wfile.flush()
         self.close_connection = True
         type(self).stream(self)
+
+    def send(self, content: bytes) -> None:
+        """Send a piece of the stream."""
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
 
     def log_message(self, *_args: object) -> None:
         """Say nothing."""
@@ -98,7 +104,7 @@ def test_the_outcome_of_a_write_is_open_when_the_server_hangs_up() -> None:
 
 
 def test_a_watch_ends_when_the_server_breaks_off() -> None:
-    with server(lambda handler: handler.wfile.write(EVENT)) as config, FaultProxy(config) as proxy:
+    with server(lambda handler: handler.send(EVENT)) as config, FaultProxy(config) as proxy:
         with watch(proxy) as broken:
             assert broken.next() == ("ADDED", "one")
             assert broken.next() is None
@@ -107,7 +113,7 @@ def test_a_watch_ends_when_the_server_breaks_off() -> None:
 
 def test_an_event_that_the_server_has_not_finished_is_not_passed_on() -> None:
     with (
-        server(lambda handler: handler.wfile.write(EVENT + EVENT[:20])) as config,
+        server(lambda handler: handler.send(EVENT + EVENT[:20])) as config,
         FaultProxy(config) as proxy,
         watch(proxy) as broken,
     ):
@@ -131,18 +137,19 @@ def test_a_client_that_does_not_read_keeps_nothing_from_ending() -> None:
         handler.connection.settimeout(0.5)
         try:
             while True:
-                handler.wfile.write(EVENT * 1000)
+                handler.send(EVENT * 1000)
         except OSError:
             # Every buffer on the way is full.
             full.set()
             ends.wait(SECONDS)
 
     with server(flood) as config:
-        with FaultProxy(config) as proxy, socket.create_connection(address_of(proxy)) as deaf:
+        # The client outlives the proxy.
+        with socket.socket() as deaf, FaultProxy(config) as proxy:
+            deaf.connect(address_of(proxy))
             deaf.sendall(b"GET /api/v1/configmaps?watch=1 HTTP/1.1\r\nHost: proxy\r\n\r\n")
             assert full.wait(SECONDS)
             assert proxy.cut_watches() == 1
-            deaf.sendall(b"x")
         ends.set()
 
 
