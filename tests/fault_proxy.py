@@ -262,7 +262,7 @@ class FaultProxy:
             if isinstance(fault.action, Stall | Swallow) or not fault.fits(exchange.record, content):
                 continue
             if action := fault.strike():
-                exchange.record.fault = fault.name
+                exchange.record.fault = fault.name if action is fault.action else f"{fault.name}: {action}"
                 return await action.perform(exchange, fault)
         return Then.GO_ON
 

@@ -13,7 +13,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -56,6 +56,12 @@ class Exchange(Protocol):
 
 class Action(abc.ABC):
     """What a fault does."""
+
+    def __str__(self) -> str:
+        # Every action is a dataclass, which a base class cannot say.
+        given = [(field, getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]
+        words = ", ".join(f"{field.name}={value!r}" for field, value in given if value != field.default)
+        return f"{type(self).__name__}({words})"
 
     def fits(self, record: Record) -> bool:
         """Tell whether this can be done to such a request at all."""

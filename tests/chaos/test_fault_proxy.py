@@ -268,6 +268,9 @@ def test_a_storm_strikes_the_same_requests_again_with_the_same_seed(client: Clie
                     client.create(f"{prefix}-{number}")
                 except BROKEN:
                     assert last(client.proxy).status is None
+        assert {record.fault for record in client.proxy.seen(CREATES)} == {
+            *(None, "storm: Answer(status=503)", "storm: Drop(after_commit=True)"),
+        }
         seen = [(r.status, r.committed) for r in client.proxy.seen(Match(("create",), name=f"{prefix}-.*"))]
         assert storm.counts[str(Answer(503))] == seen.count((503, False))
         assert storm.struck == 20 - seen.count((201, True))
