@@ -11,6 +11,7 @@ import pytest
 from builders import (
     make_admission,
     make_condition,
+    make_job,
     make_node,
     make_offer,
     make_pod,
@@ -213,6 +214,24 @@ def test_gpus_of_an_unreadable_admission_are_not_given_away_while_its_job_is_the
             await rig.quiet(30)
             assert rig.booked() == {"node-a": 4}
             assert rig.verdict("b") == ("False", "WaitingForCapacity")
+
+    run_virtually(main())
+
+
+@pytest_virtual
+def test_an_admission_that_cannot_be_taken_back_says_what_is_in_the_way_until_that_has_ended() -> None:
+    async def main() -> None:
+        kube = FakeKube()
+        kube.put(OFFERS, make_offer(name="a", parameters=ONE_GPU, status={"admission": "lost"}), uid="a-uid")
+        kube.put(BATCH_JOBS, make_job(training_job="a-a-uid", offer_uid="a-uid"))
+        async with leading(kube) as rig:
+            await rig.quiet(60)
+            told = [e["message"] for e in kube.all(EVENTS) if e["reason"] == "InvalidOffer"]
+            assert len(told) == 1
+            assert "not taken back while Job a-a-uid-1 may use its GPUs: remove what is left" in told[0]
+            assert rig.booked() == {"node-a": 1}
+            kube.change(BATCH_JOBS, "a-a-uid-1", {"status": {"conditions": [{"type": "Failed", "status": "True"}]}})
+            await rig.until(lambda: rig.verdict("a") == ADMITTED)
 
     run_virtually(main())
 

@@ -44,7 +44,7 @@ from taskoffer.decision.job_facts import (
 )
 from taskoffer.decision.lifecycle import step
 from taskoffer.decision.snapshot import OfferKey
-from taskoffer.reconcile.observed import is_over, job_facts, log_tail
+from taskoffer.reconcile.observed import is_over, job_facts, left_of, log_tail
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry
 from taskoffer.render.job import attempt_job, config_map
@@ -76,7 +76,7 @@ class Jobs:
         self.reports: dict[OfferKey, ProgressReport] = {}
         self.revoke: Revoke | None = None
         self._reported: dict[OfferKey, str] = {}
-        """Versions of the unreadable TrainingJobs that were spoken of."""
+        """Versions of the objects behind a key that cannot be handled and were spoken of."""
 
     async def run(self) -> None:
         """Work for ever."""
@@ -106,10 +106,7 @@ class Jobs:
             return True
         else:
             return True
-        world = self._session.world
-        return any(j.offer_uid == offer_uid for j in world.batch_jobs) or any(
-            p.offer_uid == offer_uid and not p.view.terminal for p in world.pods
-        )
+        return bool(left_of(self._session.world, offer_uid))
 
     async def _work(self, *, patient: bool) -> None:
         session = self._session
@@ -186,7 +183,6 @@ class Jobs:
         world = self._session.world
         entry = world.jobs_by_key.get(key)
         if entry is None:
-            self._reported.pop(key, None)
             await self._derive(key)
             return
         offer = world.holding_by_job.get(key)
@@ -281,8 +277,14 @@ class Jobs:
         return NameTakenError(message)
 
     async def _take_back(self, offer: OfferEntry, reason: Reason, message: str) -> None:
-        if self.revoke is None or not await self.revoke(offer, reason, message):
-            self._later(offer.job_key, 2.0)
+        if self.revoke is not None and await self.revoke(offer, reason, message):
+            return
+        left = left_of(self._session.world, offer.uid)
+        self._later(offer.job_key, 10.0 if left else 2.0)
+        if left and self._reported.get(offer.job_key) != offer.version:
+            self._reported[offer.job_key] = offer.version
+            message = f"{message}; not taken back while {', '.join(left[:3])} may use its GPUs: remove what is left"
+            self._session.events.emit(_offer_subject(offer), reason, message, warning=True)
 
     async def _apply(self, key: OfferKey, entry: TrainingJobEntry, made: JobPlan, facts: JobFacts) -> None:
         session = self._session

@@ -50,6 +50,12 @@ def is_over(job: TrainingJob) -> bool:
     return is_true(job.status.conditions, "Complete") or is_true(job.status.conditions, "Failed")
 
 
+def left_of(world: World, offer_uid: str) -> list[str]:
+    """Name the Jobs and pods of an offer that have not ended."""
+    jobs = [f"Job {j.view.name}" for j in world.batch_jobs if j.offer_uid == offer_uid and not j.view.finished]
+    return jobs + [f"pod {p.view.name}" for p in world.pods if p.offer_uid == offer_uid and not p.view.terminal]
+
+
 async def log_tail(kube: Kube, namespace: str, pod: str) -> str:
     """Return the last lines of a training container's log, or nothing when the kubelet does not give them."""
     try:
