@@ -73,8 +73,18 @@ GARBAGE: tuple[Any, ...] = (
 """What stands where something else was expected."""
 
 
+_KNOWN: dict[tuple[int, str], Strategy] = {}
+
+
 def fitting(schema: Schema, name: str = "") -> Strategy:
     """Return values that a structural schema allows; ``name`` is the field that they are for."""
+    # Schemas are kept for ever, and hypothesis is quicker with a strategy that it knows.
+    if (id(schema), name) not in _KNOWN:
+        _KNOWN[id(schema), name] = _fitting(schema, name)
+    return _KNOWN[id(schema), name]
+
+
+def _fitting(schema: Schema, name: str) -> Strategy:
     if "enum" in schema:
         return st.sampled_from(schema["enum"])
     match schema.get("type"):

@@ -308,8 +308,11 @@ def answered(kube: FakeKube, raw: Object) -> bool:
         return True
     status, found = raw.get("status") or {}, condition_of(raw, "Admitted")
     if status.get("admission") is not None:
-        # What is held is held for a job.
-        return bool([j for j in kube.all(JOBS_OF_TRAINING) if j["metadata"]["name"] == job_of(raw["metadata"]["name"])])
+        # What is held is held for a job, or an event says what it is held for.
+        name = raw["metadata"]["name"]
+        jobs = [j["metadata"]["name"] for j in kube.all(JOBS_OF_TRAINING)]
+        told = [e["message"] for e in kube.all(EVENTS) if e["involvedObject"]["name"] == name]
+        return job_of(name) in jobs or any("not taken back while" in message for message in told)
     known = found is not None and found.get("reason") in {reason.value for reason in Reason}
     return known and status.get("observedGeneration") == raw["metadata"]["generation"]
 
