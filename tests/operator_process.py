@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -93,14 +94,23 @@ class OperatorProcess:
         directory: Where its kubeconfig and its log go.
         arguments: Further arguments of `taskoffer run`.
         through: A proxy that stands between it and the API server.
+        program: What Python runs in place of the product's own entry point.
     """
 
-    def __init__(self, cluster: Cluster, directory: Path, *arguments: str, through: FaultProxy | None = None) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        directory: Path,
+        *arguments: str,
+        through: FaultProxy | None = None,
+        program: Sequence[str] = ("-m", "taskoffer"),
+    ) -> None:
         self._cluster = cluster
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._number = next(_numbers)
         self._arguments = arguments
+        self._program = program
         self._kubeconfig = operator_kubeconfig(cluster, directory)
         if through is not None:
             self._kubeconfig = through.kubeconfig(self._kubeconfig, directory)
@@ -134,7 +144,7 @@ class OperatorProcess:
         self._log = self.log_file.open("ab")
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "taskoffer", "run", "-v", "--listen", "127.0.0.1"),
+                *(sys.executable, *self._program, "run", "-v", "--listen", "127.0.0.1"),
                 *("--kubeconfig", str(self._kubeconfig), "--port", str(self.port), *self._arguments),
             ],
             stdin=subprocess.DEVNULL,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -15,14 +13,12 @@ from typing import Any
 import pytest
 
 from builders import make_admission
-from fake_node import Object, Script
+from fake_node import Object
 from operator_bench import Bench, condition
 from operator_process import LEASE, OperatorProcess
 from taskoffer_lab.process_table import wait_until
 
 TAKEOVER_SECONDS = 15.0
-OFFERS = 150
-KILLS = 20
 
 
 @pytest.fixture
@@ -247,63 +243,3 @@ def test_a_restart_does_not_see_free_gpus_where_a_pod_still_runs(bench: Bench, r
     bench.booked(node, 4)
     bench.end(pod, 143)
     bench.decided("second", "Admitted")
-
-
-def test_kills_at_random_moments_lose_nothing_and_book_nothing_twice(bench: Bench, replica: OperatorProcess) -> None:
-    chance = random.Random(random.getrandbits(32))
-    script = Script(run_seconds=0.1, exit_code=fails_first)
-    for name in ("a", "b", "c"):
-        bench.kubelet.automate(bench.node(name), script)
-    started(bench, replica)
-    bench.policy()
-    numbers = itertools.count()
-    for round_ in range(KILLS):
-        for number in itertools.islice(numbers, OFFERS // KILLS + (round_ < OFFERS % KILLS)):
-            create_random(bench, number)
-        wait_for_events(bench, chance.randint(1, 60))
-        with down(bench):
-            replica.kill(forget_lease=True)
-            if chance.random() < 0.3:
-                # Killed again, somewhere between its first line and its first decision.
-                replica.start(leading=False)
-                wait_for_events(bench, chance.randint(1, 20))
-                replica.kill(forget_lease=True)
-            replica.start()
-    ends = {number: condition(finished(bench, number), "Finished")["reason"] for number in range(OFFERS)}
-    assert {n for n, reason in ends.items() if reason == "Rejected"} == {n for n in ends if is_too_long(n)}
-    assert {n for n, reason in ends.items() if reason == "Succeeded"} == {n for n in ends if not is_too_long(n)}
-    # Nothing was run twice: an attempt more only where a pod had failed.
-    for number in range(OFFERS):
-        jobs = bench.batch_jobs(bench.get(f"offer-{number}"))
-        assert len(jobs) == (0 if is_too_long(number) else 2 if number % 10 == 7 else 1), number
-    for node in bench.nodes:
-        bench.booked(node, 0)
-
-
-def is_too_long(number: int) -> bool:
-    """Tell which offers of the long run are to be refused."""
-    return number % 5 == 3
-
-
-def fails_first(pod: Object) -> int:
-    """Let the first attempt of some offers fail."""
-    labels = pod["metadata"]["labels"]
-    number = int(labels["taskoffer.dev/job"].split("-")[1])
-    return int(number % 10 == 7 and labels["taskoffer.dev/attempt"] == "1")
-
-
-def create_random(bench: Bench, number: int) -> None:
-    """Create one offer of the long run."""
-    bench.offer(f"offer-{number}", (1, 2, 4)[number % 3], hours=40 if is_too_long(number) else 1)
-
-
-def finished(bench: Bench, number: int) -> Object:
-    """Wait until an offer of the long run has ended."""
-    return bench.until(f"offer-{number}", lambda o: condition(o, "Finished") != {}, "finished", 120)
-
-
-def wait_for_events(bench: Bench, count: int) -> None:
-    """Wait until so many things have happened in the cluster, or nothing more does."""
-    wanted = len(bench.audit.events) + count
-    quiet = time.monotonic() + 1.0
-    wait_until(lambda: len(bench.audit.events) >= wanted or time.monotonic() >= quiet, "something", 5.0, interval=0.005)
