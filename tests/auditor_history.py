@@ -100,6 +100,18 @@ def job_is_over(job: Object) -> bool:
     return is_true(job, "Complete") or is_true(job, "Failed")
 
 
+def has_spent_its_pod(job: Object, pods: Iterable[Object]) -> bool:
+    """Tell whether a Job that makes one pod only has had it; its own status says so a second or more later."""
+    spec = job["spec"]
+    if spec.get("completions") != 1 or spec.get("backoffLimit") != 0 or spec.get("podFailurePolicy"):
+        return False
+    uid = job["metadata"]["uid"]
+    return any(
+        pod_is_over(pod) and any(owner["uid"] == uid for owner in pod["metadata"].get("ownerReferences") or ())
+        for pod in pods
+    )
+
+
 def pod_is_over(pod: Object) -> bool:
     """Tell whether all containers of a pod have ended."""
     return pod.get("status", {}).get("phase") in ("Succeeded", "Failed")

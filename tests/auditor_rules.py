@@ -31,6 +31,7 @@ from auditor_history import (
     condition,
     gpus_of_job,
     gpus_of_pod_spec,
+    has_spent_its_pod,
     in_order,
     is_true,
     job_is_over,
@@ -113,7 +114,8 @@ class JobFits(Rule):
         by_pods: dict[str, int] = {}
         for job in world.objects[JOB].values():
             owner = offer_uid_of(JOB, job)
-            if owner and not job_is_over(job) and node in pinned_nodes(job):
+            over = job_is_over(job) or has_spent_its_pod(job, world.objects[POD].values())
+            if owner and not over and node in pinned_nodes(job):
                 by_jobs[owner] = max(by_jobs.get(owner, 0), gpus_of_job(job, resource))
         for uid, pod in world.objects[POD].items():
             if pod["spec"].get("nodeName") != node or pod_is_over(pod):

@@ -273,7 +273,11 @@ def make_job(
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {"name": f"{training_job}-{attempt}", "namespace": namespace, "labels": labels},
-        "spec": {"backoffLimit": 0, "template": make_pod_template(gpus=gpus, node=node, labels=labels)},
+        "spec": {
+            "completions": 1,
+            "backoffLimit": 0,
+            "template": make_pod_template(gpus=gpus, node=node, labels=labels),
+        },
     }
     if status is not None:
         made["status"] = status
@@ -288,14 +292,17 @@ def make_pod(
     node: str | None = "node-a",
     phase: str = "Running",
     labels: dict[str, str] | None = None,
+    job_uid: str | None = None,
 ) -> Object:
-    """Return a Pod that is bound to a node; without labels it is foreign."""
+    """Return a Pod that is bound to a node; without labels it is foreign. ``job_uid`` makes a Job its owner."""
     template = make_pod_template(gpus=gpus, node=None)
     bound = {} if node is None else {"nodeName": node}
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "job", "uid": job_uid, "controller": True}
+    owners = {} if job_uid is None else {"ownerReferences": [owner]}
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name, "namespace": namespace, "labels": labels or {}},
+        "metadata": {"name": name, "namespace": namespace, "labels": labels or {}, **owners},
         "spec": {**template["spec"], **bound},
         "status": {"phase": phase},
     }

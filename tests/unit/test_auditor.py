@@ -118,6 +118,15 @@ class Story:
         self.job(name, gpus, node)
         self.pod(name, gpus, node, owner=name)
 
+    def run_once(self, name: str, **spec: Any) -> None:
+        """Tell a whole admission whose Job owns its pod and has these fields."""
+        self.run(name)
+        uid = f"job-{name}-1"
+        job, pod = self._objects[JOB, uid], self._objects[POD, f"pod-{name}"]
+        self.put(JOB, {**job, "spec": {**job["spec"], **spec}})
+        owners = [{"kind": "Job", "name": job["metadata"]["name"], "uid": uid}]
+        self.put(POD, {**pod, "metadata": {**pod["metadata"], "ownerReferences": owners}})
+
     def judged(self, **limits: Any) -> list[Violation]:
         return audit(self.events, self.clock, Limits(**limits))
 
@@ -172,6 +181,14 @@ def gpus_of_an_ended_pod_are_free(story: Story) -> None:
     story.job_ends("one")
     story.run("two")
     story.end("one")
+
+
+def a_job_that_has_had_its_only_pod(story: Story) -> None:
+    """Its own status says so later; it makes no other one."""
+    story.run_once("one", completions=1, backoffLimit=0)
+    story.pod_ends("one")
+    story.end("one")
+    story.run("two")
 
 
 def a_foreign_pod_that_nobody_could_know(story: Story) -> None:
@@ -241,6 +258,7 @@ CLEAN = [
     revoked_and_admitted_elsewhere,
     next_attempt_of_the_same_offer_counts_once,
     gpus_of_an_ended_pod_are_free,
+    a_job_that_has_had_its_only_pod,
     a_foreign_pod_that_nobody_could_know,
     a_node_that_has_just_shrunk,
     an_offer_deleted_under_the_operator,
@@ -407,6 +425,13 @@ def a_score_before_the_verdict(story: Story) -> None:
     story.job("one")
 
 
+def a_job_that_may_make_another_pod(story: Story) -> None:
+    story.run_once("one", completions=1, backoffLimit=3)
+    story.pod_ends("one")
+    story.end("one")
+    story.run("two")
+
+
 BROKEN: list[tuple[Callable[[Story], None], str, str]] = [
     (
         two_jobs_on_the_same_gpus,
@@ -416,6 +441,7 @@ BROKEN: list[tuple[Callable[[Story], None], str, str]] = [
     (a_job_beside_a_foreign_pod, "a", "pod default/foreign holds 1"),
     (a_job_right_after_start_beside_an_older_foreign_pod, "a", "pod default/foreign holds 1"),
     (a_job_while_the_last_pod_still_ends, "a", "one holds 8"),
+    (a_job_that_may_make_another_pod, "a", "one holds 8"),
     (a_job_on_a_node_that_does_not_exist, "a", "node-z, which offers 0"),
     (a_job_on_a_node_that_shrank_long_ago, "a", "which offers 4"),
     (a_job_that_is_not_pinned, "a", "names no node"),

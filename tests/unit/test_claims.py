@@ -69,8 +69,8 @@ STATES: dict[str, list[tuple[dict[str, Any], str]]] = {
         (make_job(training_job=JOB, offer_uid=OFFER, gpus=2, attempt=2, node="node-b"), "batch2-uid"),
     ],
     "pods": [
-        (make_pod("p", gpus=2, labels=LABELS), "pod-uid"),
-        (make_pod("p", gpus=2, labels=LABELS, phase="Succeeded"), "pod-uid"),
+        (make_pod("p", gpus=2, labels=LABELS, job_uid="batch-uid"), "pod-uid"),
+        (make_pod("p", gpus=2, labels=LABELS, phase="Succeeded", job_uid="batch-uid"), "pod-uid"),
         (make_pod("foreign", gpus=1, node="node-b"), "foreign-uid"),
         (make_pod("unbound", gpus=1, node=None), "unbound-uid"),
     ],
@@ -135,6 +135,31 @@ def test_a_move_of_the_job_moves_the_claim_of_its_offer() -> None:
     world.offers.observe("ADDED", stored(STATES["offers"][1][0], uid=OFFER))
     world.jobs.observe("ADDED", stored(STATES["jobs"][2][0], uid="job-uid"))
     assert set(claims(world)) == {(OFFER, "node-b", 2, "admission")}
+
+
+@pytest.mark.parametrize(
+    ("spec", "claimed"),
+    [
+        ({}, False),
+        ({"completions": 2}, True),
+        ({"backoffLimit": 1}, True),
+        ({"podFailurePolicy": {"rules": [{"action": "Ignore"}]}}, True),
+    ],
+    ids=["one pod, whatever comes", "two pods", "a second try", "some ends do not count"],
+)
+@pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
+def test_a_job_whose_only_pod_has_ended_claims_nothing_any_more(
+    spec: dict[str, Any], claimed: bool, phase: str
+) -> None:
+    world = World()
+    made = make_job(training_job=JOB, offer_uid=OFFER, gpus=2)
+    world.batch_jobs.observe("ADDED", stored({**made, "spec": {**made["spec"], **spec}}, uid="batch-uid"))
+    pod = make_pod("p", gpus=2, labels=LABELS, job_uid="batch-uid")
+    world.pods.observe("ADDED", stored(pod, uid="pod-uid", resource_version="2"))
+    assert {c.source for c in world.claims(GPU)} == {"job", "pod"}
+    pod["status"]["phase"] = phase
+    world.pods.observe("MODIFIED", stored(pod, uid="pod-uid", resource_version="3"))
+    assert [c.source for c in world.claims(GPU)] == (["job"] if claimed else [])
 
 
 def test_claims_follow_the_resource_that_policies_hand_out() -> None:

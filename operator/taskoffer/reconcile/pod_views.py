@@ -54,6 +54,8 @@ class PodEntry:
     node: str | None
     requests: dict[str, int]
     ip: str | None
+    job_uid: str | None
+    """UID of the Job that made it."""
     view: PodView
 
 
@@ -77,6 +79,7 @@ def pod_entry(raw: Raw) -> PodEntry:
         node=spec.get("nodeName") or pinned_node(spec),
         requests=requested(spec),
         ip=status.get("podIP"),
+        job_uid=owner.get("uid"),
         view=PodView(
             name=metadata["name"],
             uid=metadata["uid"],
@@ -129,6 +132,8 @@ class BatchJobEntry:
     lane: str | None
     node: str | None
     requests: dict[str, int]
+    once: bool
+    """Whether it makes no other pod after its first one, however that ends."""
     view: JobView
 
 
@@ -147,6 +152,7 @@ def batch_job_entry(raw: Raw) -> BatchJobEntry:
         lane=labels.get(LANE_LABEL),
         node=pinned_node(template),
         requests=requested(template),
+        once=spec.get("completions") == 1 and spec.get("backoffLimit") == 0 and not spec.get("podFailurePolicy"),
         view=JobView(
             metadata["name"],
             metadata["uid"],

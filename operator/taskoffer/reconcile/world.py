@@ -78,6 +78,8 @@ class World:
     jobs_by_key: dict[OfferKey, TrainingJobEntry] = field(default_factory=dict)
     pods_of: dict[OfferKey, dict[str, PodEntry]] = field(default_factory=lambda: defaultdict(dict))
     batch_of: dict[OfferKey, dict[str, BatchJobEntry]] = field(default_factory=lambda: defaultdict(dict))
+    spent: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Pods that have ended by the UID of their Job. The Job itself says so a second or more later."""
     stored_claims: dict[tuple[Source, str], tuple[Claim, ...]] = field(default_factory=dict)
     """What stored objects claim of ``claimed``, by source and UID. It changes with them, not with every cycle."""
     claimed: str = ""
@@ -181,6 +183,23 @@ class World:
             self._claim_pod(after)
         elif before is not None:
             self.stored_claims.pop(("pod", before.uid), None)
+        self._spend(before, after)
+
+    def _spend(self, before: PodEntry | None, after: PodEntry | None) -> None:
+        """Note which Jobs have had their pod, and what they claim now."""
+        ended = [(e.job_uid if e is not None and e.view.terminal else None) for e in (before, after)]
+        if ended[0] == ended[1]:
+            return
+        if before is not None and ended[0] is not None:
+            self.spent[ended[0]].discard(before.uid)
+            if not self.spent[ended[0]]:
+                del self.spent[ended[0]]
+        if after is not None and ended[1] is not None:
+            self.spent[ended[1]].add(after.uid)
+        for uid in ended:
+            job = self.batch_jobs.get(uid) if uid is not None else None
+            if job is not None:
+                self._claim_batch(job)
 
     def _index_batch(self, before: BatchJobEntry | None, after: BatchJobEntry | None) -> None:
         _reindex(self.batch_of, _job_key(before), _job_key(after), before, after)
@@ -202,7 +221,8 @@ class World:
 
     def _claim_batch(self, job: BatchJobEntry) -> None:
         count = job.requests.get(self.claimed, 0)
-        if count and job.node is not None and not job.view.finished and not job.view.suspended:
+        over = job.view.finished or job.view.suspended or (job.once and job.uid in self.spent)
+        if count and job.node is not None and not over:
             claim = Claim(job.offer_uid, job.node, count, "job", job.policy, job.lane)
             self.stored_claims["job", job.uid] = (claim,)
         else:
