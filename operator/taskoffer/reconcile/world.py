@@ -14,10 +14,11 @@ from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.decision.cycle import Move
 from taskoffer.decision.evaluate import Evaluation, evaluate
-from taskoffer.decision.ledger import Claim, NodeView, Source, open_ledger
+from taskoffer.decision.ledger import Claim, NodeView, open_ledger
 from taskoffer.decision.room import CAPACITY_REASONS
 from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Shape, Sibling, Snapshot
 from taskoffer.reconcile.cache import Store
+from taskoffer.reconcile.charges import Charges, claim_of
 from taskoffer.reconcile.pod_views import BatchJobEntry, PodEntry, batch_job_entry, pod_entry
 from taskoffer.reconcile.standing import Standing
 from taskoffer.reconcile.views import (
@@ -78,11 +79,7 @@ class World:
     jobs_by_key: dict[OfferKey, TrainingJobEntry] = field(default_factory=dict)
     pods_of: dict[OfferKey, dict[str, PodEntry]] = field(default_factory=lambda: defaultdict(dict))
     batch_of: dict[OfferKey, dict[str, BatchJobEntry]] = field(default_factory=lambda: defaultdict(dict))
-    spent: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    """Pods that have ended by the UID of their Job. The Job itself says so a second or more later."""
-    stored_claims: dict[tuple[Source, str], tuple[Claim, ...]] = field(default_factory=dict)
-    """What stored objects claim of ``claimed``, by source and UID. It changes with them, not with every cycle."""
-    claimed: str = ""
+    charges: Charges = field(default_factory=Charges)
 
     def __post_init__(self) -> None:
         self.offers.on_change = self._index_offer
@@ -115,14 +112,14 @@ class World:
             self._leave_siblings(before)
             if before.state is OfferState.HOLDING:
                 self.holding_by_job.pop(before.job_key, None)
-            self.stored_claims.pop(("admission", before.uid), None)
+            self.charges.drop("admission", before.uid)
         if after is not None:
             if before is not None:
                 after.inherit(before)
             if after.state is OfferState.HOLDING:
                 self.holding_by_job[after.job_key] = after
             self.by_state[after.state][after.uid] = after
-            self._claim_offer(after)
+            self._charge(after)
             self._join_siblings(after)
             if after.state is OfferState.PENDING:
                 self.undecided[after.uid] = after
@@ -175,66 +172,29 @@ class World:
         key = after.key if after is not None else before.key if before is not None else None
         holding = self.holding_by_job.get(key) if key is not None else None
         if holding is not None:
-            self._claim_offer(holding)
+            self._charge(holding)
 
     def _index_pod(self, before: PodEntry | None, after: PodEntry | None) -> None:
         _reindex(self.pods_of, _job_key(before), _job_key(after), before, after)
         if after is not None:
-            self._claim_pod(after)
+            self.charges.pod(after)
         elif before is not None:
-            self.stored_claims.pop(("pod", before.uid), None)
-        self._spend(before, after)
-
-    def _spend(self, before: PodEntry | None, after: PodEntry | None) -> None:
-        """Note which Jobs have had their pod, and what they claim now."""
-        ended = [(e.job_uid if e is not None and e.view.terminal else None) for e in (before, after)]
-        if ended[0] == ended[1]:
-            return
-        if before is not None and ended[0] is not None:
-            self.spent[ended[0]].discard(before.uid)
-            if not self.spent[ended[0]]:
-                del self.spent[ended[0]]
-        if after is not None and ended[1] is not None:
-            self.spent[ended[1]].add(after.uid)
-        for uid in ended:
-            job = self.batch_jobs.get(uid) if uid is not None else None
-            if job is not None:
-                self._claim_batch(job)
+            self.charges.drop("pod", before.uid)
+        for uid in self.charges.spend(before, after):
+            if (job := self.batch_jobs.get(uid)) is not None:
+                self.charges.job(job)
 
     def _index_batch(self, before: BatchJobEntry | None, after: BatchJobEntry | None) -> None:
         _reindex(self.batch_of, _job_key(before), _job_key(after), before, after)
         if after is not None:
-            self._claim_batch(after)
+            self.charges.job(after)
         elif before is not None:
-            self.stored_claims.pop(("job", before.uid), None)
+            self.charges.drop("job", before.uid)
 
-    # What stored objects claim
-
-    def _claim_offer(self, entry: OfferEntry) -> None:
-        if entry.state is not OfferState.HOLDING:
-            return
-        policy = entry.admission.policy_ref.name if entry.admission is not None else None
-        assignments = self._current_assignments(entry)
-        self.stored_claims["admission", entry.uid] = tuple(
-            _claim(entry.uid, assignment, "admission", policy) for assignment in assignments
-        )
-
-    def _claim_batch(self, job: BatchJobEntry) -> None:
-        count = job.requests.get(self.claimed, 0)
-        over = job.view.finished or job.view.suspended or (job.once and job.uid in self.spent)
-        if count and job.node is not None and not over:
-            claim = Claim(job.offer_uid, job.node, count, "job", job.policy, job.lane)
-            self.stored_claims["job", job.uid] = (claim,)
-        else:
-            self.stored_claims.pop(("job", job.uid), None)
-
-    def _claim_pod(self, pod: PodEntry) -> None:
-        count = pod.requests.get(self.claimed, 0)
-        if count and pod.node is not None and not pod.view.terminal:
-            claim = Claim(pod.offer_uid or f"pod:{pod.uid}", pod.node, count, "pod", pod.policy, pod.lane)
-            self.stored_claims["pod", pod.uid] = (claim,)
-        else:
-            self.stored_claims.pop(("pod", pod.uid), None)
+    def _charge(self, entry: OfferEntry) -> None:
+        if entry.state is OfferState.HOLDING:
+            policy = entry.admission.policy_ref.name if entry.admission is not None else None
+            self.charges.offer(entry.uid, self._current_assignments(entry), policy)
 
     # The snapshot
 
@@ -327,17 +287,12 @@ class World:
 
     def claims(self, resource: str) -> Iterator[Claim]:
         """Yield every claim on a GPU, from every source."""
-        if resource != self.claimed:
-            self.claimed = resource
-            for job in self.batch_jobs:
-                self._claim_batch(job)
-            for pod in self.pods:
-                self._claim_pod(pod)
-        for claims in self.stored_claims.values():
-            yield from claims
+        if resource != self.charges.resource:
+            self.charges.count(resource, self.batch_jobs, self.pods)
+        yield from self.charges
         for assumed in self.assumed.values():
             for assignment in assumed.admission.assignments:
-                yield _claim(assumed.uid, assignment, "assumed", assumed.admission.policy_ref.name)
+                yield claim_of(assumed.uid, assignment, "assumed", assumed.admission.policy_ref.name)
         for move in self.moved.values():
             for assignment in move.assignments:
                 yield Claim(move.offer_uid, assignment.node_name, assignment.count, "assumed")
@@ -387,10 +342,6 @@ def node_views(world: World, policy: PolicyView) -> list[NodeView]:
         return []
     resource = policy.spec.resources[0].name
     return [view for node in world.nodes if policy.selects(view := node.view(resource)) and view.allocatable >= 0]
-
-
-def _claim(holder: str, assignment: Assignment, source: Source, policy: str | None) -> Claim:
-    return Claim(holder, assignment.node_name, assignment.count, source, policy, assignment.lane)
 
 
 def _job_key(entry: PodEntry | BatchJobEntry | None) -> OfferKey | None:
