@@ -21,7 +21,7 @@ from builders import (
     stored,
 )
 from core_builders import FOUR_GPUS, NOW, ONE_GPU, policy_spec, spec_of
-from fake_kube import FakeKube
+from fake_kube import FakeKube, refused
 from fake_replica import Rig, leading
 from taskoffer.adapters.kube import BATCH_JOBS, EVENTS, JOBS_OF_TRAINING, NODES, OFFERS, PODS, POLICIES
 from taskoffer.api.reasons import Reason
@@ -292,6 +292,41 @@ def test_a_name_that_leaves_no_room_for_those_of_jobs_is_refused() -> None:
             assert rig.verdict(name) == ("False", "InvalidOffer")
             message = rig.read(name)["status"]["conditions"][0]["message"]
             assert "metadata.name has 250 characters, at most 45 leave room for Jobs" in message
+
+    run_virtually(main())
+
+
+@pytest_virtual
+@pytest.mark.parametrize("admission", [None, "lost"], ids=["answer", "taking back"])
+def test_of_an_offer_whose_status_the_server_refuses_an_event_tells_the_answer_once(admission: str | None) -> None:
+    async def main() -> None:
+        kube = FakeKube()
+        status = None if admission is None else {"admission": admission}
+        kube.put(OFFERS, make_offer(name="a", parameters=ONE_GPU, status=status), uid="a-uid")
+        kube.fail("status", OFFERS, refused(), name="a", times=1000)
+        async with leading(kube, resync=20) as rig:
+            rig.offer("b")
+            await rig.until(lambda: rig.verdict("b") == ADMITTED)
+            await rig.quiet(90)
+            told = [e for e in kube.all(EVENTS) if e["involvedObject"]["name"] == "a"]
+            assert [e["reason"] for e in told] == ["Admitted" if admission is None else "InvalidOffer"]
+            assert "but the API server does not store it: 422 Invalid" in told[0]["message"]
+            assert kube.count("status", OFFERS, "a") <= 6
+
+    run_virtually(main())
+
+
+@pytest_virtual
+def test_a_policys_status_that_the_server_refuses_is_told_in_an_event_and_not_sent_again_and_again() -> None:
+    async def main() -> None:
+        kube = FakeKube()
+        kube.fail("status", POLICIES, refused(), times=1000)
+        async with leading(kube, nodes={"node-a": 8}, resync=5) as rig:
+            for number in range(10):
+                rig.offer(f"a-{number}")
+                await rig.quiet(5)
+            assert kube.count("status", POLICIES) == 1
+            assert [e for e in rig.events() if e[0] == "CapacityPolicy"] == [("CapacityPolicy", "lab", "InvalidPolicy")]
 
     run_virtually(main())
 

@@ -52,6 +52,8 @@ class Admission:
         self._wake_at: datetime | None = None
         self._cycle_seconds = 0.0
         self._cycles = 0
+        self._told: dict[str, str] = {}
+        """Versions of the offers whose answers the server refuses and for which an event says so."""
 
     async def run(self) -> None:
         """Run cycles for ever, one whenever something has changed or an expiry has come."""
@@ -153,10 +155,22 @@ class Admission:
                 # The object cannot take this status, for example because it was stored under other rules. Trying
                 # again at once would spin, so the next resync does.
                 logger.error("answer refused", extra={"offer": str(offer.key), "error": str(error)})
-                self._session.world.held_back.add(offer.uid)
+                self._hold_back(offer.key, offer.uid, offer.resource_version, decision.answer.reason, error)
                 return False
             else:
                 return True
+
+    def _hold_back(self, key: OfferKey, uid: str, version: str, reason: Reason, error: ApiError) -> None:
+        """Leave an offer alone whose status cannot be written, and say so in an event, once per version of it."""
+        world = self._session.world
+        world.held_back.add(uid)
+        if self._told.get(uid) == version:
+            return
+        self._told = {known: at for known, at in self._told.items() if world.offers.get(known) is not None}
+        self._told[uid] = version
+        subject = Subject(API_VERSION, "TaskOffer", key.namespace, key.name, uid)
+        message = f"the answer is {reason.value}, but the API server does not store it: {error}"
+        self._session.events.emit(subject, reason, message, warning=True)
 
     async def _stands(self, offer: OfferView, decision: Decision) -> bool:
         """After a conflict: read the offer and tell whether an earlier try of this very write is what it carries."""
@@ -259,8 +273,12 @@ class Admission:
         )
         try:
             await session.write_status(session.world.offers, OFFERS, entry.key, patch)
-        except (ApiError, ThrottledError, UnknownOutcomeError) as error:
+        except (ConflictError, NotFoundError, ThrottledError, UnknownOutcomeError) as error:
             logger.warning("admission not taken back", extra={"offer": str(entry.key), "error": str(error)})
+            return False
+        except ApiError as error:
+            logger.error("taking back refused", extra={"offer": str(entry.key), "error": str(error)})
+            self._hold_back(entry.key, entry.uid, entry.version, reason, error)
             return False
         subject = Subject(API_VERSION, "TaskOffer", entry.key.namespace, entry.key.name, entry.uid)
         session.events.emit(subject, reason, message, warning=True)

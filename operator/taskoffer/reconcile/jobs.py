@@ -139,7 +139,8 @@ class Jobs:
             except (ApiError, UnknownOutcomeError) as error:
                 WRITE_RETRIES.labels("TrainingJob", "refused" if isinstance(error, ApiError) else "unknown").inc()
                 logger.warning("job pass failed", extra={"job": str(key), "error": str(error)})
-                self._later(key, 2.0)
+                # What the server finds invalid it finds invalid again.
+                self._later(key, 60.0 if isinstance(error, ApiError) and error.status == 422 else 2.0)
             except NameTakenError as error:
                 logger.error("name is taken", extra={"job": str(key), "error": str(error)})
                 self._later(key, 60.0)
@@ -279,6 +280,8 @@ class Jobs:
     async def _take_back(self, offer: OfferEntry, reason: Reason, message: str) -> None:
         if self.revoke is not None and await self.revoke(offer, reason, message):
             return
+        if offer.uid in self._session.world.held_back:
+            return  # The server does not store it; the next resync asks for it again.
         left = left_of(self._session.world, offer.uid)
         self._later(offer.job_key, 10.0 if left else 2.0)
         if left and self._reported.get(offer.job_key) != offer.version:

@@ -29,6 +29,9 @@ from taskoffer.render.patch import merge_patch
 
 logger = logging.getLogger(__name__)
 
+_REFUSED_PAUSE = 3600.0
+"""Seconds until a status that the server has refused is tried again at the same version."""
+
 
 class Policies:
     """The CapacityPolicy loop of a leading replica."""
@@ -36,6 +39,8 @@ class Policies:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._written: dict[str, float] = {}
+        self._refused: dict[str, tuple[str, float]] = {}
+        """Versions whose status the server does not store, and when that is tried again."""
 
     async def run(self) -> None:
         """Write the policies' status whenever something about it may have changed, with a pause between."""
@@ -72,6 +77,9 @@ class Policies:
             GPUS.labels(entry.view.name, "used").set(made.capacity.used)
         if made == before:
             return
+        version, again = self._refused.get(entry.view.uid, ("", 0.0))
+        if version == entry.version and monotonic() < again:
+            return
         due = self._written.get(entry.view.uid, 0.0) + session.settings.policy_pending_interval
         if (wait := due - monotonic()) > 0 and _counts_the_queue_only(before, made):
             asyncio.get_running_loop().call_later(wait, session.policies_wanted.set)
@@ -87,6 +95,10 @@ class Policies:
             session.policies_wanted.set()
         except ApiError as error:
             logger.error("policy status refused", extra={"policy": entry.view.name, "error": str(error)})
+            self._refused[entry.view.uid] = (entry.version, monotonic() + _REFUSED_PAUSE)
+            subject = Subject(API_VERSION, "CapacityPolicy", None, entry.view.name, entry.view.uid)
+            message = f"the API server does not store the policy's status: {error}"
+            session.events.emit(subject, Reason.INVALID_POLICY, message, warning=True)
         except (ThrottledError, UnknownOutcomeError) as error:
             logger.warning("policy status not written", extra={"policy": entry.view.name, "error": str(error)})
             session.policies_wanted.set()
