@@ -267,7 +267,7 @@ class Structural:
             made["x-kubernetes-map-type"] = "atomic"
             self._whole.remove(path)
         if self._joined and len(made.get(_RULES, ())) > 1:
-            made[_RULES] = _joined(made[_RULES])
+            made[_RULES] = _joined(made[_RULES], with_times=not path or _has_times(made))
         return self._finish(made, path)
 
     @staticmethod
@@ -297,14 +297,22 @@ class Structural:
         return node, seen
 
 
-def _joined(made: list[Schema]) -> list[Schema]:
+def _has_times(node: object) -> bool:
+    """Tell whether a part of a schema holds a time."""
+    if isinstance(node, dict):
+        return node.get("format") == "date-time" or any(_has_times(part) for part in node.values())
+    return isinstance(node, list) and any(_has_times(part) for part in node)
+
+
+def _joined(made: list[Schema], *, with_times: bool = False) -> list[Schema]:
     """Join the CEL rules of one place into two at most; a message is that of the first check that fails.
 
     The server pays for each rule at every write, also of the status, and most of that is the price of starting one.
     One rule looks at new objects and one at changes; where there is one check for changes alone, they are one rule.
     (They cannot be one otherwise: kube-apiserver 1.36 evaluates no ``messageExpression`` that asks an optional
-    ``oldSelf``.) Beside a rule about changes the others look at new objects only: they would otherwise lose the
-    server's leniency towards what was stored before they existed.
+    ``oldSelf``. Nor where there are times: below an optional ``oldSelf`` it takes them for texts, which equal no time,
+    and an object that holds one could not be changed any more.) Beside a rule about changes the others look at new
+    objects only: they would otherwise lose the server's leniency towards what was stored before they existed.
     """
     changes: list[tuple[str, str]] = []
     others: list[tuple[str, str]] = []
@@ -320,7 +328,7 @@ def _joined(made: list[Schema]) -> list[Schema]:
             (changes if "oldSelf" in one["rule"] else others).append((one["rule"], one["message"]))
     if not changes:
         return [{"rule": _all(others), "messageExpression": _first_broken(others)}]
-    if len(changes) == 1:
+    if len(changes) == 1 and not with_times:
         (change, message), *_ = changes
         change = change.replace("oldSelf", "oldSelf.value()")
         both = {"rule": f"oldSelf.hasValue() ? {change} : {_all(others)}", "optionalOldSelf": True}

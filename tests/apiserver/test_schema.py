@@ -383,6 +383,28 @@ def test_after_admission_only_active_may_change(crds: LocalCluster, namespace: s
     assert offer.change(priorityClassName="low") == "", "what is not admitted any more can be changed again"
 
 
+LATER = "2099-01-01T00:00:00Z"
+WITH_TIMES: dict[str, Object] = {
+    "when it expires": {"expiresAt": LATER},
+    "a fraction and an offset": {"expiresAt": "2099-01-01T00:00:00.25+02:00"},
+    "when its address stops to work": {
+        "dataset": {"source": {"persistentVolumeClaim": None, "url": {"url": "https://a.invalid", "expiresAt": LATER}}}
+    },
+    "when it has to be done": {"deadline": LATER},
+}
+
+
+@pytest.mark.parametrize("case", WITH_TIMES)
+def test_an_offer_that_holds_a_time_is_answered_ended_and_cancelled(
+    crds: LocalCluster, namespace: str, case: str
+) -> None:
+    offer = Stored(crds, namespace, make_offer(spec=WITH_TIMES[case]))
+    assert offer.answer(admission=make_admission(), conditions=[make_condition("Admitted", True, "Admitted")]) == ""
+    assert offer.change(active=False) == ""
+    assert offer.answer(conditions=[make_condition("Finished", True, "Cancelled")]) == ""
+    assert "may change" in offer.change(expiresAt="2098-01-01T00:00:00Z")
+
+
 def test_a_status_is_checked_like_a_spec(crds: LocalCluster, namespace: str) -> None:
     offer = Stored(crds, namespace, make_offer())
     assert "status.admission.assignments[0].count" in offer.answer(admission=make_admission(gpus=3))

@@ -408,3 +408,19 @@ KEPT = {"rule": "has(self.y) == has(oldSelf.y)", "message": "i: j"}
 )
 def test_rules_of_one_place_are_joined(rules: tuple[dict[str, Any], ...], expected: list[dict[str, Any]]) -> None:
     assert joined(*rules) == expected
+
+
+def test_a_rule_about_changes_of_times_stays_apart_from_the_others() -> None:
+    change = {"rule": "self == oldSelf", "message": "a: b"}
+    made = gen_crds._joined([change, {"rule": "self.x > 0", "message": "c: d"}], with_times=True)
+    assert [("optionalOldSelf" in one, one["rule"]) for one in made] == [
+        (True, "oldSelf.hasValue() || ((self.x > 0))"),
+        (False, "(self == oldSelf)"),
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rule_compares_a_time_with_what_an_optional_old_self_makes_of_it(kind: str) -> None:
+    for path, schema in nodes(SCHEMAS[kind]):
+        asks = any("oldSelf.value()" in rule["rule"] for rule in schema.get(RULES, ()))
+        assert not (asks and '"date-time"' in json.dumps(schema)), path
