@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from kept_client import KeptClient
+from patient_client import PatientClient
 from taskoffer_lab.api_client import MERGE_PATCH, ApiError
 from taskoffer_lab.cluster import Cluster
 
@@ -35,7 +35,8 @@ GPU = "nvidia.com/gpu"
 STOPPED = 143
 """Exit code of a trainer that was stopped and has written a checkpoint."""
 
-_WATCH_TRIES = 50
+_WATCH_TRIES = 600
+"""Failed tries in a row, 0.2 s apart, after which the watch is given up: a test may stop the server for a minute."""
 _HEARTBEAT_SECONDS = 5.0
 _WATCH_SECONDS = 300
 _MICRO = "%Y-%m-%dT%H:%M:%S.%fZ"
@@ -60,7 +61,7 @@ class FakeKubelet:
     """The kubelets of all fake nodes of a cluster."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self._api = KeptClient(cluster.client_config)
+        self._api = PatientClient(cluster.client_config)
         self._nodes: set[str] = set()
         self._scripts: dict[str, Script] = {}
         self._stopping = threading.Event()
@@ -223,6 +224,8 @@ class FakeKubelet:
         try:
             connection.request("GET", f"/api/v1/pods?watch=1&timeoutSeconds={_WATCH_SECONDS}", None, config.headers)
             response = connection.getresponse()
+            if response.status != 200:
+                raise OSError(f"answered with {response.status}")
             while line := response.readline():
                 event = json.loads(line)
                 if event["type"] in ("ADDED", "MODIFIED"):
