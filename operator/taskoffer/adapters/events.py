@@ -53,12 +53,17 @@ class EventWriter:
                 group.create_task(self._write_all(calm if number else None))
 
     async def flush(self, *, seconds: float) -> None:
-        """Wait until the queue is empty, at most this long."""
+        """Write what is left in the queue after `run` has ended, for at most this long."""
+        writers = [asyncio.create_task(self._write_all(None)) for _ in range(self._writers)]
         try:
             async with asyncio.timeout(seconds):
                 await self._queue.join()
         except TimeoutError:
             logger.warning("events left unwritten", extra={"count": self._queue.qsize()})
+        finally:
+            for writer in writers:
+                writer.cancel()
+            await asyncio.gather(*writers, return_exceptions=True)
 
     async def _write_all(self, calm: asyncio.Event | None) -> None:
         while True:

@@ -36,11 +36,15 @@ class LeadershipLostError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LeaseTimes:
-    """Seconds: how long a lease counts, how long its holder may act on it, how often it is renewed."""
+    """Seconds: how long a lease counts, how long its holder may act on it, how often it is renewed.
+
+    A candidate looks at it every ``poll_period``, so that one that was given up is soon taken.
+    """
 
     duration: float = 9.0
     renew_deadline: float = 6.5
     retry_period: float = 1.0
+    poll_period: float = 0.2
 
     def __post_init__(self) -> None:
         if not self.retry_period < self.renew_deadline < self.duration:
@@ -78,7 +82,7 @@ class Lease:
         """Wait until this candidate holds the lease."""
         # Polling is the protocol: nothing tells a candidate that a lease has run out.
         while not await self._try():  # noqa: ASYNC110
-            await asyncio.sleep(self.times.retry_period)
+            await asyncio.sleep(self.times.poll_period)
         logger.info("lease acquired", extra={"lease": self._name, "identity": self.identity})
 
     async def keep(self) -> None:

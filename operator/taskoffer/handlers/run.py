@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,17 +69,25 @@ async def run(options: Options) -> int:
         # any more can still write.
         orderly = all(task.get_name() == "flow" for task in failed)
         drained = orderly and await replica.drain(options.settings.write_timeout)
-        for task in rest:
-            task.cancel()
-        if rest:
-            await asyncio.wait(rest, timeout=5)
+        # First what could take the lease again; all that can wait comes after somebody else may lead.
+        await _end([task for task in rest if task.get_name() == "replica"])
         if drained:
             await lease.release()
+        if orderly and replica.leading:
+            await session.events.flush(seconds=1.0)
+        await _end(rest)
     finally:
         await server.stop()
         await kube.close()
         await lease_kube.close()
     return 1 if failed else 0
+
+
+async def _end(tasks: Collection[asyncio.Task[object]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=5)
 
 
 def _on_signals(stop: asyncio.Event) -> None:

@@ -126,14 +126,12 @@ class Replica:
         self.session.draining = True
         try:
             async with asyncio.timeout(seconds):
-                # Two sets, watched for a moment at the very end of a process.
-                while self.session.world.in_flight or self.jobs.busy:  # noqa: ASYNC110
+                # What is watched here for a moment comes at the very end of a process.
+                while self.session.world.in_flight or self.jobs.busy or self.session.writing:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
         except TimeoutError:
             logger.warning("writes left unfinished", extra={"offers": len(self.session.world.in_flight)})
             return False
-        if self.leading:
-            await self.session.events.flush(seconds=1.0)
         return True
 
     async def resync(self) -> None:

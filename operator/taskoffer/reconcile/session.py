@@ -52,6 +52,8 @@ class Session:
     draining: bool = False
     """Set when the replica is about to stop: nothing new is decided."""
     jobs_queued: set[OfferKey] = field(default_factory=set)
+    writing: int = 0
+    """How many writes are under way."""
 
     def __post_init__(self) -> None:
         self.calm.set()
@@ -77,11 +79,14 @@ class Session:
             ApiError, ThrottledError, UnknownOutcomeError: as :meth:`Kube.request`.
         """
         self.lease.check()
+        self.writing += 1
         try:
             made = await self.kube.patch_status(resource, key.namespace or None, key.name, patch)
         except Exception as error:
             WRITES.labels(f"{store.kind}.status", outcome(error)).inc()
             raise
+        finally:
+            self.writing -= 1
         WRITES.labels(f"{store.kind}.status", "done").inc()
         store.observe("MODIFIED", made)
         return made
@@ -89,11 +94,14 @@ class Session:
     async def create(self, store: Store[Any] | None, resource: Resource, namespace: str, manifest: Object) -> Object:
         """Create an object under the lease and take the answer into the store."""
         self.lease.check()
+        self.writing += 1
         try:
             made = await self.kube.create(resource, namespace, manifest)
         except Exception as error:
             WRITES.labels(str(manifest["kind"]), outcome(error)).inc()
             raise
+        finally:
+            self.writing -= 1
         WRITES.labels(str(manifest["kind"]), "done").inc()
         if store is not None:
             store.observe("ADDED", made)
