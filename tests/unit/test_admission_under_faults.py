@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,18 +13,22 @@ from builders import make_node, make_offer, make_pod, make_policy
 from core_builders import FOUR_GPUS, ONE_GPU, TWO_GPUS
 from fake_kube import FakeKube, refused
 from fake_replica import leading, make_replica
+from taskoffer.adapters.events import EventWriter, Subject
 from taskoffer.adapters.kube import (
     BATCH_JOBS,
+    EVENTS,
     JOBS_OF_TRAINING,
     LEASES,
     NODES,
     OFFERS,
     PODS,
     POLICIES,
+    Kube,
     ThrottledError,
     UnknownOutcomeError,
 )
 from taskoffer.adapters.lease import LeadershipLostError
+from taskoffer.api.reasons import Reason
 from virtual_time import Clock, run_virtually, virtual_time
 
 __all__ = ["virtual_time"]
@@ -393,6 +397,34 @@ def test_a_draining_replica_decides_nothing_more_and_finishes_what_is_on_its_way
             await rig.quiet(1)
             assert rig.verdict("a") == ADMITTED
             assert rig.verdict("b") is None
+
+    run_virtually(main())
+
+
+def test_a_drain_waits_for_every_write_also_of_a_policy() -> None:
+    async def main() -> None:
+        async with leading() as rig:
+            await rig.quiet()
+            rig.kube.fail("status", POLICIES, None, delay=1)
+            rig.kube.put(NODES, make_node("node-new"))
+            await rig.until(lambda: rig.replica.session.writing == 1)
+            started = Clock.monotonic()
+            assert await rig.replica.drain(4)
+            assert Clock.monotonic() - started > 0.5
+            assert rig.replica.session.writing == 0
+
+    run_virtually(main())
+
+
+def test_events_that_are_left_are_written_after_the_loops_have_ended() -> None:
+    async def main() -> None:
+        kube = FakeKube()
+        writer = EventWriter(cast(Kube, kube))
+        for number in range(20):
+            subject = Subject("taskoffer.dev/v1alpha1", "TaskOffer", "default", f"o{number}", f"{number}")
+            writer.emit(subject, Reason.ADMITTED, "admitted")
+        await writer.flush(seconds=1)
+        assert len(kube.all(EVENTS)) == 20
 
     run_virtually(main())
 

@@ -171,6 +171,22 @@ def test_a_released_lease_is_taken_at_once_and_known_to_be_released() -> None:
     run_virtually(main())
 
 
+def test_a_candidate_that_waits_finds_a_released_lease_at_once() -> None:
+    async def main() -> None:
+        kube = FakeKube()
+        one, two = candidate(kube), candidate(kube, "two")
+        await one.acquire()
+        waiting = asyncio.create_task(two.acquire())
+        await asyncio.sleep(3.3)
+        await one.release()
+        released = Clock.monotonic()
+        await waiting
+        assert Clock.monotonic() - released <= 0.3
+        assert two.released_before
+
+    run_virtually(main())
+
+
 def test_a_release_that_fails_leaves_the_lease_to_run_out() -> None:
     async def main() -> None:
         kube = FakeKube()
