@@ -71,6 +71,7 @@ GARBAGE: tuple[Any, ...] = (
     *(_nested(150, list), _nested(150, dict), ["x"] * 2_000, {f"k{n}": n for n in range(500)}),
 )
 """What stands where something else was expected."""
+_GARBAGE = st.sampled_from(GARBAGE).map(copy.deepcopy)
 
 
 _KNOWN: dict[tuple[int, str], Strategy] = {}
@@ -191,9 +192,9 @@ def _spoil(draw: Draw, holder: Any, key: Any) -> None:
         case "remove" if isinstance(holder, list) or key != "value":
             del holder[key]
         case "extend" if isinstance(value, dict):
-            value[draw(st.sampled_from(("unknownField", "", "x" * 300, "ü")))] = draw(st.sampled_from(GARBAGE))
+            value[draw(st.sampled_from(("unknownField", "", "x" * 300, "ü")))] = draw(_GARBAGE)
         case "extend" if isinstance(value, list):
-            value.append(draw(st.sampled_from(GARBAGE)))
+            value.append(draw(_GARBAGE))
         case "repeat" if isinstance(value, list):
             value.extend(copy.deepcopy(value) * draw(st.sampled_from((1, 2, 20))))
         case "distort" if isinstance(value, str):
@@ -201,7 +202,7 @@ def _spoil(draw: Draw, holder: Any, key: Any) -> None:
         case "distort" if isinstance(value, int | float):
             holder[key] = draw(st.sampled_from((-value, str(value), value * 1000, value + 0.5)))
         case _:
-            holder[key] = copy.deepcopy(draw(st.sampled_from(GARBAGE)))
+            holder[key] = draw(_GARBAGE)
 
 
 def parts(kind: str, base: Any) -> Strategy:

@@ -248,7 +248,7 @@ async def campaign_of(batch: tuple[Odd, ...], data: st.DataObject, counts: Count
     async with leading(kube, identity="two") as rig:
         well(rig, "third", active=False)
         await rig.until(lambda: rig.verdict("third") == ("False", "Suspended"))
-        await rig.quiet(60)
+        await rig.quiet(30)
         check(rig, stored)
     counts.update(odd.kind for odd in stored)
 
