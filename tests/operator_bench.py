@@ -139,6 +139,11 @@ class Bench:
         """Read an offer."""
         return self._get(self.path("taskoffers", name))
 
+    def offers(self) -> list[Object]:
+        """Read all offers."""
+        found: list[Object] = self.api.request("GET", self.path("taskoffers"))["items"]
+        return found
+
     def patch(self, name: str, spec: Object) -> None:
         """Merge changes into an offer's spec."""
         self.api.request("PATCH", self.path("taskoffers", name), {"spec": spec}, MERGE_PATCH)

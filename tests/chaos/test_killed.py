@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import threading
 import time
@@ -13,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from auditor_history import OFFER, in_order
 from campaign import Campaign
 from fake_node import Object, Script
 from fault_proxy import FaultProxy
 from fault_requests import OWN_WRITES, Match, Record
 from faults import Call, Then
+from offer_trails import Trails
 from operator_bench import Bench, condition
 from operator_process import OperatorProcess
 from taskoffer_lab.process_table import wait_until
@@ -175,50 +174,6 @@ def test_a_replica_killed_at_any_write_leaves_the_same_end(
             trail = trails.of(f"r{number}-{name}")
             assert trail == trails.of(f"r0-{name}"), f"{name}, killed {chosen[number - 1]}"
     assert trails.repeated == 0
-
-
-# What was written to offers
-
-
-class Trails:
-    """The answers that offers got, one after the other, as the auditor's own watch saw them."""
-
-    def __init__(self, bench: Bench) -> None:
-        assert not bench.audit.check(), "the auditor has not seen everything, or has found something"
-        self.writes = 0
-        self.repeated = 0
-        self._answers: dict[str, list[tuple[object, ...]]] = {}
-        last: dict[str, Object] = {}
-        for event in in_order(bench.audit.events):
-            offer = event.object
-            if event.kind != OFFER or offer["metadata"]["namespace"] != bench.namespace or event.type == "DELETED":
-                continue
-            name, status = offer["metadata"]["name"], offer.get("status") or {}
-            answers = self._answers.setdefault(name, [])
-            if status == last.setdefault(name, {}):
-                continue
-            last[name] = status
-            said = [(condition(offer, kind).get(part)) for kind in ("Admitted", "Finished") for part in _TOLD]
-            answer = (*said, "admission" in status)
-            self.writes += 1
-            self.repeated += bool(answers) and answers[-1] == answer
-            answers.append(answer)
-
-    def of(self, name: str) -> list[tuple[object, ...]]:
-        """Return the answers of an offer."""
-        return self._answers[name]
-
-    def admissions(self, name: str) -> int:
-        """Return how often an offer became admitted."""
-        held = [False, *(bool(answer[-1]) for answer in self.of(name))]
-        return sum(after and not before for before, after in itertools.pairwise(held))
-
-    def ends(self, name: str) -> int:
-        """Return how many answers were final."""
-        return sum(answer[2] == "True" for answer in self.of(name))
-
-
-_TOLD = ("status", "reason")
 
 
 # Random moments
