@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from builders import make_policy, make_training_job
+from builders import make_admission, make_condition, make_policy, make_training_job
 from core_builders import TWO_GPUS
 from fake_kube import refused
 from fake_replica import Rig, end_pod, leading, start_pod
@@ -171,6 +171,41 @@ def test_a_policy_that_changed_between_decision_and_start_takes_the_admission_ba
             assert ("TaskOffer", "a", "PolicyChanged") in rig.events()
             evicted = next(c for c in rig.read()["status"]["conditions"] if c["type"] == "Evicted")
             assert evicted["status"] == "False", "it is admitted again"
+
+    run_virtually(main())
+
+
+def test_an_answer_that_waits_for_its_turn_while_its_policy_changes_is_decided_anew() -> None:
+    async def main() -> None:
+        async with leading() as rig:
+            rig.kube.fail("status", OFFERS, ThrottledError(5))
+            rig.offer()
+            await rig.until(lambda: rig.kube.count("status", OFFERS) == 1)
+            rig.kube.change(POLICIES, "lab", {"spec": {"filters": {"minScore": "0.99"}}})
+            await rig.until(lambda: rig.finished() == "Rejected")
+            assert [w.body["status"].get("admission") is not None for w in rig.kube.asked("status", OFFERS)] == [
+                True,
+                False,
+            ]
+
+    run_virtually(main())
+
+
+def test_a_late_write_of_another_leader_that_overbooks_becomes_no_job() -> None:
+    async def main() -> None:
+        async with leading(nodes={"node-a": 1}) as rig:
+            rig.offer("a")
+            await created(rig)
+            policy = rig.kube.get_now(POLICIES, "lab")["metadata"]
+            admission = make_admission(job="late-late-uid", policy_uid=policy["uid"], node="node-a")
+            said = [make_condition("Admitted", True, "Admitted")]
+            status = {"admission": admission, "conditions": said, "observedGeneration": 1}
+            rig.offer("late", status=status)
+            await rig.until(lambda: rig.verdict("late") == ("False", "WaitingForCapacity"))
+            await rig.quiet(5)
+            assert len(rig.kube.all(JOBS_OF_TRAINING)) == 1
+            assert rig.booked() == {"node-a": 1}
+            assert ("TaskOffer", "late", "Overbooked") in rig.events()
 
     run_virtually(main())
 
