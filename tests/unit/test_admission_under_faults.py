@@ -251,10 +251,13 @@ def test_nothing_is_decided_before_every_kind_was_listed(missing: Any) -> None:
         kube = FakeKube()
         kube.put(PODS, make_pod("foreign", gpus=8))
         fault = kube.fail("list", missing, GONE, times=5)
-        kube.put(NODES, make_node(), uid="n")
-        kube.put(POLICIES, make_policy(), uid="lab-uid")
-        kube.put(OFFERS, make_offer(name="a", parameters=ONE_GPU), uid="a-uid")
+        node = kube.put(NODES, make_node(), uid="n")
+        policy = kube.put(POLICIES, make_policy(), uid="lab-uid")
+        offer = kube.put(OFFERS, make_offer(name="a", parameters=ONE_GPU), uid="a-uid")
         replica = make_replica(kube)
+        # Watches begin in any order: here an offer, all that it needs, and not yet the pod that is in its way.
+        for kind, known in (("TaskOffer", offer), ("CapacityPolicy", policy), ("Node", node)):
+            replica.observe(kind, None, known)
         kube.observer = replica.observe
         task = asyncio.create_task(replica.run())
         while fault.times > 0:
