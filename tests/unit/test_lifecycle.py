@@ -658,3 +658,35 @@ def test_a_finished_job_ends_its_offer_once(ending: Object, wanted: OfferEnd) ->
     assert look(job([attempt()], conditions=[ending])) == JobPlan(offer_end=wanted)
     told = replace(admitted(), finished=True)
     assert look(job([attempt()], conditions=[ending]), offer=told) == JobPlan()
+
+
+# Jobs that come late
+
+ENDED = {"status": "True", "message": "m", "lastTransitionTime": rfc3339(NOW)}
+OVER = [
+    ({"type": "Failed", "reason": "Cancelled", **ENDED}, "Stopped"),
+    ({"type": "Failed", "reason": "AttemptsExhausted", **ENDED}, "StartTimeout"),
+    ({"type": "Complete", "reason": "Succeeded", **ENDED}, "Succeeded"),
+]
+
+
+@pytest.mark.parametrize(("condition", "outcome"), OVER)
+@pytest.mark.parametrize("pods", [[], [pod(started=5)]])
+def test_a_job_that_appears_after_the_end_is_stopped(condition: Object, outcome: str, pods: Sequence[PodView]) -> None:
+    over = job([attempt(outcome=outcome, finished=5)], conditions=[condition])
+    assert look(over, jobs=[batch()], pods=pods).actions == (SuspendJob(FIRST),)
+    assert look(over, jobs=[batch(suspended=True)], pods=pods).actions == ()
+    assert without_offer(over, jobs=[batch()], pods=pods).actions == (SuspendJob(FIRST),)
+
+
+@pytest.mark.parametrize(("condition", "outcome"), OVER)
+def test_a_job_whose_pod_has_ended_is_left_to_end_by_itself(condition: Object, outcome: str) -> None:
+    over = job([attempt(outcome=outcome, finished=5)], conditions=[condition])
+    assert look(over, jobs=[batch()], pods=[ended(0, succeeded=True)]).actions == ()
+    assert look(over, jobs=[batch(finished=True)]).actions == ()
+
+
+def test_a_job_of_an_earlier_attempt_that_appears_late_is_stopped_and_the_present_one_is_not() -> None:
+    second = job([attempt(outcome="NodeLost", finished=5), attempt(2, created=6, started=7)])
+    made = look(second, jobs=[batch(), batch(SECOND)], pods=[pod(SECOND, started=7)])
+    assert made.actions == (SuspendJob(FIRST),)

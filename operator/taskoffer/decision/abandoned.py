@@ -1,4 +1,4 @@
-"""What becomes of a TrainingJob whose offer has been deleted.
+"""What becomes of a TrainingJob whose offer has been deleted, and of Jobs that no attempt wants.
 
 Kubernetes' garbage collector removes what an offer owns, and with it the pods. But it works through a queue of its
 own, learns of new kinds every half minute only, and leaves everything alone after ``--cascade=orphan``. A job that
@@ -10,8 +10,8 @@ from __future__ import annotations
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Condition
 from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome
-from taskoffer.decision.conditions import set_condition
-from taskoffer.decision.job_facts import JobFacts, JobPlan, Notice, SuspendJob
+from taskoffer.decision.conditions import is_true, set_condition
+from taskoffer.decision.job_facts import DeleteJob, JobFacts, JobPlan, Notice, SuspendJob
 
 _WHY = "its offer is gone"
 
@@ -48,4 +48,25 @@ def stop_and_fail(facts: JobFacts, why: str, reason: Reason) -> JobPlan:
         actions=to_stop,
         status=status if status != before else None,
         notices=(Notice(Reason.STOPPING, f"{why}: the pods are asked to stop"),) if to_stop else (),
+    )
+
+
+def stray_jobs(facts: JobFacts, made: JobPlan) -> tuple[SuspendJob, ...]:
+    """Return what stops the Jobs that would run although no attempt wants them.
+
+    A create of a leader that was lost can reach the server after its attempt, or the whole TrainingJob, has ended;
+    nothing can refuse it then.
+    """
+    status = made.status or facts.job.status
+    over = is_true(status.conditions, "Complete") or is_true(status.conditions, "Failed")
+    wanted = status.attempts[-1].job_name if status.attempts and not over else None
+    if wanted is None and not over:
+        return ()
+    removed = {action.name for action in made.actions if isinstance(action, DeleteJob)}
+    # A Job whose pod has ended is about to end as well.
+    ended = {pod.job_name for pod in facts.pods if pod.terminal}
+    return tuple(
+        SuspendJob(job.name)
+        for job in facts.jobs.values()
+        if job.name != wanted and job.name not in removed | ended and not job.finished and not job.suspended
     )

@@ -7,6 +7,7 @@ offer's admission alone.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 
 from taskoffer.api.contract import ExitCode, Termination
@@ -19,7 +20,7 @@ from taskoffer.api.v1alpha1.trainingjob import (
     StepStatus,
     TrainingJobStatus,
 )
-from taskoffer.decision.abandoned import abandoned, stop_and_fail
+from taskoffer.decision.abandoned import abandoned, stop_and_fail, stray_jobs
 from taskoffer.decision.conditions import condition_of, is_true, set_condition
 from taskoffer.decision.job_facts import (
     Action,
@@ -43,9 +44,17 @@ _NOT_STARTED = "the pod has not started"
 
 def step(facts: JobFacts) -> JobPlan:
     """Return what to do about a TrainingJob now."""
-    status = facts.job.status
     if facts.job.metadata.deletion_timestamp is not None:
         return JobPlan()
+    made = _step(facts)
+    if made.failed_pod is not None:
+        return made
+    strays = tuple(job for job in stray_jobs(facts, made) if job not in made.actions)
+    return replace(made, actions=(*made.actions, *strays)) if strays else made
+
+
+def _step(facts: JobFacts) -> JobPlan:
+    status = facts.job.status
     if is_true(status.conditions, "Complete") or is_true(status.conditions, "Failed"):
         return _finished(facts)
     if facts.offer is None:
