@@ -16,7 +16,7 @@ import pytest
 
 from core_builders import NOW
 from taskoffer.adapters import events, lease
-from taskoffer.reconcile import admission, jobs, observed, policies
+from taskoffer.reconcile import admission, jobs, observed, policies, views
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ def run_virtually(main: Coroutine[Any, Any, T]) -> T:
 @pytest.fixture
 def virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the operator on the virtual clock."""
-    for module in (lease, admission, jobs, observed, policies, events):
+    for module in (lease, admission, jobs, observed, policies, views, events):
         for name in ("monotonic", "utcnow"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, getattr(Clock, name))

@@ -404,6 +404,22 @@ def test_a_draining_replica_decides_nothing_more_and_finishes_what_is_on_its_way
     run_virtually(main())
 
 
+def test_a_draining_replica_leaves_to_the_next_one_what_it_has_not_sent_yet() -> None:
+    async def main() -> None:
+        async with leading(concurrent_writes=2) as rig:
+            rig.kube.fail("status", OFFERS, None, delay=1, times=100)
+            names = [f"o{number}" for number in range(20)]
+            for name in names:
+                rig.offer(name)
+            await rig.quiet(0.1)
+            assert len(rig.session.world.in_flight) == 20
+            assert await rig.replica.drain(4)
+            assert [rig.verdict(name) for name in names].count(None) == 18
+            assert rig.kube.count("status", OFFERS) == 2
+
+    run_virtually(main())
+
+
 def test_a_drain_waits_for_every_write_also_of_a_policy() -> None:
     async def main() -> None:
         async with leading() as rig:

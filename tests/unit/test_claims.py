@@ -13,6 +13,7 @@ from builders import (
     make_admission,
     make_condition,
     make_job,
+    make_node,
     make_offer,
     make_pod,
     make_policy,
@@ -167,3 +168,24 @@ def test_claims_follow_the_resource_that_policies_hand_out() -> None:
     world.pods.observe("ADDED", stored(make_pod("other", gpus=1), uid="u"))
     assert claims(world, "example.com/gpu") == Counter()
     assert set(claims(world, GPU)) == {("pod:u", "node-a", 1, "pod")}
+
+
+def test_a_node_is_away_since_it_was_seen_to_be_so_whatever_its_own_clock_says() -> None:
+    world = World()
+    seen = []
+    for version, (ready, said) in enumerate(
+        [(True, "12:00:00"), (False, "01:00:00"), (False, "23:00:00"), (True, "12:30:00")], start=1
+    ):
+        raw = stored(make_node("node-a", ready=ready), uid="n", resource_version=str(version))
+        raw["status"]["conditions"] = [
+            {**c, "lastTransitionTime": f"2026-01-31T{said}Z"} if c["type"] == "Ready" else c
+            for c in raw["status"]["conditions"]
+        ]
+        world.nodes.observe("MODIFIED", raw)
+        (node,) = world.nodes
+        seen.append(node.health)
+    assert [health.ready for health in seen] == [True, False, False, True]
+    times = [health.since for health in seen]
+    assert times[1] == times[2]
+    assert times == sorted(times, key=lambda moment: (moment is None, moment))
+    assert times[0] != times[1] != times[3]

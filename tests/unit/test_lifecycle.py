@@ -340,7 +340,10 @@ TERMINATION = {
 
 def test_a_pod_that_succeeded_completes_the_job_with_its_result() -> None:
     made = look(
-        job([attempt(started=5)]), jobs=[batch()], pods=[ended(0, succeeded=True, message=json.dumps(TERMINATION))]
+        job([attempt(started=5)]),
+        after=70,
+        jobs=[batch()],
+        pods=[ended(0, succeeded=True, message=json.dumps(TERMINATION))],
     )
     status = status_of(made)
     assert said(made, "Complete") == ("True", "Succeeded")
@@ -355,6 +358,31 @@ def test_a_pod_that_succeeded_completes_the_job_with_its_result() -> None:
     }
     assert made.notices[0].message == "trained and verified; held-out loss 2.5000 -> 1.2500"
     assert (status.attempts[0].exit_code, status.attempts[0].finished_at) == (0, at(60))
+
+
+@pytest.mark.parametrize(
+    ("started", "counted"),
+    [(-600, 0), (5, 5), (610, 10)],
+    ids=["a node whose clock is behind", "a clock that is right", "a node whose clock is ahead"],
+)
+def test_a_wrong_clock_of_a_node_costs_a_training_no_time(started: float, counted: float) -> None:
+    made = look(job([attempt(deadline=None)], clock="Training"), jobs=[batch()], pods=[pod(started=started)])
+    ran = status_of(made).attempts[0]
+    assert ran.started_at == at(counted)
+    assert ran.deadline == at(counted + job().spec.run.time_limit_seconds)
+
+
+def test_a_wrong_clock_of_a_node_does_not_put_off_the_next_attempt() -> None:
+    failed = pod(started=5, terminal=True, succeeded=False, exit_code=1, finished_at=at(660))
+    made = look(job([attempt(started=5)]), after=70, jobs=[batch()], pods=[failed], log="")
+    assert status_of(made).attempts[0].finished_at == at(70)
+
+
+def test_a_job_from_the_future_has_its_time_to_start() -> None:
+    young = batch(created=600)
+    starting = job([attempt()], limits={"startTimeoutSeconds": 60})
+    assert last_outcome(look(starting, after=50, jobs=[young])) is None
+    assert last_outcome(look(starting, after=61, jobs=[young])) is AttemptOutcome.START_TIMEOUT
 
 
 def test_a_termination_with_overlong_words_does_not_stop_the_operator() -> None:

@@ -46,7 +46,7 @@ class PodView:
 
 @dataclass(frozen=True, slots=True)
 class NodeHealth:
-    """Whether a node is Ready, and since when."""
+    """Whether a node is Ready, and since when it is seen to be so, by the clock of whoever sees it."""
 
     ready: bool
     since: datetime | None

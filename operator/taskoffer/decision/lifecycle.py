@@ -8,7 +8,7 @@ offer's admission alone.
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from taskoffer.api.contract import ExitCode, Termination
 from taskoffer.api.reasons import Reason
@@ -145,6 +145,10 @@ class _Pass:
     def _node_names(self) -> str:
         return ", ".join(a.node_name for a in self.current.assignments)
 
+    def _by_own_clock(self, moment: datetime) -> datetime:
+        """Clocks of other machines may be off; whatever they saw of this attempt lies between its beginning and now."""
+        return max(self.current.created_at, min(moment, self.facts.now))
+
     def _wake(self, moment: datetime) -> None:
         self.wake_at = min(self.wake_at, moment) if self.wake_at else moment
 
@@ -159,7 +163,9 @@ class _Pass:
 
     def _pending(self) -> JobPlan:
         # The Job can be much younger than the decision, for example when the operator was away in between.
-        since = max(self.current.created_at, (self.job.created if self.job else None) or self.current.created_at)
+        since = self.current.created_at
+        if self.job is not None and self.job.created is not None and self.job.created <= self.facts.now:
+            since = max(since, self.job.created)
         gives_up = later(since, self.limits.start_timeout_seconds)
         waiting = self.pod.waiting if self.pod and self.pod.waiting else _NOT_STARTED
         if self.facts.now >= gives_up:
@@ -171,11 +177,11 @@ class _Pass:
 
     def _running(self, pod: PodView) -> JobPlan:
         if self.current.started_at is None:
-            deadline = self.current.deadline
-            if self.run_spec.clock_mode is ClockMode.TRAINING and pod.started_at is not None:
-                due = later(pod.started_at, self.run_spec.time_limit_seconds)
+            deadline, started = self.current.deadline, self._by_own_clock(pod.started_at or self.facts.now)
+            if self.run_spec.clock_mode is ClockMode.TRAINING:
+                due = later(started, self.run_spec.time_limit_seconds)
                 deadline = min(due, deadline) if deadline else due
-            self._amend(started_at=pod.started_at, deadline=deadline)
+            self._amend(started_at=started, deadline=deadline)
             self.notices.append(Notice(Reason.RUNNING, f"attempt {len(self.attempts)} runs on {pod.node}"))
         self._condition("Running", True, Reason.RUNNING, f"attempt {len(self.attempts)} runs on {pod.node}")
         self._take_report()
@@ -212,7 +218,7 @@ class _Pass:
 
     def _ended(self, pod: PodView) -> JobPlan:
         report = parse_termination(pod.message)
-        finished = pod.finished_at or self.facts.now
+        finished = self._by_own_clock(pod.finished_at or self.facts.now)
         message = (f"{report.reason}: {report.message}" if report else pod.message).strip()[:1024]
         if pod.succeeded:
             self._amend(outcome=AttemptOutcome.SUCCEEDED, finished_at=finished, exit_code=0, message=message or None)
@@ -380,15 +386,9 @@ class _Pass:
         report, before = self.facts.report, self.trainer_status
         if report is None or report.job_name != self.facts.job.metadata.name:
             return
-        if (
-            before is not None
-            and not final
-            and report.last_updated_time - before.last_updated_time < self.facts.progress_interval
-        ):
-            return
-        if before is not None and report.last_updated_time <= before.last_updated_time:
-            return
-        self.trainer_status = trainer_status_of(report)
+        passed = report.last_updated_time - before.last_updated_time if before is not None else None
+        if passed is None or passed >= (timedelta.resolution if final else self.facts.progress_interval):
+            self.trainer_status = trainer_status_of(report)
 
     def _plan(self, train: str, *, move: MoveRequest | None = None) -> JobPlan:
         before = self.facts.job.status

@@ -21,6 +21,7 @@ from taskoffer.adapters.kube import (
 )
 from taskoffer.adapters.metrics import LEADER, LEASE_TRANSITIONS, RESYNC_DIFFERENCES
 from taskoffer.adapters.progress import fetch_report
+from taskoffer.decision.naming import job_name
 from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.admission import Admission
 from taskoffer.reconcile.cache import Raw, Store
@@ -28,6 +29,7 @@ from taskoffer.reconcile.jobs import Jobs
 from taskoffer.reconcile.pod_views import PodEntry
 from taskoffer.reconcile.policies import Policies
 from taskoffer.reconcile.session import Session
+from taskoffer.reconcile.views import OfferState
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +64,9 @@ class Replica:
             # What a policy's status counts: GPUs are held by Jobs and pods, foreign ones included, and nodes offer
             # them. Answers and ends of offers ask for it where they are written.
             self.session.policies_wanted.set()
-        self._wake_jobs(kind, raw)
+        self._wake_jobs(kind, event_type, raw)
 
-    def _wake_jobs(self, kind: str, raw: Raw) -> None:
+    def _wake_jobs(self, kind: str, event_type: str | None, raw: Raw) -> None:
         metadata = raw["metadata"]
         namespace = metadata.get("namespace", "")
         if kind == "TrainingJob":
@@ -74,9 +76,10 @@ class Replica:
             if name:
                 self.session.want_job(OfferKey(namespace, name))
         elif kind == "TaskOffer":
-            admission = (raw.get("status") or {}).get("admission") or {}
-            if admission.get("jobName"):
-                self.session.want_job(OfferKey(namespace, admission["jobName"]))
+            offer = self.session.world.offers.get(metadata["uid"])
+            # Of a deleted one the store has nothing any more, but its job's name follows from its own.
+            if event_type == "DELETED" or (offer is not None and offer.state is OfferState.HOLDING):
+                self.session.want_job(OfferKey(namespace, job_name(metadata["name"], metadata["uid"])))
         elif kind == "Node":
             for key in self.session.world.jobs_by_key:
                 self.session.want_job(key)

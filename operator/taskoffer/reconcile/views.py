@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from taskoffer.adapters.clock import utcnow
 from taskoffer.adapters.metrics import UNREADABLE
 from taskoffer.api.v1alpha1.capacitypolicy import DEFAULT_POLICY_ANNOTATION, CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Assignment, Condition
@@ -21,7 +22,7 @@ from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.naming import job_name
 from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView
 from taskoffer.reconcile.cache import Raw
-from taskoffer.reconcile.quantities import moment, whole
+from taskoffer.reconcile.quantities import whole
 from taskoffer.reconcile.shapes import count, mapping, mappings
 
 _CONDITIONS = TypeAdapter(tuple[Condition, ...])
@@ -234,7 +235,7 @@ def policy_entry(raw: Raw) -> PolicyEntry:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NodeEntry:
     """A node: what it offers of each extended resource, and its health."""
 
@@ -259,7 +260,7 @@ def node_entry(raw: Raw) -> NodeEntry:
         labels=metadata.get("labels") or {},
         allocatable={k: whole(v) for k, v in mapping(status.get("allocatable")).items() if "/" in k},
         schedulable=not mapping(raw.get("spec")).get("unschedulable") and "deletionTimestamp" not in metadata,
-        health=NodeHealth(ready.get("status") == "True", moment(ready.get("lastTransitionTime"))),
+        health=NodeHealth(ready.get("status") == "True", utcnow()),
     )
 
 

@@ -82,6 +82,7 @@ class World:
     charges: Charges = field(default_factory=Charges)
 
     def __post_init__(self) -> None:
+        self.nodes.on_change = _keep_health
         self.offers.on_change = self._index_offer
         self.jobs.on_change = self._index_job
         self.pods.on_change = self._index_pod
@@ -342,6 +343,12 @@ def node_views(world: World, policy: PolicyView) -> list[NodeView]:
         return []
     resource = policy.spec.resources[0].name
     return [view for node in world.nodes if policy.selects(view := node.view(resource)) and view.allocatable >= 0]
+
+
+def _keep_health(before: NodeEntry | None, after: NodeEntry | None) -> None:
+    """A node that was seen to be Ready, or not to be so, is so since then, whatever its own clock says."""
+    if before is not None and after is not None and before.health.ready == after.health.ready:
+        after.health = before.health
 
 
 def _job_key(entry: PodEntry | BatchJobEntry | None) -> OfferKey | None:
