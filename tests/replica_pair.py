@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import urllib.error
 import urllib.request
@@ -22,6 +23,8 @@ from taskoffer_lab.process_table import wait_until
 PRODUCT = ("-m", "taskoffer")
 CRASHING = Path(__file__).with_name("crashing_operator.py")
 LEASE_CALLS = Match(plural="leases")
+
+_numbers = itertools.count()
 
 
 class Member:
@@ -141,7 +144,7 @@ class Probes:
         api = KeptClient(self._bench.cluster.client_config)
         try:
             while True:
-                name = f"probe-{len(self.names)}"
+                name = f"probe-{next(_numbers)}"
                 api.request("POST", self._bench.path("taskoffers"), self._bench.make_offer(name, hours=40))
                 self.names.append(name)
                 if self._stopping.wait(self._interval):

@@ -110,6 +110,9 @@ class Admission:
         world, uid, decided_in = self._session.world, decision.offer.uid, self._cycles
         try:
             async with self._slots:
+                if self._session.draining:
+                    # It was not sent yet, so whoever leads next decides it.
+                    return
                 written = await self._commit(decision, decision_patch(decision, now))
         finally:
             world.in_flight.discard(uid)
