@@ -44,6 +44,7 @@ from taskoffer.decision.job_facts import (
 )
 from taskoffer.decision.lifecycle import step
 from taskoffer.decision.snapshot import OfferKey
+from taskoffer.reconcile.leftovers import job_is_there, offer_is_there, read_job_again, stop_strays
 from taskoffer.reconcile.observed import is_over, job_facts, left_of, log_tail
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry
@@ -77,6 +78,8 @@ class Jobs:
         self.revoke: Revoke | None = None
         self._reported: dict[OfferKey, str] = {}
         """Versions of the objects behind a key that cannot be handled and were spoken of."""
+        self._sent: dict[OfferKey, Object] = {}
+        """TrainingJobs whose create had an unknown outcome."""
 
     async def run(self) -> None:
         """Work for ever."""
@@ -87,7 +90,7 @@ class Jobs:
     def want_all(self) -> None:
         """Have every admitted offer and every TrainingJob looked at: after a start and at each resync."""
         world = self._session.world
-        for key in (*world.holding_by_job, *world.jobs_by_key):
+        for key in (*world.holding_by_job, *world.jobs_by_key, *world.batch_of):
             self._session.want_job(key)
 
     def take_move(self, move: Move) -> None:
@@ -134,7 +137,7 @@ class Jobs:
             except (ConflictError, NotFoundError) as error:
                 WRITE_RETRIES.labels("TrainingJob", "overtaken").inc()
                 logger.info("job pass overtaken", extra={"job": str(key), "error": str(error)})
-                await self._refresh(key)
+                await read_job_again(session, key)
                 self._later(key, 0.05)
             except (ApiError, UnknownOutcomeError) as error:
                 WRITE_RETRIES.labels("TrainingJob", "refused" if isinstance(error, ApiError) else "unknown").inc()
@@ -165,19 +168,6 @@ class Jobs:
         self._timers.pop(key, None)
         self._session.want_job(key)
 
-    async def _refresh(self, key: OfferKey) -> None:
-        """Read the job anew after a conflict, so that the next pass does not decide on the same old version."""
-        entry = self._session.world.jobs_by_key.get(key)
-        try:
-            raw = await self._session.kube.get(JOBS_OF_TRAINING, key.namespace, key.name)
-        except NotFoundError:
-            if entry is not None:
-                self._session.world.jobs.forget(entry.uid, int(entry.version))
-        except (ApiError, ThrottledError, UnknownOutcomeError) as error:
-            logger.warning("job not read", extra={"job": str(key), "error": str(error)})
-        else:
-            self._session.world.jobs.observe("MODIFIED", raw)
-
     # One pass
 
     async def _pass(self, key: OfferKey) -> None:
@@ -195,8 +185,11 @@ class Jobs:
         facts = job_facts(
             self._session.world, entry, entry.job, self.reports.get(key), self._session.settings.progress_interval
         )
-        if facts.offer is None and not is_over(entry.job) and not await self._is_gone(entry.job):
-            return
+        if facts.offer is None and not is_over(entry.job):
+            # A cache that lacks it is not enough to stop a training.
+            wanted = entry.job.spec.offer_ref
+            if await offer_is_there(self._session, OfferKey(key.namespace, wanted.name), wanted.uid):
+                return
         made = step(facts)
         if made.failed_pod is not None:
             tail = await log_tail(self._session.kube, key.namespace, made.failed_pod)
@@ -218,58 +211,68 @@ class Jobs:
         for subject in subjects:
             self._session.events.emit(subject, Reason.INVALID_JOB, message, warning=True)
 
-    async def _is_gone(self, job: TrainingJob) -> bool:
-        """Ask the server whether a job's offer is gone: a cache that lacks it is not enough to stop a training."""
-        wanted, namespace = job.spec.offer_ref, job.metadata.namespace or ""
-        try:
-            raw = await self._session.kube.get(OFFERS, namespace, wanted.name)
-        except NotFoundError:
-            return True
-        self._session.world.offers.observe("MODIFIED", raw)
-        return bool(raw["metadata"]["uid"] != wanted.uid)
-
     async def _derive(self, key: OfferKey) -> None:
         """Create the TrainingJob of an admission, or take the admission back when its policy has moved on."""
         session = self._session
         offer = session.world.holding_by_job.get(key)
+        if offer is not None and offer.uid not in session.world.decided_here:
+            await offer_is_there(session, offer.key, offer.uid)
+            offer = session.world.holding_by_job.get(key)
+        sent = self._sent.pop(key, None)
         if offer is None or offer.deleting:
+            await stop_strays(session, key)
             return
-        if offer.admission is None:
-            # Nobody can tell what was promised, so the offer is decided anew; until then its GPUs stay booked.
-            message = f"the stored admission cannot be read: {offer.admission_problem}"
-            await self._take_back(offer, Reason.INVALID_OFFER, message)
-            return
-        ref = offer.admission.policy_ref
-        policy = next((p.view for p in session.world.policies if p.view.ref == ref), None)
-        if policy is None or policy.spec is None:
-            await self._take_back(
-                offer, Reason.POLICY_CHANGED, f"policy {ref.name} is no longer at generation {ref.generation}"
-            )
-            return
-        # The late write of a replica that led before may have booked what is booked since: no job comes of it.
-        foreign = offer.uid not in session.world.decided_here
-        if foreign and (overbooked := session.world.overbooked(offer.admission)) is not None:
-            await self._take_back(offer, Reason.OVERBOOKED, overbooked)
-            return
-        # The spec of an admitted offer cannot change, so what is kept of it is what was admitted.
-        spec, invalid = offer.read_spec()
-        if spec is None:
-            # It holds GPUs that no job can use, so they are given back and the offer is answered as what it is.
-            await self._take_back(offer, Reason.INVALID_OFFER, f"the stored offer is not valid: {invalid}")
-            return
-        try:
-            manifest = training_job(offer.key, offer.uid, spec, offer.admission, policy.spec)
-        except ValueError as error:
-            await self._take_back(offer, Reason.POLICY_CHANGED, f"the policy would not admit it: {error}")
+        manifest = sent if sent is not None and _owned_by(sent, offer.uid) else await self._manifest(offer)
+        if manifest is None:
             return
         try:
             await session.create(session.world.jobs, JOBS_OF_TRAINING, key.namespace, manifest)
+        except UnknownOutcomeError:
+            # It may be carried out at any time, so the same is sent again, whatever becomes of the policy.
+            self._sent[key] = manifest
+            raise
         except ConflictError:
             found = await session.kube.get(JOBS_OF_TRAINING, key.namespace, key.name)
             if not _owned_by(found, offer.uid):
                 raise self._taken(_offer_subject(offer), f"TrainingJob {key}") from None
             session.world.jobs.observe("ADDED", found)
+        # Should it be deleted, the next one starts where the admission says; somebody else may be there by then.
+        session.world.decided_here.discard(offer.uid)
         session.want_job(key)
+
+    async def _manifest(self, offer: OfferEntry) -> Object | None:
+        """Return the TrainingJob of an admission; None where the admission cannot stand and is taken back."""
+        world = self._session.world
+        if offer.admission is None:
+            # Nobody can tell what was promised, so the offer is decided anew; until then its GPUs stay booked.
+            message = f"the stored admission cannot be read: {offer.admission_problem}"
+            await self._take_back(offer, Reason.INVALID_OFFER, message)
+            return None
+        ref = offer.admission.policy_ref
+        policy = next((p.view for p in world.policies if p.view.ref == ref), None)
+        if policy is None and world.batch_of.get(offer.job_key):
+            # Something has come of the admission already, so that it stands; what is still open follows the policy.
+            policy = next((p.view for p in world.policies if p.view.name == ref.name), None)
+        if policy is None or policy.spec is None:
+            message = f"policy {ref.name} is no longer at generation {ref.generation}"
+            await self._take_back(offer, Reason.POLICY_CHANGED, message)
+            return None
+        # The late write of a replica that led before may have booked what is booked since: no job comes of it.
+        foreign = offer.uid not in world.decided_here
+        if foreign and (overbooked := world.overbooked(offer.admission)) is not None:
+            await self._take_back(offer, Reason.OVERBOOKED, overbooked)
+            return None
+        # The spec of an admitted offer cannot change, so what is kept of it is what was admitted.
+        spec, invalid = offer.read_spec()
+        if spec is None:
+            # It holds GPUs that no job can use, so they are given back and the offer is answered as what it is.
+            await self._take_back(offer, Reason.INVALID_OFFER, f"the stored offer is not valid: {invalid}")
+            return None
+        try:
+            return training_job(offer.key, offer.uid, spec, offer.admission, policy.spec)
+        except ValueError as error:
+            await self._take_back(offer, Reason.POLICY_CHANGED, f"the policy would not admit it: {error}")
+            return None
 
     def _taken(self, subject: Subject, what: str) -> NameTakenError:
         """Say on the object that needs the name that somebody else has it, and return the error to raise."""
@@ -344,6 +347,9 @@ class Jobs:
     async def _ensure_attempt(self, entry: TrainingJobEntry, job: TrainingJob, action: EnsureAttempt) -> None:
         """Create ConfigMap and Job of an attempt. An object of the name is accepted only from the same owner."""
         session, namespace = self._session, entry.key.namespace
+        # Who has a status had this Job already; with it the TrainingJob may be gone, and nothing has told it.
+        if action.number == 1 and job.status.conditions and not await job_is_there(session, entry):
+            return
         for store, resource, manifest in (
             (None, CONFIG_MAPS, config_map(job, action.attempt, action.number)),
             (session.world.batch_jobs, BATCH_JOBS, attempt_job(job, action.attempt, action.number)),
@@ -375,21 +381,13 @@ class Jobs:
         try:
             await session.write_status(session.world.offers, OFFERS, offer.key, patch)
         except (ConflictError, NotFoundError):
-            await self._refresh_offer(offer)
+            await offer_is_there(session, offer.key, offer.uid)
             self._later(entry.key, 0.05)
             return
         session.events.emit(_offer_subject(offer), end.reason, end.message, warning=end.reason is Reason.FAILED)
         self.reports.pop(entry.key, None)
         session.cycle_wanted.set()
         session.policies_wanted.set()
-
-    async def _refresh_offer(self, offer: OfferEntry) -> None:
-        try:
-            raw = await self._session.kube.get(OFFERS, offer.key.namespace, offer.key.name)
-        except NotFoundError:
-            self._session.world.offers.forget(offer.uid, int(offer.version))
-        else:
-            self._session.world.offers.observe("MODIFIED", raw)
 
 
 def _owned_by(raw: Object, uid: str) -> bool:
