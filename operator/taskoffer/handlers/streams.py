@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,22 @@ from taskoffer.reconcile.flow import Flow
 if TYPE_CHECKING:
     from aiohttp.connector import Connection
 
+logger = logging.getLogger(__name__)
+
+_ERROR_START = b'{"type":"ERROR"'
+_GONE = (
+    b'{"type":"ERROR","object":{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Expired","code":410}}\n'
+)
+"""What the API server usually says when it no longer has the history that a watch asks for: kopf lists again."""
 _EVENT_STARTS = tuple(b'{"type":"' + kind for kind in (b"ADDED", b"MODIFIED", b"DELETED"))
+
+
+class _Gone:
+    """The content of a watch that begins anew with a list. kopf knows one reason for that, and ends on all others."""
+
+    async def iter_chunked(self, _size: int) -> AsyncIterator[bytes]:
+        """Yield the one event."""
+        yield _GONE
 
 
 class _Heard:
@@ -28,7 +44,16 @@ class _Heard:
 
     async def iter_chunked(self, size: int) -> AsyncIterator[bytes]:
         """Yield what arrives; kopf reads its streams this way."""
+        before = b"\n"
         async for chunk in self._content.iter_chunked(size):
+            # The text of an object cannot be mistaken for this: it holds no line breaks.
+            events, failed, error = (before[-1:] + chunk).partition(b"\n" + _ERROR_START)
+            if failed:
+                told = error[:500].decode(errors="replace")
+                logger.warning("watch ended by the server", extra={"kind": self._kind, "error": told})
+                yield (events[1:] + b"\n" if events else b"") + _GONE
+                return
+            before = chunk
             self._flow.heard(self._kind, event=chunk.startswith(_EVENT_STARTS))
             WATCH_HEARD.labels(self._kind).set_to_current_time()
             yield chunk
@@ -49,9 +74,15 @@ def listening(info: kopf.ConnectionInfo, flow: Flow, kinds: dict[str, str]) -> k
         async def start(self, connection: Connection) -> aiohttp.ClientResponse:
             await super().start(connection)
             kind = kinds.get(self.url.path.rpartition("/")[2])
-            if kind is None or self.method != "GET" or self.status != 200:
+            if kind is None or self.method != "GET":
                 return self
-            if self.url.query.get("watch") == "true":
+            watch = self.url.query.get("watch") == "true"
+            if watch and self.status == 410:
+                logger.warning("watch refused by the server", extra={"kind": kind, "error": "410 Gone"})
+                self.status, self.content = 200, _Gone()  # type: ignore[assignment]
+            if self.status != 200:
+                return self
+            if watch:
                 WATCH_STREAMS.labels(kind).inc()
                 self.content = _Heard(self.content, flow, kind)  # type: ignore[assignment]
             else:
