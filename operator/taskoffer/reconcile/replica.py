@@ -139,8 +139,11 @@ class Replica:
 
     async def resync(self) -> None:
         """List every kind and correct the cache. Tries until it succeeds: without it nothing may be decided."""
-        for store in self.session.world.stores:
-            await self._list(store, WATCHED[store.kind], JOB_SELECTOR if store.kind == "Job" else None)
+        # All at once: a new leader waits for this, and nothing is decided before the last list is there.
+        async with asyncio.TaskGroup() as group:
+            for store in self.session.world.stores:
+                selector = JOB_SELECTOR if store.kind == "Job" else None
+                group.create_task(self._list(store, WATCHED[store.kind], selector))
         self.session.world.held_back.clear()
 
     async def _list(self, store: Store[object], resource: Resource, selector: str | None) -> None:
