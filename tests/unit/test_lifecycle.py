@@ -718,3 +718,10 @@ def test_a_job_of_an_earlier_attempt_that_appears_late_is_stopped_and_the_presen
     second = job([attempt(outcome="NodeLost", finished=5), attempt(2, created=6, started=7)])
     made = look(second, jobs=[batch(), batch(SECOND)], pods=[pod(SECOND, started=7)])
     assert made.actions == (SuspendJob(FIRST),)
+
+
+def test_an_attempt_waits_for_the_pods_of_a_training_job_that_was_deleted() -> None:
+    made = look(job([]), pods=[pod(SECOND, started=5)])
+    assert made.actions == ()
+    assert said(made, "Running") == ("False", "Pending")
+    assert look(job([]), pods=[ended(143, job_name=SECOND)]).actions == (EnsureAttempt(status_of(made).attempts[0], 1),)

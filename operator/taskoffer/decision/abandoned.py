@@ -7,9 +7,11 @@ nobody has asked for any more must not train meanwhile, so its pods are asked to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Condition
-from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome
+from taskoffer.api.v1alpha1.trainingjob import Attempt, AttemptOutcome
 from taskoffer.decision.conditions import is_true, set_condition
 from taskoffer.decision.job_facts import DeleteJob, JobFacts, JobPlan, Notice, SuspendJob
 
@@ -70,3 +72,12 @@ def stray_jobs(facts: JobFacts, made: JobPlan) -> tuple[SuspendJob, ...]:
         for job in facts.jobs.values()
         if job.name != wanted and job.name not in removed | ended and not job.finished and not job.suspended
     )
+
+
+def pods_of_no_attempt(facts: JobFacts, attempts: Sequence[Attempt]) -> int:
+    """Return how many pods still run that belong to no attempt: a TrainingJob of the same offer was deleted before.
+
+    They write where the next attempt would write, so that it has to wait for their end.
+    """
+    known = {attempt.job_name for attempt in attempts}
+    return sum(not pod.terminal and pod.job_name not in known for pod in facts.pods)

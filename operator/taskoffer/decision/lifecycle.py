@@ -20,7 +20,7 @@ from taskoffer.api.v1alpha1.trainingjob import (
     StepStatus,
     TrainingJobStatus,
 )
-from taskoffer.decision.abandoned import abandoned, stop_and_fail, stray_jobs
+from taskoffer.decision.abandoned import abandoned, pods_of_no_attempt, stop_and_fail, stray_jobs
 from taskoffer.decision.conditions import condition_of, is_true, set_condition
 from taskoffer.decision.job_facts import (
     Action,
@@ -156,6 +156,10 @@ class _Pass:
 
     def _create(self) -> JobPlan:
         number = len(self.attempts)
+        if (unknown := pods_of_no_attempt(self.facts, self.attempts)) > 0:
+            waits = f"attempt {number}: {unknown} pod(s) of a TrainingJob that was deleted have not ended"
+            self._condition("Running", False, Reason.PENDING, waits)
+            return self._plan("Pending")
         self.actions.append(EnsureAttempt(self.current, number))
         # In the words of a pass that finds the Job without a pod, so that such a pass has nothing to write.
         self._condition("Running", False, Reason.PENDING, f"attempt {number}: {_NOT_STARTED}")
