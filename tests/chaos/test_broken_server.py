@@ -316,10 +316,11 @@ def break_watches(proxy: FaultProxy, faults: ExitStack, way: str) -> None:
 
 def clean(bench: Bench) -> None:
     """Remove what a round has left, for the next one."""
-    for offer in bench.api.request("GET", bench.path("taskoffers"))["items"]:
-        bench.delete(offer["metadata"]["name"])
-    for path in (bench.path("pods", api="/api/v1"), bench.path("trainingjobs")):
-        wait_until(lambda path=path: not bench.api.request("GET", path)["items"], f"{path} empty", SECONDS)  # type: ignore[misc]
+    options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
+    pods = bench.path("pods", api="/api/v1")
+    bench.api.request("DELETE", bench.path("taskoffers"), options)
+    for path in (bench.path("trainingjobs"), bench.path("jobs", api="/apis/batch/v1"), pods):
+        wait_until(lambda path=path: emptied(bench, path, pods), f"{path} empty", SECONDS)  # type: ignore[misc]
     policy = f"{GROUP}/capacitypolicies/{bench.policy_name}"
     bench.api.request("DELETE", policy)
     bench.gone(policy)
@@ -327,3 +328,11 @@ def clean(bench: Bench) -> None:
         name = bench.nodes.pop()
         if name in bench.kubelet.nodes:
             bench.kubelet.remove_node(name)
+
+
+def emptied(bench: Bench, path: str, pods: str) -> bool:
+    """Tell whether nothing is there any more; pods that nobody will ever end are released."""
+    for pod in bench.api.request("GET", pods)["items"]:
+        if "deletionTimestamp" in pod["metadata"]:
+            bench.kubelet.release(bench.namespace, pod["metadata"]["name"])
+    return not bench.api.request("GET", path)["items"]
