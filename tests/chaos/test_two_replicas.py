@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 
 def sample_of(cases: Sequence[_T], count: int) -> list[_T]:
     """Return some of the cases, drawn from the run's seed, or all of them in a whole campaign."""
-    return list(cases) if WHOLE else random.Random(f"{BASE_SEED}/{cases}").sample(cases, count)
+    return list(cases) if WHOLE else random.Random(f"{BASE_SEED}/{cases[0]}").sample(cases, count)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ LOSSES = (
 
 
 @pytest.mark.parametrize("round_", range(ROUNDS))
-@pytest.mark.parametrize("loss", sample_of(LOSSES, 2), ids=str)
+@pytest.mark.parametrize("loss", sample_of(LOSSES, 1), ids=str)
 def test_the_other_takes_over_when_the_leader_is_lost(
     loss: Loss, round_: int, pair: Pair, bench: Bench, campaign: Campaign
 ) -> None:
@@ -137,7 +137,7 @@ def test_the_other_takes_over_when_the_leader_is_lost(
 
 def test_a_leader_that_is_asked_to_stop_hands_over_at_once(pair: Pair, bench: Bench, campaign: Campaign) -> None:
     handovers: list[float] = []
-    for _ in range(campaign.size(3, 10)):
+    for _ in range(campaign.size(2, 10)):
         leader, standby = pair.leader, pair.standby
         with bench.audit.excused(), Probes(bench) as probes:
             burst(bench, campaign, 20)
@@ -377,7 +377,7 @@ LATE = (
 
 
 @pytest.mark.parametrize("round_", range(Campaign.size(1, 2)))
-@pytest.mark.parametrize("late", sample_of(LATE, 2), ids=str)
+@pytest.mark.parametrize("late", sample_of(LATE, 3), ids=str)
 def test_a_late_write_of_a_lost_leader_does_no_harm(
     late: Late, round_: int, pair: Pair, bench: Bench, campaign: Campaign
 ) -> None:
