@@ -250,7 +250,7 @@ class Jobs:
             return None
         ref = offer.admission.policy_ref
         policy = next((p.view for p in world.policies if p.view.ref == ref), None)
-        if policy is None and world.batch_of.get(offer.job_key):
+        if policy is None and (world.batch_of.get(offer.job_key) or world.pods_of.get(offer.job_key)):
             # Something has come of the admission already, so that it stands; what is still open follows the policy.
             policy = next((p.view for p in world.policies if p.view.name == ref.name), None)
         if policy is None or policy.spec is None:
