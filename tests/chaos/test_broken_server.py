@@ -141,7 +141,7 @@ def test_nothing_is_decided_before_the_last_kind_has_been_listed(
     for late in kinds[: campaign.size(1, len(kinds))]:
         pod = fill(bench)
         replica.kill(forget_lease=True)
-        bench.offer("third", 4)
+        bench.offer("third", 4, model="microsoft/phi-4")
         before, since = len(proxy.requests), time.monotonic()
         with bench.audit.excused(), proxy.fault(Match(("list",), late), Delay(LIST_SECONDS)):
             replica.start()
@@ -224,8 +224,9 @@ def delete_waiting_offer(bench: Bench, pod: str) -> None:
 def delete_policy(bench: Bench, pod: str) -> None:
     """Delete the policy, let the first end, and create the policy again."""
     bench.api.request("DELETE", f"{GROUP}/capacitypolicies/{bench.policy_name}")
-    bench.end(pod)
     bench.decided("second", "PolicyNotFound")
+    bench.end(pod)
+    bench.finished("first", "Succeeded")
     bench.policy()
 
 

@@ -41,6 +41,8 @@ async def heard(answer: Callable[[web.Request], object], *, watch: bool = True) 
             query = {"watch": "true"} if watch else {}
             response = await http.get(server.make_url(PATH), params=query)
             text = b"".join([chunk async for chunk in response.content.iter_chunked(65536)])
+            # kopf does so when it has had enough, also before the end.
+            response.close()
     return response.status, [_name(line) for line in text.splitlines()]
 
 

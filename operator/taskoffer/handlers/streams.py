@@ -25,25 +25,24 @@ _GONE = (
 _EVENT_STARTS = tuple(b'{"type":"' + kind for kind in (b"ADDED", b"MODIFIED", b"DELETED"))
 
 
-class _Gone:
-    """The content of a watch that begins anew with a list. kopf knows one reason for that, and ends on all others."""
-
-    async def iter_chunked(self, _size: int) -> AsyncIterator[bytes]:
-        """Yield the one event."""
-        yield _GONE
-
-
 class _Heard:
-    """A response's content whose chunks are announced; all else is the content's own."""
+    """A response's content whose chunks are announced; all else is the content's own.
 
-    def __init__(self, content: aiohttp.StreamReader, flow: Flow, kind: str) -> None:
-        self._content, self._flow, self._kind = content, flow, kind
+    kopf knows one error of a watch after which it lists again, and ends on all others; so it hears of that one only.
+    """
+
+    def __init__(self, content: aiohttp.StreamReader, flow: Flow, kind: str, *, refused: bool) -> None:
+        self._content, self._flow, self._kind, self._refused = content, flow, kind, refused
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._content, name)
 
     async def iter_chunked(self, size: int) -> AsyncIterator[bytes]:
         """Yield what arrives; kopf reads its streams this way."""
+        if self._refused:
+            logger.warning("watch refused by the server", extra={"kind": self._kind, "error": "410 Gone"})
+            yield _GONE
+            return
         before = b"\n"
         async for chunk in self._content.iter_chunked(size):
             # The text of an object cannot be mistaken for this: it holds no line breaks.
@@ -77,14 +76,14 @@ def listening(info: kopf.ConnectionInfo, flow: Flow, kinds: dict[str, str]) -> k
             if kind is None or self.method != "GET":
                 return self
             watch = self.url.query.get("watch") == "true"
-            if watch and self.status == 410:
-                logger.warning("watch refused by the server", extra={"kind": kind, "error": "410 Gone"})
-                self.status, self.content = 200, _Gone()  # type: ignore[assignment]
+            refused = watch and self.status == 410
+            if refused:
+                self.status = 200
             if self.status != 200:
                 return self
             if watch:
                 WATCH_STREAMS.labels(kind).inc()
-                self.content = _Heard(self.content, flow, kind)  # type: ignore[assignment]
+                self.content = _Heard(self.content, flow, kind, refused=refused)  # type: ignore[assignment]
             else:
                 # kopf lists again only when the server no longer has the history that it missed.
                 if flow.listed(kind):
