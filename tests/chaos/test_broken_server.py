@@ -267,7 +267,7 @@ def test_deletions_that_no_watch_tells_are_found_by_the_next_full_list(
         campaign.counts[f"{delete.__name__}, {way}"] += 1
         assert not bench.audit.check(), number
         clean(bench)
-    assert (replica.metric("taskoffer_resync_differences_total") or 0) > 0
+    assert (replica.metric("taskoffer_cache_resync_differences_total") or 0) > 0
 
 
 def found_out(bench: Bench, proxy: FaultProxy, delete: Callable[[Bench, str], None], way: str) -> None:
