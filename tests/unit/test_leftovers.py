@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from builders import make_pod, make_policy
-from core_builders import FOUR_GPUS
+from builders import make_offer, make_pod, make_policy
+from core_builders import FOUR_GPUS, ONE_GPU
 from fake_replica import Rig, end_pod, leading, start_pod
 from taskoffer.adapters.kube import (
     BATCH_JOBS,
@@ -26,6 +26,7 @@ __all__ = ["virtual_time"]
 pytestmark = pytest.mark.usefixtures("virtual_time")
 
 JOB = "a-a-uid"
+FULL = ("False", "WaitingForCapacity")
 
 
 async def running(rig: Rig, **fields: Any) -> Object:
@@ -57,6 +58,25 @@ def test_no_training_job_is_made_for_an_offer_whose_deletion_was_not_told() -> N
             await rig.quiet(20)
             assert rig.kube.count("create", JOBS_OF_TRAINING) == 1
             assert rig.booked() == {}
+
+    run_virtually(main())
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("trouble", [False, True])
+def test_an_offer_is_not_refused_as_the_double_of_one_whose_deletion_was_not_told(name: str, trouble: bool) -> None:
+    async def main() -> None:
+        async with leading(nodes={"node-a": 1}) as rig:
+            rig.kube.put(PODS, make_pod(gpus=1), uid="foreign-uid")
+            rig.offer("a", task_id="task")
+            await rig.until(lambda: rig.verdict("a") == FULL)
+            vanish(rig, (OFFERS, "a"))
+            if trouble:
+                rig.kube.fail("get", OFFERS, UnknownOutcomeError("no answer"))
+            rig.kube.put(OFFERS, make_offer(name=name, task_id="task", parameters=ONE_GPU), uid="new-uid")
+            await rig.until(lambda: rig.verdict(name) == FULL)
+            rig.kube.put(OFFERS, make_offer(name="c", task_id="task", parameters=ONE_GPU), uid="z-uid")
+            await rig.until(lambda: rig.verdict("c") == ("False", "DuplicateTask"))
 
     run_virtually(main())
 
@@ -116,7 +136,7 @@ def test_a_training_job_that_was_deleted_is_not_made_again_where_its_gpus_were_g
             # As if its second attempt had been moved away, and somebody else were on its first node since.
             rig.kube.put(PODS, make_pod(gpus=4), uid="foreign-uid")
             rig.kube.remove(JOBS_OF_TRAINING, JOB)
-            await rig.until(lambda: rig.verdict() == ("False", "WaitingForCapacity"))
+            await rig.until(lambda: rig.verdict() == FULL)
             assert rig.kube.count("create", JOBS_OF_TRAINING) == 1
             assert rig.booked() == {"node-a": 4}
 

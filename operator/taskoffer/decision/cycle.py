@@ -21,7 +21,7 @@ from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import best_fit
 from taskoffer.decision.naming import job_name
 from taskoffer.decision.room import Obstacle, Room
-from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView, Shape, Snapshot, Waiting
+from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView, Shape, Sibling, Snapshot, Waiting
 from taskoffer.decision.verdict import Answer, Verdict
 
 
@@ -156,21 +156,25 @@ def _without_capacity(
 
 
 def _older_sibling(offer: OfferView, spec: TaskOfferSpec | OfferTerms, snapshot: Snapshot) -> Answer | None:
-    siblings = snapshot.siblings.get((offer.key.namespace, spec.task_id), ())
+    first = first_of_task(offer, snapshot.siblings.get((offer.key.namespace, spec.task_id), ()))
+    if first is None:
+        return None
+    return Answer(
+        Verdict.REJECT,
+        Reason.DUPLICATE_TASK,
+        f"TaskOffer {first.name} has the same taskID {spec.task_id} and is older; its answer ({first.reason}) counts",
+    )
+
+
+def first_of_task(offer: OfferView, siblings: Iterable[Sibling]) -> Sibling | None:
+    """Return the offer of the same task id that counts instead of this one, None where this one counts."""
     # Creation times have a resolution of one second, so one that is admitted already counts as the older one.
     older = [
         s
         for s in siblings
         if s.uid != offer.uid and (s.reason == Reason.ADMITTED or (s.created, s.uid) < (offer.created, offer.uid))
     ]
-    if not older:
-        return None
-    first = min(older, key=lambda s: (s.created, s.uid))
-    return Answer(
-        Verdict.REJECT,
-        Reason.DUPLICATE_TASK,
-        f"TaskOffer {first.name} has the same taskID {spec.task_id} and is older; its answer ({first.reason}) counts",
-    )
+    return min(older, key=lambda s: (s.created, s.uid), default=None)
 
 
 def _rejection(evaluation: Evaluation) -> Answer:

@@ -25,11 +25,12 @@ from taskoffer.adapters.kube import (
 from taskoffer.adapters.metrics import CYCLE_SECONDS, DECISIONS, PENDING, WRITE_RETRIES
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION, PolicyRef
-from taskoffer.decision.cycle import Decision, Plan, plan
+from taskoffer.decision.cycle import Decision, Plan, first_of_task, plan
 from taskoffer.decision.ledger import open_ledger
 from taskoffer.decision.snapshot import OfferKey, OfferView
 from taskoffer.decision.verdict import Verdict
 from taskoffer.reconcile.jobs import Jobs
+from taskoffer.reconcile.leftovers import offer_is_there
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import OfferEntry, OfferState
 from taskoffer.render.offers import decision_patch, revocation_patch
@@ -113,7 +114,7 @@ class Admission:
                 if self._session.draining:
                     # It was not sent yet, so whoever leads next decides it.
                     return
-                written = await self._commit(decision, decision_patch(decision, now))
+                written = await self._holds(decision) and await self._commit(decision, decision_patch(decision, now))
         finally:
             world.in_flight.discard(uid)
             self._session.answers_on_their_way(len(world.in_flight))
@@ -130,6 +131,21 @@ class Admission:
             self._session.want_job(OfferKey(decision.offer.key.namespace, decision.answer.admission.job_name))
         if decision.answer.verdict is Verdict.REJECT:
             self._session.policies_wanted.set()
+
+    async def _holds(self, decision: Decision) -> bool:
+        """Tell whether an answer may be written: a refusal is final, so nothing that is gone may be its reason."""
+        offer, session, delay = decision.offer, self._session, 0.1
+        if decision.answer.reason is not Reason.DUPLICATE_TASK or offer.spec is None:
+            return True
+        place = offer.key.namespace, offer.spec.task_id
+        while (other := first_of_task(offer, session.world.siblings_now(place))) is not None:
+            try:
+                return await offer_is_there(session, OfferKey(offer.key.namespace, other.name), other.uid)
+            except (ApiError, ThrottledError, UnknownOutcomeError) as error:
+                logger.warning("offer not read", extra={"offer": other.name, "error": str(error)})
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 5.0)
+        return False
 
     async def _commit(self, decision: Decision, patch: Object) -> bool:
         """Write an answer. Tell whether it stands; False means that the offer is to be decided again."""

@@ -210,7 +210,7 @@ class World:
             policies=policies,
             nodes=[node.view(resource) for node in self.nodes],
             claims=list(self.claims(resource)),
-            siblings={place: tuple(self._siblings_now(place)) for place in self.shared},
+            siblings={place: tuple(self.siblings_now(place)) for place in self.shared},
             moves=tuple(self.moves.values()),
         )
         evaluations = self._settle(snapshot)
@@ -225,8 +225,9 @@ class World:
     def _may_decide(self, entry: OfferEntry) -> bool:
         return not entry.deleting and entry.uid not in self.in_flight and entry.uid not in self.held_back
 
-    def _siblings_now(self, place: tuple[str, str]) -> Iterator[Sibling]:
-        for sibling in self.siblings[place].values():
+    def siblings_now(self, place: tuple[str, str]) -> Iterator[Sibling]:
+        """Yield the offers with a namespace's task id as they are once what is on its way has been written."""
+        for sibling in self.siblings.get(place, {}).values():
             assumed = sibling.uid in self.assumed
             yield replace(sibling, reason=Reason.ADMITTED.value) if assumed else sibling
 
