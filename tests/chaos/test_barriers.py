@@ -320,6 +320,12 @@ def the_world_is_right(scene: Scene) -> None:
     for node in bench.nodes:
         bench.booked(node, 0)
     assert not bench.audit.check()
+    for job in bench.api.request("GET", bench.path("trainingjobs"))["items"]:
+        offer = bench.get(job["spec"]["offerRef"]["name"])
+        if offer["metadata"]["uid"] == job["spec"]["offerRef"]["uid"]:
+            admission, run = offer["status"]["admission"], job["spec"]["run"]
+            assert run["policyRef"] == admission["policyRef"], "made for the admission that stands"
+            assert run["gpus"] == admission["assignments"][0]["count"]
     # One Job per offer, for no pod had failed.
     jobs: dict[str, set[str]] = {}
     for event in bench.audit.events:
