@@ -141,6 +141,8 @@ class OperatorProcess:
         """Start it; by default wait until it leads and has decided what was there."""
         assert not self.running, "it runs already"
         self._close()
+        # The end of the one before is nobody's business any more, from before this one's log is open.
+        self._process = None
         self._log = self.log_file.open("ab")
         self._process = subprocess.Popen(
             [

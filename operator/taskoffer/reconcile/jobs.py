@@ -177,7 +177,7 @@ class Jobs:
             await self._derive(key)
             return
         offer = world.holding_by_job.get(key)
-        if offer is not None and offer.uid != entry.offer_uid:
+        if offer is not None and not offer.deleting and offer.uid != entry.offer_uid:
             raise self._taken(_offer_subject(offer), f"TrainingJob {key}")
         if entry.job is None:
             self._report_invalid(entry)
