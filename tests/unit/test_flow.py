@@ -11,6 +11,8 @@ from taskoffer.reconcile.flow import Flow, SilentWatchError
 WINDOW = 20
 QUIET, DEAD = 44, 46
 """Seconds of silence that are still borne, and that are not any more."""
+BLOCKED = 15
+"""Seconds for which events may lie there unhandled."""
 
 
 class Clock:
@@ -94,3 +96,24 @@ def test_a_second_list_is_told_from_the_first(flow: Flow) -> None:
     answers: list[Callable[[], bool]] = [lambda: flow.listed("Pod"), lambda: flow.listed("Pod")]
     assert [ask() for ask in answers] == [False, True]
     assert not flow.listed("Node")
+
+
+def test_a_process_that_was_paused_holds_that_against_nobody(flow: Flow, clock: Clock) -> None:
+    flow.runs()
+    flow.heard("Pod", event=True)
+    clock.now += 10 * DEAD
+    flow.runs()
+    assert flow.problem() is None
+    for _ in range(2 * BLOCKED):
+        clock.now += 0.5
+        flow.runs()
+    assert flow.problem() is None
+    clock.now += 0.5
+    assert flow.problem() == f"events of Pod have arrived and none has been handled for {BLOCKED + 0.5:.0f} s"
+
+
+def test_a_process_that_runs_all_the_time_is_not_taken_for_a_paused_one(flow: Flow, clock: Clock) -> None:
+    for _ in range(DEAD):
+        clock.now += 1
+        flow.runs()
+    assert flow.problem() is not None

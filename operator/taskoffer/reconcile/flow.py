@@ -7,7 +7,7 @@ So each kind is probed now and then, and silence means that the stream is dead, 
 that arrive without any being handled mean that their way through this process is blocked.
 
 Neither is held against a replica while the API server does not answer it at all: then a new process would hear
-nothing either.
+nothing either. Nor is the time in which the process did not run: nobody has listened.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ SILENT_WINDOWS = 2.25
 """Windows without a word after which a stream is given up: one until kopf opens another stream, and one for that."""
 BLOCKED_SECONDS = 15.0
 """Seconds that events may lie there while none of their kind is handled."""
+PAUSED_SECONDS = 10.0
+"""Seconds without a single look after which this process has not run: it was stopped, or its machine was."""
 
 
 class SilentWatchError(Exception):
@@ -51,6 +53,7 @@ class Flow:
         now = clock()
         self._streams = {kind: _Stream(now) for kind in kinds}
         self._away_at = now
+        self._ran_at = now
 
     def heard(self, kind: str, *, event: bool) -> None:
         """Take in that bytes have arrived on a kind's stream; ``event`` where they begin an event."""
@@ -73,6 +76,16 @@ class Flow:
     def server_away(self) -> None:
         """Take in that the API server has not answered."""
         self._away_at = self._clock()
+
+    def runs(self) -> None:
+        """Take in that this process runs; call it all the time. After a pause everything gets its time anew."""
+        now = self._clock()
+        if now - self._ran_at > PAUSED_SECONDS:
+            self._away_at = now
+            for stream in self._streams.values():
+                if stream.waiting_since is not None:
+                    stream.waiting_since = now
+        self._ran_at = now
 
     def silence(self, kind: str) -> float:
         """Return for how many seconds a kind's stream has said nothing."""
@@ -105,6 +118,7 @@ async def listen(flow: Flow, kube: Kube) -> None:
         group.create_task(_probe_for_ever(flow, kube))
         while True:
             await asyncio.sleep(0.5)
+            flow.runs()
             flow.check()
 
 
