@@ -45,11 +45,6 @@ class Trails:
             self.repeated += bool(answers) and answers[-1] == answer
             answers.append(answer)
 
-    @property
-    def names(self) -> list[str]:
-        """The names of all offers."""
-        return list(self._answers)
-
     def of(self, name: str) -> list[Answer]:
         """Return the answers to an offer: status and reason of Admitted and of Finished, and whether it is booked."""
         return self._answers[name]
