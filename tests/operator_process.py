@@ -154,7 +154,13 @@ class OperatorProcess:
             stderr=subprocess.STDOUT,
         )
         if leading:
-            self.wait_leading()
+            try:
+                self.wait_leading()
+            except Exception:
+                # Nobody else would end it: it may never have led, and then it has no lease to lose.
+                if self.running:
+                    self.kill()
+                raise
         return self
 
     def wait_leading(self, seconds: float = START_SECONDS) -> float:
