@@ -254,8 +254,9 @@ class Jobs:
             # Something has come of the admission already, so that it stands; what is still open follows the policy.
             policy = next((p.view for p in world.policies if p.view.name == ref.name), None)
         if policy is None or policy.spec is None:
-            message = f"policy {ref.name} is no longer at generation {ref.generation}"
-            await self._take_back(offer, Reason.POLICY_CHANGED, message)
+            await self._take_back(
+                offer, Reason.POLICY_CHANGED, f"policy {ref.name} is no longer at generation {ref.generation}"
+            )
             return None
         # The late write of a replica that led before may have booked what is booked since: no job comes of it.
         foreign = offer.uid not in world.decided_here
