@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,8 +124,19 @@ class FakeKube:
 
     # The adapter's methods
 
-    async def list(self, resource: Resource, *, label_selector: str | None = None) -> tuple[list[Object], str]:
-        return await self._call("list", resource, "", None, lambda: (self.all(resource), str(self.version)))
+    async def list(
+        self,
+        resource: Resource,
+        *,
+        label_selector: str | None = None,
+        on_page: Callable[[Sequence[Object]], None] | None = None,
+    ) -> tuple[list[Object], str]:
+        found, version = await self._call("list", resource, "", None, lambda: (self.all(resource), str(self.version)))
+        if on_page is None:
+            return found, version
+        for start in range(0, len(found), 2):
+            on_page(found[start : start + 2])
+        return [], version
 
     async def get(self, resource: Resource, namespace: str | None, name: str) -> Object:
         return await self._call("get", resource, name, None, lambda: self.get_now(resource, name, namespace or ""))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,15 +163,28 @@ class Kube:
         made: Object = json.loads(await self.request(method, path, body, **options))
         return made
 
-    async def list(self, resource: Resource, *, label_selector: str | None = None) -> tuple[list[Object], str]:
-        """Return all objects of a kind in all namespaces and the resourceVersion of the list."""
+    async def list(
+        self,
+        resource: Resource,
+        *,
+        label_selector: str | None = None,
+        on_page: Callable[[Sequence[Object]], None] | None = None,
+    ) -> tuple[list[Object], str]:
+        """Return all objects of a kind in all namespaces and the resourceVersion of the list.
+
+        With ``on_page`` each page goes there as it comes, and none is kept: a whole list takes much memory.
+        """
         items: list[Object] = []
         query = {"limit": "500"}
         if label_selector:
             query["labelSelector"] = label_selector
         while True:
             page = await self._object("GET", resource.path(), query=query, timeout=LIST_SECONDS)
-            items.extend(page.get("items") or [])
+            found = page.get("items") or []
+            if on_page is None:
+                items.extend(found)
+            else:
+                on_page(found)
             more = page["metadata"].get("continue")
             if not more:
                 return items, page["metadata"]["resourceVersion"]

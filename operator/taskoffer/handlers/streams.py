@@ -84,10 +84,11 @@ def listening(info: kopf.ConnectionInfo, flow: Flow, kinds: dict[str, str]) -> k
             if watch:
                 WATCH_STREAMS.labels(kind).inc()
                 self.content = _Heard(self.content, flow, kind, refused=refused)  # type: ignore[assignment]
-            else:
+            elif "continue" in self.url.query:
+                flow.heard(kind, event=False)
+            elif flow.listed(kind):
                 # kopf lists again only when the server no longer has the history that it missed.
-                if flow.listed(kind):
-                    WATCH_GAPS.labels(kind).inc()
+                WATCH_GAPS.labels(kind).inc()
             return self
 
     return kopf.AiohttpSession(

@@ -76,6 +76,7 @@ def registry_for(replica: Replica, flow: Flow, kubeconfig: Path | None) -> kopf.
         # A stream that says nothing for longer than a window is dead; kopf opens another one where it broke off.
         settings.watching.inactivity_timeout = 1.25 * flow.window
         settings.watching.connect_timeout = 5
+        settings.watching.chunk_size = 500
         settings.watching.reconnect_backoff = 0.1
         settings.watching.label_selectors["batch", "v1", "jobs"] = JOB_SELECTOR
         settings.networking.request_timeout = 30

@@ -57,13 +57,22 @@ class Store(Generic[T]):
 
     def replace(self, items: Iterable[Raw], list_version: str) -> int:
         """Take in a complete list. Return how many objects it corrected."""
-        corrected = 0
-        at = int(list_version)
         present: set[str] = set()
+        corrected = self.take_page(items, present)
+        return corrected + self.keep_only(present, list_version)
+
+    def take_page(self, items: Iterable[Raw], present: set[str]) -> int:
+        """Take in a part of a list, and note in ``present`` what is in it. Return how many objects it corrected."""
+        corrected = 0
         for raw in items:
             uid = raw["metadata"]["uid"]
             present.add(uid)
             corrected += self._put(uid, version_of(raw), raw)
+        return corrected
+
+    def keep_only(self, present: set[str], list_version: str) -> int:
+        """Drop what a complete list of this version did not have. Return how many objects that was."""
+        corrected, at = 0, int(list_version)
         for uid in [u for u, (version, _) in self._items.items() if u not in present and version <= at]:
             corrected += self._remove(uid, at)
         self.listed = True

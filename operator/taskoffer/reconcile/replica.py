@@ -7,8 +7,10 @@ one way out of every unclear state.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
+from collections.abc import Sequence
 
 import aiohttp
 
@@ -149,20 +151,21 @@ class Replica:
     async def _list(self, store: Store[object], resource: Resource, selector: str | None) -> None:
         delay = 0.2
         while True:
+            present: set[str] = set()
+            corrected: list[int] = []
+            take = functools.partial(_take_page, store, present, corrected)
             try:
-                items, version = await self.session.kube.list(resource, label_selector=selector)
+                _, version = await self.session.kube.list(resource, label_selector=selector, on_page=take)
             except (ApiError, ThrottledError, UnknownOutcomeError) as error:
                 logger.warning("list failed", extra={"kind": store.kind, "error": str(error)})
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 10.0)
                 continue
-            if store.kind == "Pod":
-                items = [raw for raw in items if concerns(raw)]
             first = not store.listed
-            corrected = store.replace(items, version)
-            if corrected and not first:
-                RESYNC_DIFFERENCES.labels(store.kind).inc(corrected)
-                logger.warning("the watch had missed changes", extra={"kind": store.kind, "count": corrected})
+            count = sum(corrected) + store.keep_only(present, version)
+            if count and not first:
+                RESYNC_DIFFERENCES.labels(store.kind).inc(count)
+                logger.warning("the watch had missed changes", extra={"kind": store.kind, "count": count})
             return
 
     async def _resync_forever(self) -> None:
@@ -189,6 +192,12 @@ class Replica:
             key = OfferKey(pod.namespace, pod.training_job)
             self.jobs.reports[key] = report
             self.session.want_job(key)
+
+
+def _take_page(store: Store[object], present: set[str], corrected: list[int], page: Sequence[Raw]) -> None:
+    """Take in a part of a list as it comes."""
+    wanted = (raw for raw in page if concerns(raw)) if store.kind == "Pod" else page
+    corrected.append(store.take_page(wanted, present))
 
 
 def _reports(pod: PodEntry) -> bool:
