@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -37,6 +37,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def until_its_end(replica: OperatorProcess) -> Iterator[OperatorProcess]:
+    """Hand out a replica that a test may start and end as it likes; what is left of it at last must end well."""
+    yield replica
+    if replica.running:
+        assert replica.terminate() == 0
+    print(replica.log()[-8000:])  # noqa: T201
+    assert "Traceback" not in replica.log()
 
 
 class Caretaker:

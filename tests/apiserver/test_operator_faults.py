@@ -14,7 +14,7 @@ import pytest
 from builders import make_admission
 from fake_node import Object
 from operator_bench import Bench, condition
-from operator_process import LEASE, OperatorProcess
+from operator_process import LEASE, OperatorProcess, until_its_end
 from taskoffer_lab.process_table import wait_until
 
 TAKEOVER_SECONDS = 15.0
@@ -23,12 +23,7 @@ TAKEOVER_SECONDS = 15.0
 @pytest.fixture
 def replica(bench: Bench, operator_directory: Path) -> Iterator[OperatorProcess]:
     """One replica that is not started yet; the test may end it as it likes."""
-    made = OperatorProcess(bench.cluster, operator_directory)
-    yield made
-    if made.running:
-        assert made.terminate() == 0
-    print(made.log()[-8000:])  # noqa: T201
-    assert "Traceback" not in made.log()
+    yield from until_its_end(OperatorProcess(bench.cluster, operator_directory))
 
 
 @contextmanager

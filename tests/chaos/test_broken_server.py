@@ -15,7 +15,7 @@ from fault_requests import OWN_WRITES, Match
 from faults import GONE, GONE_IN_STREAM, Action, Answer, Delay, Drop, Hang, Hold, Storm, Swallow
 from offer_runs import OfferRun
 from operator_bench import GROUP, SECONDS, Bench
-from operator_process import Caretaker, OperatorProcess
+from operator_process import Caretaker, OperatorProcess, until_its_end
 from taskoffer_lab.process_table import wait_until
 
 KINDS = ("nodes", "pods", "jobs", "trainingjobs", "capacitypolicies", "taskoffers")
@@ -35,12 +35,7 @@ def proxy(bench: Bench) -> Iterator[FaultProxy]:
 @pytest.fixture
 def replica(bench: Bench, proxy: FaultProxy, operator_directory: Path) -> Iterator[OperatorProcess]:
     """A replica behind the proxy that is not started yet."""
-    made = OperatorProcess(bench.cluster, operator_directory, "--resync", str(RESYNC), through=proxy)
-    yield made
-    if made.running:
-        assert made.terminate() == 0
-    print(made.log()[-12000:])  # noqa: T201
-    assert "Traceback" not in made.log()
+    yield from until_its_end(OperatorProcess(bench.cluster, operator_directory, "--resync", str(RESYNC), through=proxy))
 
 
 @pytest.fixture

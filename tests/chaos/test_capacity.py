@@ -10,7 +10,7 @@ import pytest
 from campaign import Campaign
 from offer_runs import OfferRun
 from operator_bench import Bench
-from operator_process import OperatorProcess
+from operator_process import OperatorProcess, until_its_end
 
 TEN_MINUTES = 600
 
@@ -18,12 +18,7 @@ TEN_MINUTES = 600
 @pytest.fixture
 def replica(bench: Bench, operator_directory: Path) -> Iterator[OperatorProcess]:
     """A replica that is not started yet."""
-    made = OperatorProcess(bench.cluster, operator_directory)
-    yield made
-    if made.running:
-        assert made.terminate() == 0
-    print(made.log()[-8000:])  # noqa: T201
-    assert "Traceback" not in made.log()
+    yield from until_its_end(OperatorProcess(bench.cluster, operator_directory))
 
 
 class Weather:

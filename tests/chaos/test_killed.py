@@ -19,7 +19,7 @@ from fault_requests import OWN_WRITES, Match, Record
 from faults import Call, Then
 from offer_trails import Trails
 from operator_bench import Bench, condition
-from operator_process import OperatorProcess
+from operator_process import OperatorProcess, until_its_end
 from taskoffer_lab.process_table import wait_until
 
 RESTART_SECONDS = 60.0
@@ -40,11 +40,7 @@ def replica(bench: Bench, proxy: FaultProxy, operator_directory: Path) -> Iterat
     made = OperatorProcess(bench.cluster, operator_directory, through=proxy)
     with bench.audit.excused():
         made.start()
-    yield made
-    if made.running:
-        assert made.terminate() == 0
-    print(made.log()[-8000:])  # noqa: T201
-    assert "Traceback" not in made.log()
+    yield from until_its_end(made)
 
 
 # Every boundary

@@ -15,7 +15,7 @@ from fault_proxy import FaultProxy
 from fault_requests import Match
 from faults import Fault, Stall
 from operator_bench import GROUP, SECONDS, Bench
-from operator_process import OperatorProcess
+from operator_process import OperatorProcess, until_its_end
 from taskoffer_lab.process_table import wait_until
 
 WINDOW = 10
@@ -36,12 +36,7 @@ SHORT = 1.0 * WINDOW
 @pytest.fixture
 def replica(bench: Bench, operator_directory: Path) -> Iterator[OperatorProcess]:
     """A replica with a short window that is not started yet."""
-    made = OperatorProcess(bench.cluster, operator_directory, "--watch-window", str(WINDOW))
-    yield made
-    if made.running:
-        assert made.terminate() == 0
-    print(made.log()[-8000:])  # noqa: T201
-    assert "Traceback" not in made.log()
+    yield from until_its_end(OperatorProcess(bench.cluster, operator_directory, "--watch-window", str(WINDOW)))
 
 
 def test_neither_leader_nor_standby_takes_a_quiet_cluster_for_a_silent_watch(

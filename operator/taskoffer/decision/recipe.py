@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import ROUND_HALF_UP, Decimal
-
-from taskoffer.api.contract import LoraSettings, TrainSettings
-from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, SizeClass, TaskTypeRule
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, scaled_lora, scaled_train
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.sizing import parameters_of, size_class_of
@@ -25,17 +22,7 @@ def requested_settings(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Setti
     task = next((t for t in policy.task_types if t.name is spec.task_type), None)
     if size is None or task is None:
         raise ValueError(f"the policy has no settings for {spec.task_type.value} on {spec.model.name}")
-    return Settings(lora=_lora(size, task), train=_train(size, task))
-
-
-def _lora(size: SizeClass, task: TaskTypeRule) -> LoraSettings:
-    factor = Decimal(task.lora_rank_factor or "1")
-    rank = max(1, int((size.lora.r * factor).to_integral_value(ROUND_HALF_UP)))
-    alpha = max(1, int((size.lora.lora_alpha * factor).to_integral_value(ROUND_HALF_UP)))
-    return size.lora.model_copy(update={"r": rank, "lora_alpha": alpha})
-
-
-def _train(size: SizeClass, task: TaskTypeRule) -> TrainSettings:
-    factor = Decimal(task.learning_rate_factor or "1")
-    rate = float(Decimal(str(size.train.learning_rate)) * factor)
-    return size.train.model_copy(update={"learning_rate": rate})
+    return Settings(
+        lora=size.lora.model_copy(update=scaled_lora(size, task)),
+        train=size.train.model_copy(update=scaled_train(size, task)),
+    )

@@ -87,10 +87,6 @@ class Flow:
                     stream.waiting_since = now
         self._ran_at = now
 
-    def silence(self, kind: str) -> float:
-        """Return for how many seconds a kind's stream has said nothing."""
-        return self._clock() - self._streams[kind].heard_at
-
     def problem(self) -> str | None:
         """Say which stream has failed and how, or None while events flow."""
         now, limit = self._clock(), SILENT_WINDOWS * self.window

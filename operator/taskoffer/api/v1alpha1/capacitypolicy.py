@@ -276,15 +276,12 @@ class CapacityPolicySpec(WireModel):
         # Otherwise an offer would be admitted, and hold its GPUs, under settings that no TrainingJob can have.
         for task in self.task_types:
             for size in self.size_classes:
-                rank, rate = Decimal(task.lora_rank_factor or 1), Decimal(task.learning_rate_factor or 1)
-                scaled: dict[str, object] = {
-                    "r": max(1, _rounded(size.lora.r * rank)),
-                    "lora_alpha": max(1, _rounded(size.lora.lora_alpha * rank)),
-                    "learning_rate": float(Decimal(str(size.train.learning_rate)) * rate),
-                }
-                for model, names in ((LoraSettings, ("r", "lora_alpha")), (TrainSettings, ("learning_rate",))):
+                for model, scaled in (
+                    (LoraSettings, scaled_lora(size, task)),
+                    (TrainSettings, scaled_train(size, task)),
+                ):
                     try:
-                        model.model_validate({name: scaled[name] for name in names})
+                        model.model_validate(scaled)
                     except ValidationError as error:
                         fault = error.errors()[0]
                         raise ValueError(
@@ -304,8 +301,17 @@ class CapacityPolicySpec(WireModel):
         return self
 
 
-def _rounded(value: Decimal) -> int:
-    return int(value.to_integral_value(ROUND_HALF_UP))
+def scaled_lora(size: SizeClass, task: TaskTypeRule) -> dict[str, int]:
+    """Return a size class's LoRA rank and alpha times the task type's factor, rounded half up, at least 1."""
+    factor = Decimal(task.lora_rank_factor or "1")
+    parts = {"r": size.lora.r, "lora_alpha": size.lora.lora_alpha}
+    return {name: max(1, int((part * factor).to_integral_value(ROUND_HALF_UP))) for name, part in parts.items()}
+
+
+def scaled_train(size: SizeClass, task: TaskTypeRule) -> dict[str, float]:
+    """Return a size class's learning rate times the task type's factor."""
+    factor = Decimal(task.learning_rate_factor or "1")
+    return {"learning_rate": float(Decimal(str(size.train.learning_rate)) * factor)}
 
 
 class NodeCapacity(WireModel):
