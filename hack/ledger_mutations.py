@@ -125,7 +125,7 @@ MUTATIONS = (
         "takes an object of the wanted name for its own",
         (
             (
-                f"{RECONCILE}/jobs.py",
+                f"{RECONCILE}/attempts.py",
                 'return any(o.get("uid") == uid and o.get("controller") for o',
                 "return any(True for o",
             ),

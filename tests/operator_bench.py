@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -279,6 +280,20 @@ class Bench:
             "POST", self.path("trainingjobs"), make_training_job(name=name, namespace=self.namespace)
         )
         return made
+
+    def garbage_is_collected(self) -> None:
+        """Wait until the garbage collector knows our kinds: until then it orphans none, and removes them late."""
+        body = make_training_job(name="left-over", namespace=self.namespace)
+        owner = {
+            "apiVersion": "taskoffer.dev/v1alpha1",
+            "kind": "TaskOffer",
+            "name": "nobody",
+            "uid": str(uuid.uuid4()),
+        }
+        body["metadata"]["ownerReferences"] = [{**owner, "controller": True}]
+        made = self.api.request("POST", self.path("trainingjobs"), body)
+        self.gone(self.path("trainingjobs", "left-over"), seconds=60)
+        self.keep_out_of_the_audit(made)
 
     def booked(self, node: str, count: int) -> None:
         """Wait until the policy's status says that so many GPUs are booked on a node."""

@@ -261,6 +261,7 @@ def test_deleting_an_offer_removes_all_of_it_and_keeps_its_gpus_until_the_pod_ha
 
 
 def test_a_job_that_is_left_behind_by_a_deletion_is_stopped_and_gives_its_gpus_back(bench: Bench) -> None:
+    bench.garbage_is_collected()
     node = bench.node(gpus=4)
     bench.policy()
     offer = bench.admitted("orphaned", 4)
@@ -357,6 +358,33 @@ def test_a_job_of_the_wanted_name_is_not_adopted(bench: Bench) -> None:
     kept = bench.api.request("GET", bench.path("jobs", name, api="/apis/batch/v1"))
     assert kept["metadata"]["uid"] == made["metadata"]["uid"]
     assert kept["spec"]["template"]["spec"]["containers"][0]["image"] == "other.invalid/x"
+
+
+def test_a_job_that_a_quota_refuses_says_so_and_starts_when_there_is_room(bench: Bench) -> None:
+    bench.node()
+    bench.policy()
+    quotas = bench.path("resourcequotas", api="/api/v1")
+    quota = {"metadata": {"name": "none"}, "spec": {"hard": {"count/jobs.batch": "0"}}}
+    bench.api.request("POST", quotas, quota)
+    wait_until(
+        lambda: bool(bench.api.request("GET", f"{quotas}/none").get("status", {}).get("used")),
+        "the quota counts",
+        SECONDS,
+    )
+    with bench.audit.excused():
+        offer = bench.admitted("refused")
+        name = offer["status"]["admission"]["jobName"]
+        told = bench.event(name, "JobRefused")
+        assert f"the API server refuses Job {bench.namespace}/{name}-1" in told["message"]
+        assert "exceeded quota: none" in told["message"]
+        wait_until(
+            lambda: condition(bench.training_job("refused"), "Running").get("reason") == "JobRefused",
+            "it is said",
+            SECONDS,
+        )
+        assert bench.batch_jobs(offer) == []
+        bench.api.request("DELETE", f"{quotas}/none")
+        bench.run("refused")
 
 
 def test_a_job_that_somebody_deletes_is_made_up_for_by_another_attempt(bench: Bench) -> None:

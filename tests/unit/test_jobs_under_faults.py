@@ -49,7 +49,8 @@ async def created(rig: Rig, number: int = 1) -> Object:
 
 
 def condition(rig: Rig, kind: str) -> tuple[str, str] | None:
-    conditions = rig.kube.get_now(JOBS_OF_TRAINING, JOB).get("status", {}).get("conditions", [])
+    found = [job for job in rig.kube.all(JOBS_OF_TRAINING) if job["metadata"]["name"] == JOB]
+    conditions = [c for job in found for c in job.get("status", {}).get("conditions", [])]
     return next(((c["status"], c["reason"]) for c in conditions if c["type"] == kind), None)
 
 
@@ -120,6 +121,27 @@ def test_a_pass_that_fails_is_repeated(verb: str, resource: Any, error: Exceptio
             rig.offer()
             await created(rig)
             await rig.until(lambda: condition(rig, "Running") == ("False", "Pending"))
+
+    run_virtually(main())
+
+
+@pytest.mark.parametrize("resource", [CONFIG_MAPS, BATCH_JOBS])
+def test_a_refused_attempt_says_so_once_and_gives_its_gpus_back_when_its_time_is_over(resource: Any) -> None:
+    async def main() -> None:
+        async with leading(policy=quick(maxAttempts=1)) as rig:
+            rig.kube.fail("create", resource, refused(403, "Forbidden"), times=1000)
+            rig.offer()
+            await rig.until(lambda: condition(rig, "Running") == ("False", "JobRefused"))
+            await rig.until(lambda: ("TrainingJob", JOB, "JobRefused") in rig.events())
+            asked = rig.kube.count("create", resource)
+            writes = rig.kube.count("status", JOBS_OF_TRAINING)
+            await rig.quiet(30)
+            assert 4 <= rig.kube.count("create", resource) - asked <= 7, "a pause lies between two tries"
+            assert rig.kube.count("status", JOBS_OF_TRAINING) == writes, "nothing new is to be said"
+            await rig.until(lambda: rig.finished() == "Failed", seconds=120)
+            assert [a["outcome"] for a in attempts(rig)] == ["StartTimeout"]
+            assert rig.booked() == {}
+            assert rig.events().count(("TrainingJob", JOB, "JobRefused")) == 1
 
     run_virtually(main())
 

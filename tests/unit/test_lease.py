@@ -187,6 +187,21 @@ def test_a_candidate_that_waits_finds_a_released_lease_at_once() -> None:
     run_virtually(main())
 
 
+def test_a_lease_that_somebody_removed_is_not_taken_for_one_that_was_given_up() -> None:
+    async def main() -> None:
+        kube = FakeKube()
+        one, two = candidate(kube), candidate(kube, "two")
+        await one.acquire()
+        kube.remove(LEASES, one._name, one._namespace)
+        await two.acquire()
+        assert two.missing_before
+        assert not two.released_before
+        assert not await one._try()
+        assert not one.held, "whoever led learns it at its next renewal"
+
+    run_virtually(main())
+
+
 def test_a_release_that_fails_leaves_the_lease_to_run_out() -> None:
     async def main() -> None:
         kube = FakeKube()

@@ -18,6 +18,7 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome, TrainingJob, TrainingJobStatus
+from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.job_facts import (
     DeleteJob,
     EnsureAttempt,
@@ -28,6 +29,7 @@ from taskoffer.decision.job_facts import (
     OfferEnd,
     OfferFacts,
     PodView,
+    Refusal,
     SuspendJob,
 )
 from taskoffer.decision.lifecycle import step
@@ -109,6 +111,7 @@ def look(
     report: ProgressReport | None = None,
     moved: str | None = None,
     log: str | None = "",
+    refusal: Refusal | None = None,
 ) -> JobPlan:
     place = (Assignment(node_name=moved, resource_name="nvidia.com/gpu", count=1),) if moved else None
     return step(
@@ -122,6 +125,7 @@ def look(
             report=report,
             moved_to=place,
             log_tail=log,
+            refusal=refusal,
         )
     )
 
@@ -233,6 +237,42 @@ def test_the_start_timeout_counts_from_the_jobs_creation_when_that_came_late() -
     late = job([attempt()])
     assert look(late, after=1010, jobs=[batch(created=1000)]).actions == ()
     assert look(late, after=1060, jobs=[batch(created=1000)]).actions != ()
+
+
+def no_quota(at_seconds: float, *, since: float = 0, job_name: str = FIRST) -> Refusal:
+    return Refusal(job_name, "the API server refuses Job x: exceeded quota", at(since), at(at_seconds))
+
+
+def test_a_refused_job_is_asked_for_again_after_a_pause_and_said_in_the_servers_words() -> None:
+    waits = look(job(), after=12, refusal=no_quota(10))
+    assert waits.actions == ()
+    assert waits.wake_at == at(15)
+    assert said(waits, "Running") == ("False", Reason.JOB_REFUSED)
+    running = condition_of(status_of(waits).conditions, "Running")
+    assert running is not None
+    assert running.message == "attempt 1: the API server refuses Job x: exceeded quota"
+    again = look(job(), after=15, refusal=no_quota(10))
+    assert [type(action) for action in again.actions] == [EnsureAttempt]
+
+
+def test_a_job_that_is_refused_for_as_long_as_a_start_may_last_ends_the_attempt() -> None:
+    limits = {"startTimeoutSeconds": 60, "maxAttempts": 2}
+    asked = look(job(limits=limits), after=59, refusal=no_quota(57))
+    assert last_outcome(asked) is None
+    assert asked.wake_at == at(60)
+    made = look(job(limits=limits), after=60, refusal=no_quota(50))
+    assert last_outcome(made) is AttemptOutcome.START_TIMEOUT
+    assert "no Job within 60 s: the API server refuses Job x" in (status_of(made).attempts[-1].message or "")
+
+
+def test_the_time_for_a_refused_job_counts_from_the_first_refusal_when_that_came_late() -> None:
+    made = look(job(limits={"startTimeoutSeconds": 60}), after=1000, refusal=no_quota(990, since=990))
+    assert last_outcome(made) is None
+
+
+def test_a_refusal_of_an_earlier_attempt_does_not_hold_the_next_one_back() -> None:
+    made = look(job([attempt(1, outcome="Failed", finished=5), attempt(2)]), refusal=no_quota(9))
+    assert [type(action) for action in made.actions] == [EnsureAttempt]
 
 
 def test_a_started_container_is_stamped_once() -> None:

@@ -31,10 +31,10 @@ _SLIM = ("usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale",
 # dpkg syncs every file that it unpacks, which takes minutes on a busy disk; in memory it costs nothing.
 _BOOTSTRAP = """
 set -e
-mkdir "$4/memory"
-mount -t tmpfs -o size=2g tmpfs "$4/memory"
-debootstrap --variant=minbase --include=ca-certificates "$2" "$4/memory/root" "$3"
-cp -a "$4/memory/root/." "$1"
+mkdir "$4/ram"
+mount -t tmpfs -o size=2g tmpfs "$4/ram"
+debootstrap --variant=minbase --include=ca-certificates "$2" "$4/ram/system" "$3"
+cp -a "$4/ram/system/." "$1"
 """
 
 

@@ -67,6 +67,8 @@ class Lease:
         self.transitions = 0
         self.released_before = False
         """Whether the holder before gave the lease up itself, with all its writes finished."""
+        self.missing_before = False
+        """Whether there was no lease: nobody has led yet, or somebody removed it from a leader."""
 
     @property
     def held(self) -> bool:
@@ -124,7 +126,7 @@ class Lease:
             lease = await self._kube.get(LEASES, self._namespace, self._name)
         except NotFoundError:
             await self._create()
-            self.released_before = True
+            self.released_before, self.missing_before = False, True
             return True
         spec: dict[str, Any] = lease.setdefault("spec", {})
         holder = spec.get("holderIdentity") or ""
@@ -133,7 +135,7 @@ class Lease:
             return False
         now = _micro(utcnow())
         if holder != self.identity:
-            self.released_before = holder == ""
+            self.released_before, self.missing_before = holder == "", False
             spec["acquireTime"] = now
             spec["leaseTransitions"] = int(spec.get("leaseTransitions") or 0) + 1
         spec.update(

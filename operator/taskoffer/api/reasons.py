@@ -89,6 +89,7 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DeadlineExceeded", "The deadline passed before training was done."
     STOPPING = "Stopping", "The pods were asked to stop; their GPUs are free once they have ended."
     NAME_CONFLICT = "NameConflict", "An object of the wanted name belongs to somebody else."
+    JOB_REFUSED = "JobRefused", "The API server refuses an object of an attempt: a quota, an admission webhook."
     INVALID_JOB = "InvalidJob", "The stored TrainingJob does not fit the schema of this version."
     RANK_CLAMPED = "RankClamped", "The LoRA rank was lowered to what is useful or allowed."
 

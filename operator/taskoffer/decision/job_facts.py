@@ -64,6 +64,16 @@ class OfferFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """What the API server has said against an object of an attempt, for the first and for the last time."""
+
+    job_name: str
+    message: str
+    since: datetime
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class JobFacts:
     """All that is observed about one TrainingJob."""
 
@@ -80,6 +90,8 @@ class JobFacts:
     progress_interval: timedelta = timedelta(seconds=10)
     log_tail: str | None = None
     """Last lines of a failed pod's log; None until they were asked for."""
+    refusal: Refusal | None = None
+    """Why an attempt has no Job yet, where the API server does not take it."""
 
 
 @dataclass(frozen=True, slots=True)

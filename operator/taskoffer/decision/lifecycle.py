@@ -21,6 +21,7 @@ from taskoffer.api.v1alpha1.trainingjob import (
     TrainingJobStatus,
 )
 from taskoffer.decision.abandoned import abandoned, pods_of_no_attempt, stop_and_fail, stray_jobs
+from taskoffer.decision.attempts import end_of_offer, first_attempt, move_request, need_of
 from taskoffer.decision.conditions import condition_of, is_true, set_condition
 from taskoffer.decision.job_facts import (
     Action,
@@ -30,16 +31,26 @@ from taskoffer.decision.job_facts import (
     JobPlan,
     JobView,
     Notice,
-    OfferEnd,
     PodView,
+    Refusal,
     SuspendJob,
 )
 from taskoffer.decision.moments import later
 from taskoffer.decision.naming import attempt_name
-from taskoffer.decision.snapshot import MoveRequest, OfferKey
-from taskoffer.decision.trainer_words import PERMANENT_EXIT_CODES, parse_termination, result_of, trainer_status_of
+from taskoffer.decision.snapshot import MoveRequest
+from taskoffer.decision.trainer_words import (
+    PERMANENT_EXIT_CODES,
+    at_its_end,
+    clamps_of,
+    last_words,
+    parse_termination,
+    result_of,
+    trainer_status_of,
+)
 
 _NOT_STARTED = "the pod has not started"
+_REFUSED_PAUSE_SECONDS = 5
+"""Pause before the API server is asked again for what it has refused: a quota may have been raised."""
 
 
 def step(facts: JobFacts) -> JobPlan:
@@ -56,42 +67,15 @@ def step(facts: JobFacts) -> JobPlan:
 def _step(facts: JobFacts) -> JobPlan:
     status = facts.job.status
     if is_true(status.conditions, "Complete") or is_true(status.conditions, "Failed"):
-        return _finished(facts)
+        return JobPlan(offer_end=end_of_offer(facts))
     if facts.offer is None:
         return abandoned(facts)
-    attempts = status.attempts or _first_attempt(facts)
+    attempts = status.attempts or first_attempt(facts)
     if not attempts:
         # An attempt follows from a place, and where this one was is not known any more.
         why = f"the offer's admission cannot be read: {facts.offer.problem}"
         return stop_and_fail(facts, why, Reason.INVALID_OFFER) if facts.offer.problem else JobPlan()
     return _Pass(facts, attempts).run()
-
-
-def _first_attempt(facts: JobFacts) -> tuple[Attempt, ...]:
-    admission = facts.offer.admission if facts.offer else None
-    if admission is None or admission.job_name != facts.job.metadata.name:
-        return ()
-    return (
-        Attempt(
-            job_name=attempt_name(facts.job.metadata.name, 1),
-            assignments=admission.assignments,
-            created_at=admission.decided_at,
-            deadline=admission.deadline,
-        ),
-    )
-
-
-def _finished(facts: JobFacts) -> JobPlan:
-    """Carry the end of the job over to its offer, once."""
-    if facts.offer is None or facts.offer.finished:
-        return JobPlan()
-    complete = condition_of(facts.job.status.conditions, "Complete")
-    if complete is not None and complete.status == "True":
-        return JobPlan(offer_end=OfferEnd(Reason.SUCCEEDED, complete.message))
-    failed = condition_of(facts.job.status.conditions, "Failed")
-    message = failed.message if failed else ""
-    cancelled = failed is not None and failed.reason == Reason.CANCELLED
-    return JobPlan(offer_end=OfferEnd(Reason.CANCELLED if cancelled else Reason.FAILED, message))
 
 
 class _Pass:
@@ -142,9 +126,6 @@ class _Pass:
         offer = self.facts.offer
         return offer is not None and (not offer.active or offer.finished)
 
-    def _node_names(self) -> str:
-        return ", ".join(a.node_name for a in self.current.assignments)
-
     def _by_own_clock(self, moment: datetime) -> datetime:
         """Clocks of other machines may be off; whatever they saw of this attempt lies between its beginning and now."""
         return max(self.current.created_at, min(moment, self.facts.now))
@@ -160,9 +141,25 @@ class _Pass:
             waits = f"attempt {number}: {unknown} pod(s) of a TrainingJob that was deleted have not ended"
             self._condition("Running", False, Reason.PENDING, waits)
             return self._plan("Pending")
+        refusal = self.facts.refusal
+        if refusal is not None and refusal.job_name == self.current.job_name:
+            return self._refused(refusal)
         self.actions.append(EnsureAttempt(self.current, number))
         # In the words of a pass that finds the Job without a pod, so that such a pass has nothing to write.
         self._condition("Running", False, Reason.PENDING, f"attempt {number}: {_NOT_STARTED}")
+        return self._plan("Pending")
+
+    def _refused(self, refusal: Refusal) -> JobPlan:
+        """Ask again now and then for a Job that the API server does not take, as long as a start may last."""
+        gives_up = later(max(self.current.created_at, refusal.since), self.limits.start_timeout_seconds)
+        if self.facts.now >= gives_up:
+            message = f"no Job within {self.limits.start_timeout_seconds} s: {refusal.message}"
+            return self._give_up(AttemptOutcome.START_TIMEOUT, Reason.START_TIMEOUT, message)
+        again = later(refusal.at, _REFUSED_PAUSE_SECONDS)
+        if self.facts.now >= again:
+            self.actions.append(EnsureAttempt(self.current, len(self.attempts)))
+        self._wake(min(again, gives_up))
+        self._condition("Running", False, Reason.JOB_REFUSED, f"attempt {len(self.attempts)}: {refusal.message}")
         return self._plan("Pending")
 
     def _pending(self) -> JobPlan:
@@ -206,9 +203,8 @@ class _Pass:
                 message = f"node {assignment.node_name} {away} for over {self.limits.node_lost_seconds} s"
                 return self._give_up(AttemptOutcome.NODE_LOST, Reason.NODE_LOST, message)
             self._wake(gives_up)
-            message = (
-                f"node {assignment.node_name} {away}; the attempt is given up at {gives_up:%H:%M:%SZ} unless it returns"
-            )
+            until = f"the attempt is given up at {gives_up:%H:%M:%SZ} unless it returns"
+            message = f"node {assignment.node_name} {away}; {until}"
             self._condition("Running", None, Reason.NODE_LOST, message)
             return self._plan("Running" if self.current.started_at else "Pending")
         return None
@@ -223,7 +219,7 @@ class _Pass:
     def _ended(self, pod: PodView) -> JobPlan:
         report = parse_termination(pod.message)
         finished = self._by_own_clock(pod.finished_at or self.facts.now)
-        message = (f"{report.reason}: {report.message}" if report else pod.message).strip()[:1024]
+        message = last_words(report, pod.message, None if pod.succeeded else self.facts.log_tail)
         if pod.succeeded:
             self._amend(outcome=AttemptOutcome.SUCCEEDED, finished_at=finished, exit_code=0, message=message or None)
             return self._complete(report)
@@ -231,9 +227,6 @@ class _Pass:
             return JobPlan(failed_pod=pod.name)
         code = pod.exit_code
         stopped = code == ExitCode.STOPPED
-        if self.facts.log_tail and self.facts.log_tail not in message:
-            room = 1024 - len(message[:500]) - 14
-            message = f"{message[:500]}; log ends: {self.facts.log_tail[-room:]}"
         self._amend(
             outcome=AttemptOutcome.STOPPED if stopped else AttemptOutcome.FAILED,
             finished_at=finished,
@@ -301,7 +294,7 @@ class _Pass:
         elif self.facts.moved_to is not None:
             self._append(self.facts.moved_to)
         else:
-            self._condition("Running", False, Reason.WAITING_FOR_CAPACITY, f"the next attempt waits for {self._need()}")
+            self._condition("Running", False, Reason.WAITING_FOR_CAPACITY, need_of(self.current))
             return self._plan("Pending", move=self._move(move_away))
         self._wake(self.facts.now)
         return self._plan("Pending")
@@ -310,20 +303,9 @@ class _Pass:
         health = self.facts.nodes.get(node)
         return health is not None and health.ready
 
-    def _need(self) -> str:
-        return " + ".join(f"{a.count} x {a.resource_name}" for a in self.current.assignments) + " on another node"
-
     def _move(self, avoid: bool) -> MoveRequest:
-        first = self.current.assignments[0]
-        avoided = {a.node_name for a in self.current.assignments if avoid and not self._is_ready(a.node_name)}
-        return MoveRequest(
-            key=OfferKey(self.facts.job.metadata.namespace or "", self.facts.job.metadata.name),
-            offer_uid=self.facts.job.spec.offer_ref.uid,
-            policy=self.run_spec.policy_ref.name,
-            count=first.count,
-            lane=first.lane,
-            avoid_nodes=frozenset(avoided),
-        )
+        avoided = (a.node_name for a in self.current.assignments if avoid and not self._is_ready(a.node_name))
+        return move_request(self.facts, self.current, frozenset(avoided))
 
     def _append(self, assignments: tuple[Assignment, ...]) -> None:
         number = len(self.attempts) + 1
@@ -397,19 +379,14 @@ class _Pass:
     def _plan(self, train: str, *, move: MoveRequest | None = None) -> JobPlan:
         before = self.facts.job.status
         if self.trainer_status is not None and train == "Succeeded":
-            self.trainer_status = self.trainer_status.model_copy(
-                update={"progress_percentage": 100, "estimated_remaining_seconds": 0}
-            )
-        clamps = before.clamps or self.run_spec.clamps
-        if self.facts.report is not None and self.facts.report.clamps:
-            clamps = (*self.run_spec.clamps, *self.facts.report.clamps)[:64]
+            self.trainer_status = at_its_end(self.trainer_status)
         status = TrainingJobStatus(
             observed_generation=self.facts.job.metadata.generation,
             conditions=self.conditions,
             attempts=tuple(self.attempts),
             steps=(StepStatus.model_validate({"name": "Train", "state": train}),),
             trainer_status=self.trainer_status,
-            clamps=clamps,
+            clamps=clamps_of(before.clamps, self.run_spec.clamps, self.facts.report),
             result=self.result,
         )
         return JobPlan(

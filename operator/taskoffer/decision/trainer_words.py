@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from taskoffer.api.contract import ExitCode, ProgressReport, Termination
+from taskoffer.api.contract import Clamp, ExitCode, ProgressReport, Termination
 from taskoffer.api.v1alpha1.trainingjob import Result, TrainerStatus
 
 PERMANENT_EXIT_CODES = frozenset(code for code in ExitCode if not code.retryable) - {ExitCode.DONE}
 """Exit codes after which the same settings fail again: no further attempt is made."""
+
+_LONGEST = 1024
+"""Characters that an attempt's message may have in the schema."""
 
 
 def parse_termination(message: str) -> Termination | None:
@@ -15,6 +18,15 @@ def parse_termination(message: str) -> Termination | None:
         return Termination.model_validate_json(message) if message.lstrip().startswith("{") else None
     except ValueError:
         return None
+
+
+def last_words(report: Termination | None, left: str, log_tail: str | None) -> str:
+    """Return what is kept of how a container ended: its report, else what it left, and the end of its log."""
+    message = (f"{report.reason}: {report.message}" if report else left).strip()[:_LONGEST]
+    if log_tail and log_tail not in message:
+        room = _LONGEST - len(message[:500]) - 14
+        message = f"{message[:500]}; log ends: {log_tail[-room:]}"
+    return message
 
 
 def result_of(report: Termination | None) -> Result | None:
@@ -43,3 +55,17 @@ def trainer_status_of(report: ProgressReport) -> TrainerStatus:
         metrics=tuple(metrics.values())[:256],
         last_updated_time=report.last_updated_time,
     )
+
+
+def at_its_end(status: TrainerStatus) -> TrainerStatus:
+    """Return the status of a training that is done."""
+    return status.model_copy(update={"progress_percentage": 100, "estimated_remaining_seconds": 0})
+
+
+def clamps_of(
+    before: tuple[Clamp, ...], decided: tuple[Clamp, ...], report: ProgressReport | None
+) -> tuple[Clamp, ...]:
+    """Return what was clamped: by the decision, and by the trainer once it has said so."""
+    if report is not None and report.clamps:
+        return (*decided, *report.clamps)[:64]
+    return before or decided

@@ -14,8 +14,6 @@ from dataclasses import replace
 from taskoffer.adapters.clock import utcnow
 from taskoffer.adapters.events import Subject
 from taskoffer.adapters.kube import (
-    BATCH_JOBS,
-    CONFIG_MAPS,
     JOBS_OF_TRAINING,
     OFFERS,
     ApiError,
@@ -30,25 +28,22 @@ from taskoffer.adapters.metrics import WRITE_RETRIES
 from taskoffer.api.contract import ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION
-from taskoffer.api.v1alpha1.trainingjob import TrainingJob
 from taskoffer.decision.conditions import is_true
 from taskoffer.decision.cycle import Move
 from taskoffer.decision.job_facts import (
     Action,
-    DeleteJob,
-    EnsureAttempt,
     JobFacts,
     JobPlan,
     OfferEnd,
-    SuspendJob,
+    Refusal,
 )
 from taskoffer.decision.lifecycle import step
 from taskoffer.decision.snapshot import OfferKey
-from taskoffer.reconcile.leftovers import job_is_there, offer_is_there, read_job_again, stop_strays
+from taskoffer.reconcile.attempts import NameTakenError, carry_out, name_taken, owned_by
+from taskoffer.reconcile.leftovers import offer_is_there, read_job_again, stop_strays
 from taskoffer.reconcile.observed import is_over, job_facts, left_of, log_tail
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry
-from taskoffer.render.job import attempt_job, config_map
 from taskoffer.render.offers import end_patch
 from taskoffer.render.patch import merge_patch
 from taskoffer.render.trainingjob import training_job
@@ -60,10 +55,6 @@ Revoke = Callable[[OfferEntry, Reason, str], Awaitable[bool]]
 _IMPATIENT_WORKERS = 1
 """Workers that go on in a burst of answers; one starts several jobs a second. The others would take the API server's
 time from the answers."""
-
-
-class NameTakenError(Exception):
-    """An object of the wanted name belongs to somebody else."""
 
 
 class Jobs:
@@ -80,6 +71,7 @@ class Jobs:
         """Versions of the objects behind a key that cannot be handled and were spoken of."""
         self._sent: dict[OfferKey, Object] = {}
         """TrainingJobs whose create had an unknown outcome."""
+        self._refusals: dict[OfferKey, Refusal] = {}
 
     async def run(self) -> None:
         """Work for ever."""
@@ -174,17 +166,19 @@ class Jobs:
         world = self._session.world
         entry = world.jobs_by_key.get(key)
         if entry is None:
+            self._refusals.pop(key, None)
             await self._derive(key)
             return
         offer = world.holding_by_job.get(key)
         if offer is not None and not offer.deleting and offer.uid != entry.offer_uid:
-            raise self._taken(_offer_subject(offer), f"TrainingJob {key}")
+            raise name_taken(self._session, _offer_subject(offer), f"TrainingJob {key}")
         if entry.job is None:
             self._report_invalid(entry)
             return
         facts = job_facts(
             self._session.world, entry, entry.job, self.reports.get(key), self._session.settings.progress_interval
         )
+        facts = replace(facts, refusal=self._refusals.get(key))
         if facts.offer is None and not is_over(entry.job):
             # A cache that lacks it is not enough to stop a training.
             wanted = entry.job.spec.offer_ref
@@ -222,7 +216,7 @@ class Jobs:
         if offer is None or offer.deleting:
             await stop_strays(session, key)
             return
-        manifest = sent if sent is not None and _owned_by(sent, offer.uid) else await self._manifest(offer)
+        manifest = sent if sent is not None and owned_by(sent, offer.uid) else await self._manifest(offer)
         if manifest is None:
             return
         try:
@@ -233,8 +227,8 @@ class Jobs:
             raise
         except ConflictError:
             found = await session.kube.get(JOBS_OF_TRAINING, key.namespace, key.name)
-            if not _owned_by(found, offer.uid):
-                raise self._taken(_offer_subject(offer), f"TrainingJob {key}") from None
+            if not owned_by(found, offer.uid):
+                raise name_taken(self._session, _offer_subject(offer), f"TrainingJob {key}") from None
             session.world.jobs.observe("ADDED", found)
         # Should it be deleted, the next one starts where the admission says; somebody else may be there by then.
         session.world.decided_here.discard(offer.uid)
@@ -275,12 +269,6 @@ class Jobs:
             await self._take_back(offer, Reason.POLICY_CHANGED, f"the policy would not admit it: {error}")
             return None
 
-    def _taken(self, subject: Subject, what: str) -> NameTakenError:
-        """Say on the object that needs the name that somebody else has it, and return the error to raise."""
-        message = f"{what} exists and belongs to another owner: remove it, or delete this offer"
-        self._session.events.emit(subject, Reason.NAME_CONFLICT, message, warning=True)
-        return NameTakenError(message)
-
     async def _take_back(self, offer: OfferEntry, reason: Reason, message: str) -> None:
         if self.revoke is not None and await self.revoke(offer, reason, message):
             return
@@ -296,7 +284,7 @@ class Jobs:
     async def _apply(self, key: OfferKey, entry: TrainingJobEntry, made: JobPlan, facts: JobFacts) -> None:
         session = self._session
         for action in made.actions:
-            await self._do(entry, facts, action)
+            await self._carry_out(entry, facts, action)
         if made.status is not None:
             patch: Object = {
                 "metadata": {"resourceVersion": entry.version, "uid": entry.uid},
@@ -320,51 +308,18 @@ class Jobs:
         if made.wake_at is not None:
             self._later(key, max(0.05, (made.wake_at - utcnow()).total_seconds()))
 
-    async def _do(self, entry: TrainingJobEntry, facts: JobFacts, action: Action) -> None:
-        session, namespace = self._session, entry.key.namespace
-        session.lease.check()
-        if isinstance(action, EnsureAttempt):
-            await self._ensure_attempt(entry, facts.job, action)
-        elif isinstance(action, SuspendJob):
-            try:
-                made = await session.kube.patch(BATCH_JOBS, namespace, action.name, {"spec": {"suspend": True}})
-            except NotFoundError:
-                self._forget_batch_job(entry.key, action.name)
-            else:
-                session.world.batch_jobs.observe("MODIFIED", made)
-        elif isinstance(action, DeleteJob):
-            try:
-                await session.kube.delete(BATCH_JOBS, namespace, action.name, uid=action.uid)
-            except NotFoundError:
-                self._forget_batch_job(entry.key, action.name)
-
-    def _forget_batch_job(self, key: OfferKey, name: str) -> None:
-        """Take in that a Job is gone whose deletion the watch has not told."""
-        world = self._session.world
-        for uid in [job.uid for job in world.batch_of.get(key, {}).values() if job.view.name == name]:
-            world.batch_jobs.forget(uid, 0)
-        self._session.want_job(key)
-
-    async def _ensure_attempt(self, entry: TrainingJobEntry, job: TrainingJob, action: EnsureAttempt) -> None:
-        """Create ConfigMap and Job of an attempt. An object of the name is accepted only from the same owner."""
-        session, namespace = self._session, entry.key.namespace
-        # Who has a status had this Job already; with it the TrainingJob may be gone, and nothing has told it.
-        if action.number == 1 and job.status.conditions and not await job_is_there(session, entry):
+    async def _carry_out(self, entry: TrainingJobEntry, facts: JobFacts, action: Action) -> None:
+        refused = await carry_out(self._session, entry, facts.job, action)
+        before = self._refusals.pop(entry.key, None)
+        if refused is None:
             return
-        for store, resource, manifest in (
-            (None, CONFIG_MAPS, config_map(job, action.attempt, action.number)),
-            (session.world.batch_jobs, BATCH_JOBS, attempt_job(job, action.attempt, action.number)),
-        ):
-            try:
-                await session.create(store, resource, namespace, manifest)
-            except ConflictError:
-                found = await session.kube.get(resource, namespace, manifest["metadata"]["name"])
-                if not _owned_by(found, entry.uid):
-                    subject = Subject(API_VERSION, "TrainingJob", namespace, entry.key.name, entry.uid)
-                    what = f"{manifest['kind']} {namespace}/{manifest['metadata']['name']}"
-                    raise self._taken(subject, what) from None
-                if store is not None:
-                    store.observe("ADDED", found)
+        now = utcnow()
+        since = before.since if before is not None and before.job_name == refused.job_name else now
+        self._refusals[entry.key] = Refusal(refused.job_name, refused.message, since, now)
+        if before is None or before.message != refused.message:
+            subject = Subject(API_VERSION, "TrainingJob", entry.key.namespace, entry.key.name, entry.uid)
+            self._session.events.emit(subject, Reason.JOB_REFUSED, refused.message, warning=True)
+        self._session.want_job(entry.key)
 
     async def _end_offer(self, entry: TrainingJobEntry, end: OfferEnd) -> None:
         session = self._session
@@ -389,10 +344,6 @@ class Jobs:
         self.reports.pop(entry.key, None)
         session.cycle_wanted.set()
         session.policies_wanted.set()
-
-
-def _owned_by(raw: Object, uid: str) -> bool:
-    return any(o.get("uid") == uid and o.get("controller") for o in raw["metadata"].get("ownerReferences") or ())
 
 
 def _offer_subject(offer: OfferEntry) -> Subject:

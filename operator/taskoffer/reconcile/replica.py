@@ -105,7 +105,7 @@ class Replica:
 
     async def _lead(self) -> None:
         session = self.session
-        if not session.lease.released_before:
+        if self._may_write_late():
             # A write of the leader before may still be on its way for as long as a write may take.
             await asyncio.sleep(session.settings.write_timeout)
         await self.resync()
@@ -125,6 +125,13 @@ class Replica:
             group.create_task(session.events.run(session.calm))
             group.create_task(self._resync_forever())
             group.create_task(self._poll_progress())
+
+    def _may_write_late(self) -> bool:
+        """Tell whether somebody may have led until just now. Without any offer nobody can have written about one."""
+        lease = self.session.lease
+        if lease.missing_before:
+            return len(self.session.world.offers) > 0
+        return not lease.released_before
 
     async def drain(self, seconds: float) -> bool:
         """Decide nothing more and wait for what is on its way. Tell whether all of it has ended."""

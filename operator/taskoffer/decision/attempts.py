@@ -1,0 +1,57 @@
+"""Where a TrainingJob begins and ends: the first attempt follows from the admission, the offer's end from the job's."""
+
+from __future__ import annotations
+
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.trainingjob import Attempt
+from taskoffer.decision.conditions import condition_of
+from taskoffer.decision.job_facts import JobFacts, OfferEnd
+from taskoffer.decision.naming import attempt_name
+from taskoffer.decision.snapshot import MoveRequest, OfferKey
+
+
+def first_attempt(facts: JobFacts) -> tuple[Attempt, ...]:
+    """Return the attempt that the offer's admission stands for, or nothing where there is no such admission."""
+    admission = facts.offer.admission if facts.offer else None
+    if admission is None or admission.job_name != facts.job.metadata.name:
+        return ()
+    return (
+        Attempt(
+            job_name=attempt_name(facts.job.metadata.name, 1),
+            assignments=admission.assignments,
+            created_at=admission.decided_at,
+            deadline=admission.deadline,
+        ),
+    )
+
+
+def end_of_offer(facts: JobFacts) -> OfferEnd | None:
+    """Return what a finished job means for its offer, or None where that has been said or there is no offer."""
+    if facts.offer is None or facts.offer.finished:
+        return None
+    complete = condition_of(facts.job.status.conditions, "Complete")
+    if complete is not None and complete.status == "True":
+        return OfferEnd(Reason.SUCCEEDED, complete.message)
+    failed = condition_of(facts.job.status.conditions, "Failed")
+    message = failed.message if failed else ""
+    cancelled = failed is not None and failed.reason == Reason.CANCELLED
+    return OfferEnd(Reason.CANCELLED if cancelled else Reason.FAILED, message)
+
+
+def need_of(last: Attempt) -> str:
+    """Say what the attempt after this one waits for."""
+    wanted = " + ".join(f"{a.count} x {a.resource_name}" for a in last.assignments)
+    return f"the next attempt waits for {wanted} on another node"
+
+
+def move_request(facts: JobFacts, last: Attempt, avoid_nodes: frozenset[str]) -> MoveRequest:
+    """Return what the cycle is asked for: a place of the same size for the attempt after this one."""
+    first = last.assignments[0]
+    return MoveRequest(
+        key=OfferKey(facts.job.metadata.namespace or "", facts.job.metadata.name),
+        offer_uid=facts.job.spec.offer_ref.uid,
+        policy=facts.job.spec.run.policy_ref.name,
+        count=first.count,
+        lane=first.lane,
+        avoid_nodes=avoid_nodes,
+    )

@@ -1,0 +1,109 @@
+"""The objects of an attempt: its ConfigMap and its Job are created, stopped and removed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from taskoffer.adapters.events import Subject
+from taskoffer.adapters.kube import (
+    BATCH_JOBS,
+    CONFIG_MAPS,
+    ApiError,
+    ConflictError,
+    NotFoundError,
+    Object,
+)
+from taskoffer.adapters.metrics import WRITE_RETRIES
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.meta import API_VERSION
+from taskoffer.api.v1alpha1.trainingjob import TrainingJob
+from taskoffer.decision.job_facts import Action, DeleteJob, EnsureAttempt, SuspendJob
+from taskoffer.decision.snapshot import OfferKey
+from taskoffer.reconcile.leftovers import job_is_there
+from taskoffer.reconcile.session import Session
+from taskoffer.reconcile.views import TrainingJobEntry
+from taskoffer.render.job import attempt_job, config_map
+
+
+class NameTakenError(Exception):
+    """An object of the wanted name belongs to somebody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An attempt's Job does not exist, because the API server has refused one of its objects."""
+
+    job_name: str
+    message: str
+
+
+async def carry_out(session: Session, entry: TrainingJobEntry, job: TrainingJob, action: Action) -> Refused | None:
+    """Do one thing about an attempt; return what the API server has said against it, if it has.
+
+    Raises:
+        LeadershipLostError: when this replica may not write.
+        NameTakenError: when an object of the wanted name belongs to somebody else.
+        ApiError, ThrottledError, UnknownOutcomeError: as :meth:`Kube.request`.
+    """
+    session.lease.check()
+    namespace = entry.key.namespace
+    if isinstance(action, EnsureAttempt):
+        return await _ensure(session, entry, job, action)
+    try:
+        if isinstance(action, SuspendJob):
+            made = await session.kube.patch(BATCH_JOBS, namespace, action.name, {"spec": {"suspend": True}})
+            session.world.batch_jobs.observe("MODIFIED", made)
+        elif isinstance(action, DeleteJob):
+            await session.kube.delete(BATCH_JOBS, namespace, action.name, uid=action.uid)
+    except NotFoundError:
+        _forget(session, entry.key, action.name)
+    return None
+
+
+async def _ensure(session: Session, entry: TrainingJobEntry, job: TrainingJob, action: EnsureAttempt) -> Refused | None:
+    """Create ConfigMap and Job of an attempt. An object of the name is accepted only from the same owner."""
+    # Who has a status had this Job already; with it the TrainingJob may be gone, and nothing has told it.
+    if action.number == 1 and job.status.conditions and not await job_is_there(session, entry):
+        return None
+    namespace = entry.key.namespace
+    subject = Subject(API_VERSION, "TrainingJob", namespace, entry.key.name, entry.uid)
+    for store, resource, manifest in (
+        (None, CONFIG_MAPS, config_map(job, action.attempt, action.number)),
+        (session.world.batch_jobs, BATCH_JOBS, attempt_job(job, action.attempt, action.number)),
+    ):
+        what = f"{manifest['kind']} {namespace}/{manifest['metadata']['name']}"
+        try:
+            await session.create(store, resource, namespace, manifest)
+        except ConflictError:
+            found = await session.kube.get(resource, namespace, manifest["metadata"]["name"])
+            if not owned_by(found, entry.uid):
+                raise name_taken(session, subject, what) from None
+            if store is not None:
+                store.observe("ADDED", found)
+        except NotFoundError:
+            raise
+        except ApiError as error:
+            WRITE_RETRIES.labels("TrainingJob", "refused").inc()
+            message = f"the API server refuses {what}: {error.message}"[:1024]
+            return Refused(action.attempt.job_name, message)
+    return None
+
+
+def name_taken(session: Session, subject: Subject, what: str) -> NameTakenError:
+    """Say on the object that needs the name that somebody else has it, and return the error to raise."""
+    message = f"{what} exists and belongs to another owner: remove it, or delete this offer"
+    session.events.emit(subject, Reason.NAME_CONFLICT, message, warning=True)
+    return NameTakenError(message)
+
+
+def owned_by(raw: Object, uid: str) -> bool:
+    """Tell whether the object's controller is the one with this UID."""
+    return any(o.get("uid") == uid and o.get("controller") for o in raw["metadata"].get("ownerReferences") or ())
+
+
+def _forget(session: Session, key: OfferKey, name: str) -> None:
+    """Take in that a Job is gone whose deletion the watch has not told."""
+    world = session.world
+    for uid in [job.uid for job in world.batch_of.get(key, {}).values() if job.view.name == name]:
+        world.batch_jobs.forget(uid, 0)
+    session.want_job(key)
