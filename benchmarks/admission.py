@@ -33,7 +33,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bare_client import Watcher, at_once, cpu_of, offer, quantile, raw_limit, raw_pace
+from bare_client import Watcher, at_once, cpu_of, offer, quantile, raw_limit, raw_pace, run_quietly
+from cpu_shares import Sampler
 
 from taskoffer import presets
 from taskoffer.adapters.kube import OFFERS, POLICIES, Kube
@@ -173,10 +174,11 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             mix, _ = await decided(operator, kube, "mixed", paced, args.rate, mixed=True)
             slow, _ = await decided(operator, kube, "paced", paced, args.rate)
             pids = {"operator": operator.process.pid, **server}
+            sampler = Sampler(operator.process.pid, args.stacks) if args.stacks else None
             before = cpu_of(pids)
             burst, took = await decided(operator, kube, "burst", count, None)
             cpu = {name: (seconds - before[name]) / count * 1000 for name, seconds in cpu_of(pids).items()}
-            full, peak = operator.memory()
+            whose = sampler.stop() if sampler else {}
             await settle(operator, "TrainingJob", sum(n for r, n in burst.reasons.items() if r == "Admitted"))
             full, peak = operator.memory()
             metrics = operator.metrics()
@@ -194,6 +196,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         "mixed": mix,
         "paced": slow,
         "cpu_ms": cpu,
+        "whose": whose,
         "rss": (quiet, full, peak),
         "metrics": metrics,
         "exit": code,
@@ -224,6 +227,7 @@ def report(args: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
     burst, paced = mid["burst"].latencies(), mid["paced"].latencies()
     total = args.offers + 2 * len(paced) + WARM
     kinds = writes(mid["metrics"])
+    whose = ", ".join(f"{name} {share:.0%}" for name, share in mid["whose"].items())
     twice = sum(1 for n in mid["burst"].status_writes.values() if n > 1)
 
     def spread(pick: Callable[[dict[str, Any]], float], form: str = "{:.0f}") -> str:
@@ -258,6 +262,7 @@ def report(args: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
         ),
         ("CPU per offer in the burst, ms", ", ".join(f"{k} {v:.2f}" for k, v in mid["cpu_ms"].items())),
         ("CPU per offer of the raw limit, ms", ", ".join(f"{k} {v:.2f}" for k, v in mid["raw"][-1].cpu_ms.items())),
+        *([("of the operator's CPU", whose)] if whose else []),
         ("operator memory at rest / after, MB", f"{mid['rss'][0]:.0f} / {mid['rss'][1]:.0f}"),
         ("operator peak memory, MB", spread(lambda r: r["rss"][2])),
         ("verdicts of the burst", ", ".join(f"{k} {v}" for k, v in sorted(mid["burst"].reasons.items()))),
@@ -274,16 +279,17 @@ def main() -> int:
     parser.add_argument("--offers", type=int, default=5000, help="offers in the burst (default: %(default)s)")
     parser.add_argument("--raw", type=int, help="objects for each raw figure (default: as many as offers)")
     parser.add_argument("--rate", type=float, default=10, help="paced offers per second (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=20, help="length of the paced part (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60, help="length of the paced part (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=1, help="repeat on fresh clusters (default: %(default)s)")
     parser.add_argument("--controllers", action="store_true", help="leave controller-manager and scheduler running")
     parser.add_argument("--log", default=os.devnull, help="file for the operator's log")
+    parser.add_argument("--stacks", type=Path, help="sample the operator in the burst with py-spy, into this file")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     args = parser.parse_args()
     runs = []
     for number in range(args.runs):
         print(f"run {number + 1} of {args.runs} …", file=sys.stderr, flush=True)
-        runs.append(asyncio.run(measure(args)))
+        runs.append(run_quietly(measure(args)))
     print(report(args, runs))
     if args.json:
         figures = [

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from admission import Operator
-from bare_client import Object, Watcher, at_once, offer, quantile
+from bare_client import Object, Watcher, at_once, offer, quantile, run_quietly
 
 from taskoffer import presets
 from taskoffer.adapters.kube import JOBS_OF_TRAINING, OFFERS, PODS, POLICIES, Kube
@@ -310,7 +310,7 @@ def main() -> int:
     parser.add_argument("--log", default=os.devnull, help="file for the operator's log")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     args = parser.parse_args()
-    run = asyncio.run(measure(args))
+    run = run_quietly(measure(args))
     print(report(args, run))
     if args.json:
         args.json.write_text(json.dumps(run, indent=2))

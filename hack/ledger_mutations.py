@@ -126,8 +126,8 @@ MUTATIONS = (
         (
             (
                 f"{RECONCILE}/attempts.py",
-                'return any(o.get("uid") == uid and o.get("controller") for o',
-                "return any(True for o",
+                "return any(o",
+                "return True or any(o",
             ),
         ),
         server("jobs", "of_the_wanted_name_is_not_adopted"),
