@@ -177,11 +177,11 @@ class Bench:
         )
 
     def status_writes(self, name: str) -> list[Object]:
-        """Return the statuses that were written to an offer so far, as the auditor's watch saw them."""
+        """Return the statuses that were written to the newest offer of a name, as the auditor's watch saw them."""
         assert not self.audit.check(), "the auditor has not seen everything, or has found something"
         mine = [e for e in self.audit.events if e.kind == OFFER and e.object["metadata"]["name"] == name]
         mine = [e for e in mine if e.object["metadata"]["namespace"] == self.namespace]
-        statuses = [e.object.get("status") or {} for e in mine if e.type != "DELETED"]
+        statuses = [e.object.get("status") or {} for e in mine if e.type != "DELETED" and e.uid == mine[-1].uid]
         return [after for before, after in itertools.pairwise(statuses) if before != after]
 
     def events(self, name: str) -> list[Object]:
