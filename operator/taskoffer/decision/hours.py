@@ -1,0 +1,79 @@
+"""How long a training takes: the work in floating point operations, over what the GPUs do in a second.
+
+FLOPs per token were counted with PyTorch's FlopCounter; the formulas agree with it to three digits. What share of its
+peak a GPU reaches (MFU, of the model's FLOPs without recomputation counted twice) is an assumption until it has been
+measured, so it is a policy's number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from taskoffer.api.tasks import TaskType
+from taskoffer.decision.architecture import Shape
+from taskoffer.decision.memory import ImageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What a GPU does: its peak in FLOP/s in bfloat16, the share of it that is reached, its memory's bytes per second."""
+
+    peak_flops: float
+    mfu: float
+    memory_bytes_per_second: float = 3.35e12
+    decode_share: float = 0.6
+    """Share of the memory's speed that generating text reaches."""
+    launch_seconds_per_layer: float = 0.8e-3
+    """What one layer takes for one token when launching kernels is the limit, as with plain transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be done: rows in all (epochs counted), their tokens, and what the task adds."""
+
+    task: TaskType
+    rows: int
+    tokens_per_row: float
+    adapter_parameters: int
+    checkpointing: bool = True
+    generated_tokens_per_row: float = 0.0
+    rows_per_generation: int = 1
+    """Completions that are generated together, over all GPUs."""
+
+
+def flops_per_token(shape: Shape, work: Work, length: float) -> float:
+    """Return the FLOPs of a token of a sequence of this length, forward and backward.
+
+    Linear layers take 4 per weight (6 with gradient checkpointing, whose second forward is counted here) and 6 (8) per
+    adapter weight; attention 2 x length x width x layers x 4.5; the output layer 6 x vocabulary x width. A preference
+    task runs the reference model as well: 2 per weight more.
+    """
+    linear, adapter = shape.linear_parameters, work.adapter_parameters
+    per_weight, per_adapter = (6, 8) if work.checkpointing else (4, 6)
+    if work.task is TaskType.DPO:
+        per_weight += 2
+    attention = 2 * length * shape.query * shape.layers * 4.5
+    return per_weight * linear + per_adapter * adapter + attention + 6 * shape.vocabulary * shape.hidden
+
+
+def text_seconds(shape: Shape, parameters: int, work: Work, speed: Speed, gpus: int) -> float:
+    """Return the seconds that a language model's training takes on its GPUs, without evaluation and start-up."""
+    sequences = 2 if work.task is TaskType.DPO else 1
+    length = work.tokens_per_row + work.generated_tokens_per_row
+    tokens = work.rows * sequences * length
+    trained = tokens * flops_per_token(shape, work, length) / (gpus * speed.mfu * speed.peak_flops)
+    if work.task is not TaskType.GRPO:
+        return trained
+    rounds = math.ceil(work.rows / work.rows_per_generation)
+    per_token = max(
+        2 * parameters / (speed.decode_share * speed.memory_bytes_per_second),
+        speed.launch_seconds_per_layer * shape.layers,
+    )
+    return trained + rounds * work.generated_tokens_per_row * per_token
+
+
+def image_seconds(model: ImageModel, resolution: int, pictures: int, speed: Speed, gpus: int) -> float:
+    """Return the seconds that an image model's training takes: four forward passes' worth for each picture."""
+    flops = 4 * model.forward_flops * (resolution / 1024) ** 2
+    return pictures * flops / (gpus * speed.mfu * speed.peak_flops)
