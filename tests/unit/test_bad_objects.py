@@ -31,7 +31,7 @@ from taskoffer.api.v1alpha1.trainingjob import Attempt, TrainingJob
 from taskoffer.decision.conditions import set_condition
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.moments import later
-from taskoffer.reconcile.quantities import whole
+from taskoffer.api.quantity import whole
 from taskoffer.reconcile.views import OfferState, offer_entry, policy_entry, training_job_entry
 from taskoffer.render.job import attempt_job
 from virtual_time import run_virtually, virtual_time

@@ -20,7 +20,7 @@ from builders import (
 )
 from core_builders import NOW
 from taskoffer.reconcile.pod_views import batch_job_entry, pinned_node, pod_entry, requested
-from taskoffer.reconcile.quantities import moment
+from taskoffer.reconcile.moments import moment
 from taskoffer.reconcile.replica import concerns
 from taskoffer.reconcile.views import OfferState, node_entry, offer_entry, policy_entry, training_job_entry
 

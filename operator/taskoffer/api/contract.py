@@ -29,6 +29,7 @@ __all__ = [
     "MAX_TERMINATION_BYTES",
     "PROGRESS_PORT",
     "SERVED_TASK_TYPES",
+    "SHARDING_SERVED",
     "TERMINATION_LOG",
     "ChatColumns",
     "Clamp",
@@ -53,6 +54,9 @@ __all__ = [
 
 SERVED_TASK_TYPES: frozenset[TaskType] = frozenset({TaskType.INSTRUCT_TEXT})
 """Task types that the trainer of this version has a method for."""
+
+SHARDING_SERVED = False
+"""Whether the trainer can share out a model's parameters over its GPUs (FSDP)."""
 
 CONFIG_PATH = "/etc/taskoffer/run.json"
 """Where the pod finds its RunConfig."""

@@ -56,6 +56,7 @@ class Reason(StrEnum):
     TIME_LIMIT_TOO_LONG = "TimeLimitTooLong", "The offer's time limit is longer than the policy takes."
     SCORE_TOO_LOW = "ScoreTooLow", "The score does not pass the policy's threshold."
     GPU_COUNT_NOT_ALLOWED = "GpuCountNotAllowed", "The number of GPUs is not one that the policy hands out."
+    INSUFFICIENT_MEMORY = "InsufficientMemory", "Not even one row at a time fits the memory of the GPUs."
     NO_LANE = "NoLane", "The policy works with lanes and none takes this kind of task."
     CAPACITY_FULL = "CapacityFull", "Capacity is full and the policy says to reject instead of queueing."
     DUPLICATE_TASK = "DuplicateTask", "An older offer in the namespace carries the same task id."

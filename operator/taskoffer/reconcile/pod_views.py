@@ -7,7 +7,8 @@ from datetime import datetime
 
 from taskoffer.decision.job_facts import JobView, PodView
 from taskoffer.reconcile.cache import Raw
-from taskoffer.reconcile.quantities import moment, whole
+from taskoffer.api.quantity import whole
+from taskoffer.reconcile.moments import moment
 from taskoffer.render.names import CONTAINER, JOB_LABEL, LANE_LABEL, OFFER_UID_LABEL, POLICY_LABEL
 
 

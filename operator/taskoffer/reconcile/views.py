@@ -22,7 +22,7 @@ from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.naming import job_name
 from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView
 from taskoffer.reconcile.cache import Raw
-from taskoffer.reconcile.quantities import whole
+from taskoffer.api.quantity import whole
 from taskoffer.reconcile.shapes import count, mapping, mappings
 
 _CONDITIONS = TypeAdapter(tuple[Condition, ...])

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, StringConstraints, ValidationError, mode
 from taskoffer.api.base import WireModel, spelled
 from taskoffer.api.contract import LoraSettings, TrainSettings
 from taskoffer.api.tasks import TaskType
+from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.meta import (
     ATOMIC_LIST,
     ApiVersion,
@@ -233,6 +234,9 @@ class CapacityPolicySpec(WireModel):
         (),
         description="Shares of the GPUs; empty means that all tasks share all GPUs.",
         json_schema_extra=list_map("name"),
+    )
+    estimation: Estimation | None = Field(
+        None, description="How memory is predicted; absent takes every offer to fit, with the settings as they stand."
     )
     pod_template: PodSettings = Field(description="What training pods get beside their GPUs.")
     attempts: AttemptLimits = Field(default_factory=AttemptLimits, description="How often a job is tried.")

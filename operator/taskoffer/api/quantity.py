@@ -1,20 +1,8 @@
-"""Times and whole numbers as Kubernetes writes them."""
+"""Whole numbers as Kubernetes writes them."""
 
 from __future__ import annotations
 
 import re
-from datetime import datetime
-
-
-def moment(text: str | None) -> datetime | None:
-    """Read an RFC 3339 time, or None."""
-    if not text:
-        return None
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        return None
-
 
 _WHOLE = re.compile(r"([0-9]{1,19})(k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
 _FACTORS: dict[str, int] = {"": 1} | {
