@@ -24,6 +24,7 @@ from core_builders import FOUR_GPUS, NOW, ONE_GPU, policy_spec, spec_of
 from fake_kube import FakeKube, refused
 from fake_replica import Rig, leading
 from taskoffer.adapters.kube import BATCH_JOBS, EVENTS, JOBS_OF_TRAINING, NODES, OFFERS, PODS, POLICIES
+from taskoffer.api.quantity import whole
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, CapacityPolicyStatus
 from taskoffer.api.v1alpha1.meta import Condition
@@ -31,7 +32,6 @@ from taskoffer.api.v1alpha1.trainingjob import Attempt, TrainingJob
 from taskoffer.decision.conditions import set_condition
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.moments import later
-from taskoffer.api.quantity import whole
 from taskoffer.reconcile.views import OfferState, offer_entry, policy_entry, training_job_entry
 from taskoffer.render.job import attempt_job
 from virtual_time import run_virtually, virtual_time

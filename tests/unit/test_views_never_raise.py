@@ -19,8 +19,8 @@ from builders import (
     stored,
 )
 from core_builders import NOW
-from taskoffer.reconcile.pod_views import batch_job_entry, pinned_node, pod_entry, requested
 from taskoffer.reconcile.moments import moment
+from taskoffer.reconcile.pod_views import batch_job_entry, pinned_node, pod_entry, requested
 from taskoffer.reconcile.replica import concerns
 from taskoffer.reconcile.views import OfferState, node_entry, offer_entry, policy_entry, training_job_entry
 

@@ -181,6 +181,7 @@ def _rejection(evaluation: Evaluation) -> Answer:
     first = evaluation.refusals[0]
     more = len(evaluation.refusals) - 1
     items: list[ExplanationItem] = list(evaluation.score.terms) if evaluation.score else []
+    items += evaluation.estimates
     items += [
         ExplanationItem(type="Constraint", name=r.reason.value, message=r.message[:400])
         for r in evaluation.refusals[:8]
@@ -214,6 +215,7 @@ def _place(
         reason, full = obstacle.reason, room.rejects(policy, obstacle)
         items = [
             *terms,
+            *evaluation.estimates,
             ExplanationItem(type="Constraint", name=reason.value, message=obstacle.message[:400]),
             ExplanationItem(type="Counterfactual", name=reason.value, message=obstacle.counterfactual[:400]),
         ]
@@ -241,6 +243,7 @@ def _place(
         score=total,
         explanation=(
             *terms,
+            *evaluation.estimates,
             ExplanationItem(type="Constraint", name="SizeClass", value=evaluation.size_class),
         ),
         admission=Admission(

@@ -8,6 +8,7 @@ when not even one row fits, the rank again. What gave way is told, with the numb
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -89,14 +90,17 @@ def fit(subject: Subject, asked: Settings, estimation: Estimation, gpus: int) ->
 def _in_layout(subject: Subject, asked: Settings, estimation: Estimation, layout: Layout, limit: float) -> Fit:
     shape = None if subject.task is TaskType.IMAGE else shape_of(subject.model_name, subject.parameters)
     margin = 1.0 if shape is None or shape.known else 1.0 + float(estimation.unknown_shape_margin)
-    rank, clamps = _useful_rank(shape, subject, asked.lora)
-    while True:
-        need = _need(subject, shape, asked, rank, layout)
-        rows = need.largest_rows(limit / margin)
-        if rows > 0 or rank <= _LEAST_RANK:
-            break
-        rank = max(_LEAST_RANK, rank // 2)
-    wanted = min(asked.lora.r, max(shape.rank_caps())) if shape is not None else asked.lora.r
+    wanted, clamps = _useful_rank(shape, subject, asked.lora)
+
+    def rows_at(rank: int) -> int:
+        return _need(subject, shape, asked, rank, layout).largest_rows(limit / margin)
+
+    rank = wanted
+    if rows_at(rank) == 0:
+        # The need grows with the rank, so the largest one that fits is found by halving the range.
+        fitting = bisect_left(range(_LEAST_RANK, wanted + 1), True, key=lambda rank: rows_at(rank) == 0)
+        rank = max(_LEAST_RANK, _LEAST_RANK + fitting - 1)
+    need, rows = _need(subject, shape, asked, rank, layout), rows_at(rank)
     if rows > 0 and rank < wanted:
         clamps = (*clamps, _rank_for_memory(wanted, rank, limit))
     lora = _with_rank(asked.lora, rank)
@@ -144,8 +148,7 @@ def _useful_rank(shape: Shape | None, subject: Subject, lora: LoraSettings) -> t
         f"r {lora.r} → {by_layer}: half of what each layer can hold; "
         f"{billions(subject.parameters)} at r {lora.r} would add {literal} parameters"
     )
-    rank = min(lora.r, max(caps))
-    return rank, (_clamp("lora.r", lora.r, rank, "RankClamped", message),)
+    return min(lora.r, max(caps)), (_clamp("lora.r", lora.r, by_layer, "RankClamped", message),)
 
 
 def _rank_for_memory(wanted: int, rank: int, limit: float) -> Clamp:
@@ -182,5 +185,5 @@ def _batch(
     )
 
 
-def _clamp(field: str, requested: int, effective: int, reason: str, message: str) -> Clamp:
+def _clamp(field: str, requested: int, effective: int | str, reason: str, message: str) -> Clamp:
     return Clamp(field=field, requested=str(requested), effective=str(effective), reason=reason, message=message[:512])

@@ -17,7 +17,7 @@ from taskoffer.decision.memory import ImageModel
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What a GPU does: its peak in FLOP/s in bfloat16, the share of it that is reached, its memory's bytes per second."""
+    """What a GPU does: its peak in bfloat16, the share of it that is reached, the speed of its memory."""
 
     peak_flops: float
     mfu: float

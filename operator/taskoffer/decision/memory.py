@@ -1,9 +1,9 @@
 """How much memory of a GPU a training takes at its peak, and the largest micro-batch that fits.
 
-The formulas are closed and linear in the micro-batch, so that its largest value is an answer and not a search. They were
-fitted to simulations of transformers, peft and trl on fake tensors: 15 model shapes, ranks up to 1024, with and without
-dropout on the adapter; seven whole configurations agreed within -4 % and +9 %. What a real GPU adds to that (allocator,
-kernels of other versions) is what a policy's memory fraction leaves room for.
+The formulas are closed and linear in the micro-batch, so that its largest value is an answer and not a search. They
+were fitted to simulations of transformers, peft and trl on fake tensors: 15 model shapes, ranks up to 1024, with and
+without dropout on the adapter; seven whole configurations agreed within -4 % and +9 %. What a real GPU adds to that
+(allocator, kernels of other versions) is what a policy's memory fraction leaves room for.
 
 All figures are bytes on one GPU.
 """
@@ -135,7 +135,7 @@ assumption (12 and 25 GiB for four pictures) that no GPU has confirmed yet."""
 
 
 def image_need(model: ImageModel, resolution: int, load: Load, layout: Layout) -> Need:
-    """Return what an image model's training needs on each GPU. Pictures grow with the square of their edge, in pixels."""
+    """Return what an image model's training needs on each GPU; ``resolution`` is the edge of a picture in pixels."""
     adapter = load.adapter_parameters
     buffers = (4.0 * adapter if load.ema else 0.0) + (4.0 * adapter if layout.gpus > 1 else 0.0)
     return Need(

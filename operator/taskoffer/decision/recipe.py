@@ -1,10 +1,11 @@
-"""Training settings of an admitted offer: the size class's settings, scaled by the task type's factors."""
+"""Training settings of an offer: the size class's, scaled by the task type's factors, and what fits of them."""
 
 from __future__ import annotations
 
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, scaled_lora, scaled_train
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
+from taskoffer.decision.fit import Fit, Subject, fit
 from taskoffer.decision.sizing import parameters_of, size_class_of
 
 
@@ -26,3 +27,17 @@ def requested_settings(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Setti
         lora=size.lora.model_copy(update=scaled_lora(size, task)),
         train=size.train.model_copy(update=scaled_train(size, task)),
     )
+
+
+def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | None:
+    """Return how the offer fits so many GPUs of one node, or None where the policy does not estimate.
+
+    Raises:
+        ValueError: as :func:`requested_settings`.
+    """
+    parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
+    if policy.estimation is None or parameters is None:
+        return None
+    resolution = spec.dataset.image.resolution if spec.dataset.image else None
+    subject = Subject.of(spec.model, parameters, spec.task_type, resolution)
+    return fit(subject, requested_settings(spec, policy), policy.estimation, gpus)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from taskoffer.api.quantity import whole
 from taskoffer.decision.job_facts import JobView, PodView
 from taskoffer.reconcile.cache import Raw
-from taskoffer.api.quantity import whole
 from taskoffer.reconcile.moments import moment
 from taskoffer.render.names import CONTAINER, JOB_LABEL, LANE_LABEL, OFFER_UID_LABEL, POLICY_LABEL
 

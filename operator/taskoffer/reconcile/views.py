@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from taskoffer.adapters.clock import utcnow
 from taskoffer.adapters.metrics import UNREADABLE
+from taskoffer.api.quantity import whole
 from taskoffer.api.v1alpha1.capacitypolicy import DEFAULT_POLICY_ANNOTATION, CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Assignment, Condition
 from taskoffer.api.v1alpha1.taskoffer import MAX_OFFER_NAME, Admission, TaskOfferSpec
@@ -22,7 +23,6 @@ from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.naming import job_name
 from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView
 from taskoffer.reconcile.cache import Raw
-from taskoffer.api.quantity import whole
 from taskoffer.reconcile.shapes import count, mapping, mappings
 
 _CONDITIONS = TypeAdapter(tuple[Condition, ...])

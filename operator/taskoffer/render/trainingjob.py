@@ -10,7 +10,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import API_VERSION, ClaimPath
 from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Attempt, OfferRef, Run, TrainingJob, TrainingJobSpec
-from taskoffer.decision.recipe import requested_settings
+from taskoffer.decision.recipe import fit_of, requested_settings
 from taskoffer.decision.snapshot import OfferKey
 from taskoffer.render.names import DATASET_DIR, JOB_LABEL, MANAGED_BY, MODEL_DIR, OFFER_UID_LABEL, OUTPUT_DIR
 
@@ -22,11 +22,12 @@ def training_job(
 
     Everything that rendering an attempt needs is pinned in its spec; a later change of the policy does not reach it.
     """
-    settings = requested_settings(spec, policy)
+    settings, gpus = requested_settings(spec, policy), admission.assignments[0].count
+    fits = fit_of(spec, policy, gpus)
     run = Run(
         task_id=spec.task_id,
         task_type=spec.task_type,
-        gpus=admission.assignments[0].count,
+        gpus=gpus,
         model=spec.model,
         dataset=spec.dataset,
         output=spec.output,
@@ -35,7 +36,8 @@ def training_job(
         priority_class_name=spec.priority_class_name,
         policy_ref=admission.policy_ref,
         requested=settings,
-        effective=settings,
+        effective=fits.effective if fits else settings,
+        clamps=fits.clamps if fits else (),
         pod=policy.pod_template,
         limits=policy.attempts,
         ttl_seconds_after_finished=policy.retention.finished_seconds if policy.retention else None,
