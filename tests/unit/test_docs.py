@@ -20,7 +20,7 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicy
 from taskoffer.api.v1alpha1.taskoffer import TaskOffer
 from taskoffer.cli.main import _parser as taskoffer_parser
-from taskoffer.decision.policy_status import lint
+from taskoffer.decision.lint import lint
 from taskoffer_lab.cli import _parser as lab_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,7 +260,8 @@ def test_the_findings_of_the_h100_preset_are_the_ones_that_its_page_explains() -
     page = (ROOT / "docs" / "explanation" / "strategy-8xh100.md").read_text(encoding="utf-8")
     manifest = presets.load("8xh100")
     findings = lint(CapacityPolicy.model_validate({**manifest, "metadata": _any_metadata("h100x8")}).spec)
-    shown = [line for body in blocks(page, "console") for line in body.splitlines() if line.startswith("Warning: ")]
+    lines = [line for body in blocks(page, "console") for line in body.splitlines()]
+    shown = [line for line in lines if line.startswith(("Warning: ", "Error: "))]
     assert shown == [f"{finding.severity}: {finding.message}" for finding in findings]
 
 

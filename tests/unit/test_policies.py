@@ -9,7 +9,8 @@ from core_builders import at, claim, node, policy, policy_spec
 from taskoffer import presets
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, CapacityPolicyStatus
 from taskoffer.decision.ledger import Claim, NodeView, open_ledger
-from taskoffer.decision.policy_status import PolicyFacts, lint, policy_status, score_range
+from taskoffer.decision.lint import lint, score_range
+from taskoffer.decision.policy_status import PolicyFacts, policy_status
 from taskoffer.decision.snapshot import PolicyView
 
 
@@ -116,6 +117,40 @@ def test_a_status_that_is_right_stays_the_same() -> None:
 
 
 MIN_SCORE = "filters.minScore: 0.45 rejects nothing: scores of accepted offers start at "
+PROFILES = [
+    (
+        "sizeClasses[Small].lora.r",
+        "Warning",
+        "sizeClasses[Small].lora.r: 410 for GRPO is more than layers of a 1B model hold; used: q/o 384, k/v 173",
+    ),
+    (
+        "sizeClasses[Medium].lora.r",
+        "Warning",
+        "sizeClasses[Medium].lora.r: 819 for GRPO is more than layers of a 7B model hold; used: k/v 357",
+    ),
+    (
+        "sizeClasses[Large].lora.r",
+        "Warning",
+        "sizeClasses[Large].lora.r: 1638 for GRPO is more than layers of a 13B model hold; used: q/o 1136, k/v 438",
+    ),
+    (
+        "sizeClasses[Large].gpus",
+        "Warning",
+        "sizeClasses[Large].gpus: models above about 21.91B do not fit 2 GPU(s) and are refused",
+    ),
+    (
+        "sizeClasses[XLarge].lora.r",
+        "Warning",
+        "sizeClasses[XLarge].lora.r: 3277 for GRPO is more than layers of a 70B model hold; used: q/o 2288, k/v 815",
+    ),
+    (
+        "sizeClasses[XLarge].gpus",
+        "Error",
+        "sizeClasses[XLarge].gpus: no model of the class fits 2 GPU(s), "
+        "not even with one row at a time and a small rank",
+    ),
+]
+"""What the profiles of the 8xH100 document ask for and no GPU can give."""
 FINDINGS: list[tuple[str, dict[str, Any], tuple[NodeView, ...], list[tuple[str, str, str]]]] = [
     (
         "the 8xH100 preset on its machine",
@@ -128,13 +163,14 @@ FINDINGS: list[tuple[str, dict[str, Any], tuple[NodeView, ...], list[tuple[str, 
                 "Warning",
                 "filters.maxConcurrentJobs: 12 never binds: with whole GPUs at most 5 jobs run at a time",
             ),
+            *PROFILES,
         ],
     ),
     (
         "the 8xH100 preset on half a machine",
         {"preset": "8xh100", "filters": {"minScore": "0.6", "maxConcurrentJobs": 5}},
         (node(gpus=4),),
-        [("lanes", "Warning", "lanes: the lanes hand out 8 GPUs and the selected nodes offer 4")],
+        [("lanes", "Warning", "lanes: the lanes hand out 8 GPUs and the selected nodes offer 4"), *PROFILES],
     ),
     (
         "the lab preset without nodes",

@@ -92,6 +92,7 @@ class Reason(StrEnum):
     NAME_CONFLICT = "NameConflict", "An object of the wanted name belongs to somebody else."
     JOB_REFUSED = "JobRefused", "The API server refuses an object of an attempt: a quota, an admission webhook."
     INVALID_JOB = "InvalidJob", "The stored TrainingJob does not fit the schema of this version."
+    BATCH_CLAMPED = "BatchClamped", "The micro-batch was lowered to what fits; the rows per step stay the same."
     RANK_CLAMPED = "RankClamped", "The LoRA rank was lowered to what is useful or allowed."
 
     # CapacityPolicy

@@ -129,7 +129,7 @@ def _lint(args: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
     from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
-    from taskoffer.decision.policy_status import lint
+    from taskoffer.decision.lint import lint
 
     try:
         manifest = yaml.safe_load(args.file.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from taskoffer.api.contract import SHARDING_SERVED, Clamp, LoraSettings, TrainSettings
 from taskoffer.api.quantity import whole
+from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.taskoffer import Architecture, Model
@@ -148,12 +149,12 @@ def _useful_rank(shape: Shape | None, subject: Subject, lora: LoraSettings) -> t
         f"r {lora.r} → {by_layer}: half of what each layer can hold; "
         f"{billions(subject.parameters)} at r {lora.r} would add {literal} parameters"
     )
-    return min(lora.r, max(caps)), (_clamp("lora.r", lora.r, by_layer, "RankClamped", message),)
+    return min(lora.r, max(caps)), (_clamp("lora.r", lora.r, by_layer, Reason.RANK_CLAMPED, message),)
 
 
 def _rank_for_memory(wanted: int, rank: int, limit: float) -> Clamp:
     message = f"r {wanted} → {rank}: at r {wanted} not even one row at a time fits {limit / GIB:.1f} GiB"
-    return _clamp("lora.r", wanted, rank, "RankClamped", message)
+    return _clamp("lora.r", wanted, rank, Reason.RANK_CLAMPED, message)
 
 
 def _with_rank(lora: LoraSettings, rank: int) -> LoraSettings:
@@ -181,9 +182,11 @@ def _batch(
     )
     changed = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": per_step // rows}
     return train.model_copy(update=changed), _clamp(
-        "train.perDeviceTrainBatchSize", asked, rows, "BatchClamped", message
+        "train.perDeviceTrainBatchSize", asked, rows, Reason.BATCH_CLAMPED, message
     )
 
 
-def _clamp(field: str, requested: int, effective: int | str, reason: str, message: str) -> Clamp:
-    return Clamp(field=field, requested=str(requested), effective=str(effective), reason=reason, message=message[:512])
+def _clamp(field: str, requested: int, effective: int | str, reason: Reason, message: str) -> Clamp:
+    return Clamp(
+        field=field, requested=str(requested), effective=str(effective), reason=reason.value, message=message[:512]
+    )

@@ -1,0 +1,131 @@
+"""What is odd about a policy although it is valid: rules that never bind, or ask for what is not there."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from decimal import Decimal
+from functools import lru_cache
+
+from taskoffer.api.tasks import TaskType
+from taskoffer.api.v1alpha1.capacitypolicy import (
+    CapacityPolicySpec,
+    LintFinding,
+    SizeClass,
+    TaskTypeRule,
+    TermName,
+    scaled_lora,
+)
+from taskoffer.api.v1alpha1.estimation import Estimation
+from taskoffer.api.v1alpha1.trainingjob import Settings
+from taskoffer.decision.architecture import shape_of_size
+from taskoffer.decision.fit import Subject, fit
+from taskoffer.decision.ledger import NodeView
+from taskoffer.decision.sizing import billions
+
+
+def lint(spec: CapacityPolicySpec, nodes: tuple[NodeView, ...] = ()) -> tuple[LintFinding, ...]:
+    """Return what is odd about a policy although it is valid: rules that never bind, or ask for what is not there."""
+    found: list[LintFinding] = []
+    low, high = score_range(spec)
+    least = spec.filters.min_score
+    if least is not None and low > Decimal(least):
+        found.append(_finding("filters.minScore", f"{least} rejects nothing: scores of accepted offers start at {low}"))
+    if least is not None and high <= Decimal(least):
+        found.append(_finding("filters.minScore", f"{least} rejects everything: scores end at {high}", "Error"))
+    most, slots = _most_jobs(spec, nodes), spec.filters.max_concurrent_jobs
+    if slots is not None and most is not None and slots > most:
+        message = f"{slots} never binds: with whole GPUs at most {most} jobs run at a time"
+        found.append(_finding("filters.maxConcurrentJobs", message))
+    offered = sum(n.allocatable for n in nodes if n.ready)
+    wanted = sum(lane.gpus for lane in spec.lanes)
+    if spec.lanes and nodes and wanted > offered:
+        found.append(_finding("lanes", f"the lanes hand out {wanted} GPUs and the selected nodes offer {offered}"))
+    return (*found, *_lint_profiles(spec.size_classes, spec.task_types, spec.estimation))[:32]
+
+
+def score_range(spec: CapacityPolicySpec) -> tuple[Decimal, Decimal]:
+    """Return the lowest and the highest score that an accepted offer can get, before the time limit is known.
+
+    Time efficiency runs from 0 (at the longest limit) to 1; the other terms take the values that the policy lists.
+    """
+    accepted = [t for t in spec.task_types if t.accepted]
+    rates = [Decimal(f.success_rate) for f in spec.families]
+    if spec.filters.unknown_family is not None:
+        rates.append(Decimal(spec.filters.unknown_family))
+    values = {
+        TermName.TASK_WEIGHT: [Decimal(t.weight) for t in accepted],
+        TermName.MODEL_PERFORMANCE: rates,
+        TermName.TASK_SUCCESS_RATE: [Decimal(t.success_rate) for t in accepted],
+        TermName.TIME_EFFICIENCY: [Decimal(0), Decimal(1)],
+        TermName.SIZE_EFFICIENCY: [Decimal(s.size_efficiency) for s in spec.size_classes],
+        TermName.BONUS: [Decimal(1)],
+    }
+    low = high = Decimal(0)
+    for term in spec.scoring.terms:
+        options = [Decimal(term.value)] if term.value is not None else values[term.name]
+        low += Decimal(term.weight) * min(options, default=Decimal(0))
+        high += Decimal(term.weight) * max(options, default=Decimal(0))
+    cap = Decimal(spec.scoring.cap) if spec.scoring.cap is not None else high
+    return min(low, cap), min(high, cap)
+
+
+def _most_jobs(spec: CapacityPolicySpec, nodes: tuple[NodeView, ...]) -> int | None:
+    if spec.lanes:
+        return sum(lane.gpus // min(r.gpus_per_task for r in lane.rules) for lane in spec.lanes)
+    offered = sum(n.allocatable for n in nodes if n.ready)
+    return offered // min(spec.resources[0].counts) if offered else None
+
+
+_SMALLEST, _LARGEST = 1_000_000_000, 1_000_000_000_000
+"""Sizes between which models of a class without a bound are looked for."""
+
+
+@lru_cache(maxsize=32)
+def _lint_profiles(
+    sizes: tuple[SizeClass, ...], task_types: tuple[TaskTypeRule, ...], estimation: Estimation | None
+) -> tuple[LintFinding, ...]:
+    tasks = tuple(task for task in task_types if task.accepted and task.name is not TaskType.IMAGE)
+    return tuple(finding for size in sizes for finding in _lint_profile(size, tasks, estimation))
+
+
+def _lint_profile(
+    size: SizeClass, tasks: tuple[TaskTypeRule, ...], estimation: Estimation | None
+) -> Iterator[LintFinding]:
+    """Look at the settings of a size class with a usual model of its sizes: at what a layer holds, and at memory."""
+    if not tasks:
+        return
+    task = max(tasks, key=lambda task: scaled_lora(size, task)["r"])
+    rank = scaled_lora(size, task)["r"]
+    smallest = max(size.min_parameters, _SMALLEST)
+    low = {cap: names for cap, names in shape_of_size(smallest).rank_caps().items() if cap < rank}
+    if low:
+        layers = ", ".join(f"{'/'.join(n.removesuffix('_proj') for n in names)} {cap}" for cap, names in low.items())
+        yield _finding(
+            f"sizeClasses[{size.name}].lora.r",
+            f"{rank} for {task.name.value} is more than layers of a {billions(smallest)} model hold; used: {layers}",
+        )
+    if estimation is not None:
+        yield from _lint_memory(estimation, size, task, smallest)
+
+
+def _lint_memory(estimation: Estimation, size: SizeClass, task: TaskTypeRule, smallest: int) -> Iterator[LintFinding]:
+    largest = (size.max_parameters or _LARGEST) - 1
+    asked = Settings(lora=size.lora.model_copy(update=scaled_lora(size, task)), train=size.train)
+
+    def too_large(parameters: int) -> bool:
+        return not fit(Subject("", None, parameters, task.name), asked, estimation, size.gpus).fits
+
+    if too_large(smallest):
+        message = f"no model of the class fits {size.gpus} GPU(s), not even with one row at a time and a small rank"
+        yield _finding(f"sizeClasses[{size.name}].gpus", message, "Error")
+    elif too_large(largest):
+        step = max(1, (largest - smallest) // 256)
+        most = bisect_left(range(smallest, largest, step), True, key=too_large)
+        bound = billions(smallest + (most - 1) * step)
+        message = f"models above about {bound} do not fit {size.gpus} GPU(s) and are refused"
+        yield _finding(f"sizeClasses[{size.name}].gpus", message)
+
+
+def _finding(field: str, message: str, severity: str = "Warning") -> LintFinding:
+    return LintFinding.model_validate({"field": field, "severity": severity, "message": f"{field}: {message}"})
