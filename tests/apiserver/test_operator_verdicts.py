@@ -152,6 +152,31 @@ def test_without_a_node_an_offer_waits_and_is_not_rejected(bench: Bench) -> None
     bench.decided("early", "Admitted")
 
 
+def test_what_does_not_fit_the_gpus_memory_is_refused_and_what_nearly_fits_is_clamped(bench: Bench) -> None:
+    bench.node()
+    bench.policy(estimation={"gpuMemory": "24G", "memoryFraction": "1"})
+    llama = "meta-llama/Llama-3.1-8B"
+    bench.offer("small", parameters=8_030_000_000, model=llama)
+    bench.offer("large", parameters=70_554_000_000, model="meta-llama/Llama-3.1-70B")
+    refused = bench.decided("large", "InsufficientMemory")
+    assert condition(refused, "Admitted")["message"].startswith("70.55B parameters need 1")
+    assert "GiB on each GPU with 1 row(s) at a time (4 GPUs, DDP)" in condition(refused, "Admitted")["message"]
+    admitted = bench.decided("small", "Admitted")
+    estimates = {i["name"]: i for i in admitted["status"]["explanation"] if i["type"] == "Estimate"}
+    assert estimates["PeakMemory"]["value"].endswith("GiB")
+    assert estimates["BatchClamped"]["value"].startswith("4 -> ")
+    run = bench.training_job("small")["spec"]["run"]
+    (clamp,) = run["clamps"]
+    assert (clamp["field"], clamp["reason"]) == ("train.perDeviceTrainBatchSize", "BatchClamped")
+    rows = [
+        settings["train"]["perDeviceTrainBatchSize"] * settings["train"]["gradientAccumulationSteps"]
+        for settings in (run["requested"], run["effective"])
+    ]
+    assert rows[0] == rows[1]
+    assert run["effective"]["train"]["perDeviceTrainBatchSize"] == int(clamp["effective"])
+    bench.policy_condition("Linted", "LintFindings")
+
+
 def test_a_policy_that_rejects_when_full_turns_waiting_into_a_refusal(bench: Bench) -> None:
     bench.node(gpus=1)
     bench.policy(filters={"onFull": "Reject"})
