@@ -59,6 +59,7 @@ def make_offer(
     gpus: int | None = None,
     policy: str | None = None,
     dataset: Object | None = None,
+    rows: int | None = None,
     output: Object | None = None,
     active: bool | None = None,
     expires_at: str | None = None,
@@ -77,7 +78,9 @@ def make_offer(
         "model": _present(
             {"name": model, "parameters": parameters, "architecture": architecture, "source": claim("models")}
         ),
-        "dataset": {**DATASETS[task_type], "source": claim("data")} if dataset is None else dataset,
+        "dataset": _present(
+            {**DATASETS[task_type], "source": claim("data"), "rows": rows} if dataset is None else dataset
+        ),
         "timeLimitSeconds": round(hours * 3600) if seconds is None else seconds,
         "gpuCount": gpus,
         "policyName": policy,

@@ -12,6 +12,7 @@ import pytest
 from builders import claim
 from operator_bench import Bench, condition, moment
 from operator_process import OperatorProcess
+from taskoffer.api.base import rfc3339
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -175,6 +176,19 @@ def test_what_does_not_fit_the_gpus_memory_is_refused_and_what_nearly_fits_is_cl
     assert rows[0] == rows[1]
     assert run["effective"]["train"]["perDeviceTrainBatchSize"] == int(clamp["effective"])
     bench.policy_condition("Linted", "LintFindings")
+
+
+def test_an_offer_is_refused_once_its_task_would_end_after_its_deadline(bench: Bench) -> None:
+    bench.policy(estimation={"gpuMemory": "80G", "duration": {"startSeconds": 3000, "reserveSeconds": 0}})
+    bench.offer("short", hours=0.5)
+    refused = bench.decided("short", "CannotFinishInTime")
+    assert "predicted to take 50 min of 30 min" in condition(refused, "Admitted")["message"]
+    # It takes some 3,000 s and has 3,005: it waits for a node, and then it is too late.
+    bench.offer("late", spec={"deadline": rfc3339(datetime.now(UTC) + timedelta(seconds=3005))}, hours=2)
+    bench.decided("late", "InventoryNotReady")
+    refused = bench.decided("late", "CannotFinishInTime")
+    assert "are left until spec.deadline" in condition(refused, "Admitted")["message"]
+    assert condition(refused, "Finished")["reason"] == "Rejected"
 
 
 def test_a_policy_that_rejects_when_full_turns_waiting_into_a_refusal(bench: Bench) -> None:

@@ -29,6 +29,7 @@ LANE = [{"name": "text", "gpus": 2, "rules": [{"gpusPerTask": 1}]}]
 LARGE_ONLY = {"sizeClasses": ["Large"], "gpusPerTask": 2}
 NOT_USABLE = PolicyView("lab", "lab-uid", 1, None, is_default=True, created=NOW, problem="filters: nonsense")
 
+H100 = {"gpuMemory": "80G", "duration": {}}
 VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
     ("it fits", offer(), {}, Verdict.ADMIT, Reason.ADMITTED, "1 x nvidia.com/gpu on node-a, where 1 of 8 are booked"),
     (
@@ -172,6 +173,30 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
         "does not exceed",
     ),
     ("it wants too many GPUs", offer(gpus=8), {}, Verdict.REJECT, Reason.GPU_COUNT_NOT_ALLOWED, "hands out 1, 2, 4"),
+    (
+        "it does not fit the memory of its GPUs",
+        offer(model="meta-llama/Meta-Llama-3-70B", parameters=70_554_000_000),
+        {"policies": [policy(estimation=H100)]},
+        Verdict.REJECT,
+        Reason.INSUFFICIENT_MEMORY,
+        "70.55B parameters need 157.0 of 63.3 GiB on each GPU with 1 row(s) at a time (4 GPUs, DDP), with LoRA rank 8",
+    ),
+    (
+        "it cannot end in time",
+        offer(model="meta-llama/Meta-Llama-3-8B", parameters=8_030_000_000, hours=1),
+        {"policies": [policy(estimation={**H100, "duration": {"startSeconds": 4000}})]},
+        Verdict.REJECT,
+        Reason.CANNOT_FINISH_IN_TIME,
+        "predicted to take 66.7 min of 57 min on 4 GPU(s): 40 steps of 16 rows of 256 tokens, MFU 0.35",
+    ),
+    (
+        "it would end after its deadline if it started now",
+        offer(spec={"deadline": "2026-01-31T12:10:00Z"}, rows=10),
+        {"policies": [policy(estimation={**H100, "duration": {"startSeconds": 500}})]},
+        Verdict.REJECT,
+        Reason.CANNOT_FINISH_IN_TIME,
+        "reserve included, and 10 min are left until spec.deadline 2026-01-31T12:10:00Z",
+    ),
     (
         "no lane takes it",
         offer(),

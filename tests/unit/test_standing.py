@@ -23,11 +23,15 @@ LANES = [
     {"name": "one", "gpus": 1, "rules": [{"sizeClasses": ["Small"], "gpusPerTask": 1}]},
     {"name": "rest", "gpus": 8, "rules": [{"gpusPerTask": 2}]},
 ]
+PREDICTING = {"gpuMemory": "80G", "duration": {"startSeconds": 40, "reserveSeconds": 20}}
+"""Every task takes a minute, so that an offer with a deadline has a last start one minute before it."""
 POLICIES: list[Object | None] = [
     make_policy(name="lab"),
+    make_policy(name="lab", estimation=PREDICTING),
     make_policy(name="lab", lanes=LANES),
     make_policy(name="lab", filters={"maxConcurrentJobs": 2}),
     make_policy(name="lab", filters={"onFull": "Reject"}),
+    make_policy(name="lab", estimation=PREDICTING, filters={"maxConcurrentJobs": 2}),
     make_policy(name="lab", default=False),
     None,
 ]
@@ -37,6 +41,8 @@ OFFERS = st.fixed_dictionaries(
         "task_id": st.sampled_from(["t1", "t2", None, None, None]),
         "active": st.sampled_from([None, None, None, False]),
         "expires_at": st.sampled_from([None, None, rfc3339(at(50)), rfc3339(at(150))]),
+        "spec": st.sampled_from([{}, {}, {"deadline": rfc3339(at(100))}, {"deadline": rfc3339(at(200))}]),
+        "rows": st.sampled_from([None, 100]),
         "policy": st.sampled_from([None, None, "lab", "other", "missing"]),
         "model": st.sampled_from(["x/llama", "x/mistral", "x/phi-4"]),
     }
@@ -136,10 +142,11 @@ def run_cycle(cluster: Cluster, fates: list[str]) -> None:
 def test_whatever_happens_each_cycle_decides_as_if_it_looked_at_every_offer(steps: list[tuple[str, Any, Any]]) -> None:
     cluster = Cluster()
     cluster.put("nodes", "node-a", make_node("node-a", gpus=2))
-    cluster.put("policies", "lab", make_policy(name="lab"))
+    cluster.put("policies", "lab", make_policy(name="lab", estimation=PREDICTING))
     cluster.put("policies", "other", make_policy(name="other", default=False))
     for number in range(3):
-        cluster.put("offers", f"start-{number}", make_offer(name=f"start-{number}", parameters=2_000_000))
+        due = {"deadline": rfc3339(at(100 + 20 * number))}
+        cluster.put("offers", f"start-{number}", make_offer(name=f"start-{number}", parameters=2_000_000, spec=due))
     for what, first, second in steps:
         if what == "offer":
             before = cluster.objects.get(("offers", first))
@@ -153,8 +160,8 @@ def test_whatever_happens_each_cycle_decides_as_if_it_looked_at_every_offer(step
         elif what == "node":
             cluster.put("nodes", "node-a", make_node("node-a", gpus=first, ready=second))
         elif what == "policy":
-            before = cluster.objects.get(("policies", "lab"))
-            generation = before["metadata"]["generation"] + 1 if before else 1
+            # One that was deleted and made again would have another UID; here each version has another generation.
+            generation = next(cluster.versions)
             cluster.put("policies", "lab", first, **({} if first is None else {"generation": generation}))
         elif what == "pod":
             cluster.put("pods", "foreign", make_pod("foreign", gpus=first, node="node-a") if first else None)
@@ -177,3 +184,18 @@ def test_a_long_queue_is_asked_once_and_not_offer_by_offer() -> None:
     assert made.offers == []
     assert [(shape.reason, len(group)) for shape, group in made.standing.items()] == [("WaitingForCapacity", 49)]
     assert plan(made).waiting == 49
+
+
+def test_an_offer_that_waits_is_looked_at_again_at_its_last_start() -> None:
+    cluster = Cluster()
+    cluster.put("policies", "lab", make_policy(name="lab", estimation=PREDICTING))
+    due = {"deadline": rfc3339(at(100))}
+    cluster.put("offers", "late", make_offer(name="late", parameters=500_000, spec=due))
+    run_cycle(cluster, [])
+    cluster.now = at(39)
+    run_cycle(cluster, [])
+    assert len(cluster.world.standing) == 1
+    assert at(39) < (plan(cluster.world.snapshot(cluster.now)).wake_at or NOW) < at(41)
+    cluster.now = at(41)
+    made = plan(cluster.world.snapshot(cluster.now))
+    assert [d.answer.reason.value for d in made.decisions] == ["CannotFinishInTime"]

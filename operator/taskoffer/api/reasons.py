@@ -57,6 +57,7 @@ class Reason(StrEnum):
     SCORE_TOO_LOW = "ScoreTooLow", "The score does not pass the policy's threshold."
     GPU_COUNT_NOT_ALLOWED = "GpuCountNotAllowed", "The number of GPUs is not one that the policy hands out."
     INSUFFICIENT_MEMORY = "InsufficientMemory", "Not even one row at a time fits the memory of the GPUs."
+    CANNOT_FINISH_IN_TIME = "CannotFinishInTime", "The task is predicted to take longer than the offer gives."
     NO_LANE = "NoLane", "The policy works with lanes and none takes this kind of task."
     CAPACITY_FULL = "CapacityFull", "Capacity is full and the policy says to reject instead of queueing."
     DUPLICATE_TASK = "DuplicateTask", "An older offer in the namespace carries the same task id."
@@ -133,6 +134,8 @@ REJECT_REASONS = frozenset(
         Reason.TIME_LIMIT_TOO_LONG,
         Reason.SCORE_TOO_LOW,
         Reason.GPU_COUNT_NOT_ALLOWED,
+        Reason.INSUFFICIENT_MEMORY,
+        Reason.CANNOT_FINISH_IN_TIME,
         Reason.NO_LANE,
         Reason.CAPACITY_FULL,
         Reason.DUPLICATE_TASK,

@@ -18,10 +18,21 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment, PolicyRef
 from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, ExplanationItem, TaskOfferSpec
 from taskoffer.decision.evaluate import Evaluation
+from taskoffer.decision.finish import hours
 from taskoffer.decision.ledger import best_fit
 from taskoffer.decision.naming import job_name
 from taskoffer.decision.room import Obstacle, Room
-from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView, Shape, Sibling, Snapshot, Waiting
+from taskoffer.decision.snapshot import (
+    OfferKey,
+    OfferTerms,
+    OfferView,
+    PolicyView,
+    Shape,
+    Sibling,
+    Snapshot,
+    Waiting,
+    end_of,
+)
 from taskoffer.decision.verdict import Answer, Verdict
 
 
@@ -72,8 +83,9 @@ def plan(snapshot: Snapshot) -> Plan:
                 answer = _place(offer, policy, evaluation, obstacle, room, snapshot.now)
         if answer is None or answer.verdict is Verdict.WAIT:
             waiting += 1
-            if offer.ends is not None and (wake_at is None or offer.ends < wake_at):
-                wake_at = offer.ends
+            ends = end_of(offer, evaluation)
+            if ends is not None and (wake_at is None or ends < wake_at):
+                wake_at = ends
         if answer is not None and not (answer.verdict is Verdict.WAIT and _says(offer, answer.reason)):
             decisions.append(Decision(offer, answer, policy.ref if policy else None))
     return Plan(tuple(decisions), moves, wake_at, waiting + room.passed_over)
@@ -152,7 +164,23 @@ def _without_capacity(
         message = "spec.active is false: set it to true to have the offer decided"
         score = evaluation.score.total if evaluation.score else None
         return policy, Answer(Verdict.WAIT, Reason.SUSPENDED, message, score), None
+    if (ends := end_of(offer, evaluation)) is not None and snapshot.now >= ends:
+        return policy, _too_late(spec, evaluation, snapshot.now), None
     return policy, None, evaluation
+
+
+def _too_late(spec: TaskOfferSpec | OfferTerms, evaluation: Evaluation, now: datetime) -> Answer:
+    """Answer an offer whose task would end after its deadline if it started now."""
+    assert spec.deadline is not None  # noqa: S101
+    left = hours(max(0.0, (spec.deadline - now).total_seconds()))
+    message = (
+        f"predicted to take {hours(evaluation.seconds)}, reserve included, and {left} are left until spec.deadline "
+        f"{rfc3339(spec.deadline)}"
+    )
+    score, terms = evaluation.score, evaluation.score.terms if evaluation.score else ()
+    constraint = ExplanationItem(type="Constraint", name=Reason.CANNOT_FINISH_IN_TIME.value, message=message)
+    items = (*terms, *evaluation.estimates, constraint)[:16]
+    return Answer(Verdict.REJECT, Reason.CANNOT_FINISH_IN_TIME, message, score.total if score else None, items)
 
 
 def _older_sibling(offer: OfferView, spec: TaskOfferSpec | OfferTerms, snapshot: Snapshot) -> Answer | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 
-from taskoffer.api.contract import SERVED_TASK_TYPES, Clamp
+from taskoffer.api.contract import SERVED_TASK_TYPES
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import (
     CapacityPolicySpec,
@@ -23,9 +23,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import (
     TermName,
 )
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
-from taskoffer.decision.fit import Fit
-from taskoffer.decision.memory import GIB
-from taskoffer.decision.recipe import fit_of
+from taskoffer.decision.prediction import Prediction, estimates_of, predict, refusals_of
 from taskoffer.decision.sizing import billions, family_of, parameters_of, size_class_of
 from taskoffer.decision.verdict import Refusal, Score
 
@@ -46,7 +44,7 @@ class Facts:
     size: SizeClass | None
     lane: Lane | None
     lane_rule: LaneRule | None
-    fit: Fit | None = None
+    prediction: Prediction | None = None
 
     @property
     def gpus(self) -> int | None:
@@ -78,6 +76,8 @@ class Evaluation:
     rank: int = 0
     """The score in steps of its last place, for sorting."""
     estimates: tuple[ExplanationItem, ...] = ()
+    seconds: float = 0.0
+    """What the task is predicted to take, with the reserve; 0 where nothing is predicted."""
 
 
 def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Evaluation:
@@ -94,7 +94,8 @@ def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Evaluation:
         size_class=facts.size.name if facts.size else "",
         lane=facts.lane.name if facts.lane else None,
         rank=int(score.total / _PLACES) if score is not None else 0,
-        estimates=_estimates(facts),
+        estimates=estimates_of(facts.prediction),
+        seconds=facts.prediction.seconds(spec.time_limit_seconds) if facts.prediction is not None else 0.0,
     )
 
 
@@ -114,7 +115,7 @@ def _gather(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Facts:
     )
     if facts.size is None or facts.task is None or facts.gpus is None:
         return facts
-    return replace(facts, fit=fit_of(spec, policy, facts.gpus))
+    return replace(facts, prediction=predict(spec, policy, facts.gpus))
 
 
 def _lane_of(
@@ -238,24 +239,9 @@ def _check_gpus(facts: Facts) -> Iterator[Refusal]:
         )
 
 
-def _check_memory(facts: Facts) -> Iterator[Refusal]:
-    if facts.fit is None or facts.fit.fits:
-        return
-    counts = (n for n in facts.policy.resources[0].counts if n > (facts.gpus or 0))
-    enough = next(
-        (n for n in counts if (other := fit_of(facts.spec, facts.policy, n)) is not None and other.fits), None
-    )
-    yield Refusal(
-        Reason.INSUFFICIENT_MEMORY,
-        f"{billions(facts.parameters or 0)} parameters need {facts.fit.numbers}, "
-        f"with LoRA rank {facts.fit.effective.lora.r}",
-        f"accepted with gpuCount {enough}" if enough else "accepted with a smaller model or a smaller maxLength",
-    )
-
-
-def _fits(facts: Facts, gpus: int) -> bool:
-    found = fit_of(facts.spec, facts.policy, gpus)
-    return found is not None and found.fits
+def _check_prediction(facts: Facts) -> Iterator[Refusal]:
+    if facts.prediction is not None and facts.gpus is not None:
+        yield from refusals_of(facts.prediction, facts.spec, facts.policy, facts.gpus)
 
 
 def _check_score(facts: Facts, score: Score) -> Iterator[Refusal]:
@@ -273,7 +259,7 @@ _FILTERS: tuple[Callable[[Facts], Iterator[Refusal]], ...] = (
     _check_model,
     _check_time_limit,
     _check_gpus,
-    _check_memory,
+    _check_prediction,
     _check_features,
 )
 
@@ -323,23 +309,6 @@ def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:
         TermName.SIZE_EFFICIENCY: Decimal(facts.size.size_efficiency),
         TermName.BONUS: Decimal(1),
     }
-
-
-def _estimates(facts: Facts) -> tuple[ExplanationItem, ...]:
-    if facts.fit is None:
-        return ()
-    peak = f"{facts.fit.peak / GIB:.1f}GiB"
-    return (_estimate("PeakMemory", peak, facts.fit.numbers), *(_clamped(clamp) for clamp in facts.fit.clamps[:3]))
-
-
-def _clamped(clamp: Clamp) -> ExplanationItem:
-    return _estimate(clamp.reason, f"{clamp.requested} -> {clamp.effective}", clamp.message[:400])
-
-
-@lru_cache(maxsize=4096)
-def _estimate(name: str, value: str, message: str) -> ExplanationItem:
-    """Return an estimate. Like terms, offers of a queue share most of theirs."""
-    return ExplanationItem(type="Estimate", name=name, value=value, message=message)
 
 
 def _hours(seconds: int) -> str:

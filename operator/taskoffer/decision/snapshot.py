@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from taskoffer.api.reasons import Reason
@@ -133,6 +133,18 @@ class Shape(NamedTuple):
     lane: str | None
     reason: str
     """The reason that their status gives."""
+
+
+def end_of(offer: OfferView, evaluation: Evaluation | None) -> datetime | None:
+    """Return the moment from which an offer cannot be admitted any more: what it says, or its last start in time."""
+    spec, ends = offer.spec, offer.ends
+    if evaluation is None or spec is None or spec.deadline is None or evaluation.seconds <= 0:
+        return ends
+    try:
+        last_start = spec.deadline - timedelta(seconds=evaluation.seconds)
+    except OverflowError:
+        return ends
+    return last_start if ends is None else min(ends, last_start)
 
 
 Waiting = tuple[int, datetime, str, OfferView, Evaluation]

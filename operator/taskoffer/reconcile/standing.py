@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from datetime import datetime
 
 from taskoffer.decision.evaluate import Evaluation
-from taskoffer.decision.snapshot import OfferView, Shape, Waiting
+from taskoffer.decision.snapshot import OfferView, Shape, Waiting, end_of
 
 
 class Standing:
@@ -33,8 +33,9 @@ class Standing:
         waiting = (-evaluation.rank, offer.created, offer.uid, offer, evaluation)
         insort(self.groups.setdefault(shape, []), waiting)
         self._place[offer.uid] = shape, waiting
-        if offer.ends is not None:
-            heapq.heappush(self._ends, (offer.ends, offer.uid))
+        ends = end_of(offer, evaluation)
+        if ends is not None:
+            heapq.heappush(self._ends, (ends, offer.uid))
 
     def drop(self, uid: str) -> bool:
         """Take an offer out. Tell whether it was there."""
@@ -73,4 +74,4 @@ class Standing:
     def _stale(self, ends: datetime, uid: str) -> bool:
         """Tell whether an offer has left, or came back with another end."""
         found = self._place.get(uid)
-        return found is None or found[1][3].ends != ends
+        return found is None or end_of(found[1][3], found[1][4]) != ends

@@ -16,7 +16,16 @@ from taskoffer.decision.cycle import Move
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.ledger import Claim, NodeView, open_ledger
 from taskoffer.decision.room import CAPACITY_REASONS
-from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Shape, Sibling, Snapshot
+from taskoffer.decision.snapshot import (
+    MoveRequest,
+    OfferKey,
+    OfferView,
+    PolicyView,
+    Shape,
+    Sibling,
+    Snapshot,
+    end_of,
+)
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.charges import Charges, claim_of
 from taskoffer.reconcile.pod_views import BatchJobEntry, PodEntry, batch_job_entry, pod_entry
@@ -269,7 +278,8 @@ class World:
             return False
         if evaluation.refusals or not entry.active or (entry.key.namespace, entry.task_id) in self.shared:
             return False
-        return view.ends is None or now < view.ends
+        ends = end_of(view, evaluation)
+        return ends is None or now < ends
 
     def policy_views(self) -> dict[str, PolicyView]:
         """Return the policies by name. One that hands out another resource than the oldest does has no spec.

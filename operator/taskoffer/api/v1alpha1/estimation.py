@@ -1,18 +1,78 @@
-"""What a policy says about the GPUs, so that memory can be predicted."""
+"""What a policy says about the GPUs, so that memory and time can be predicted."""
 
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from taskoffer.api.base import WireModel
 from taskoffer.api.quantity import whole
-from taskoffer.api.v1alpha1.meta import DecimalString, QuantityString
+from taskoffer.api.v1alpha1.meta import ATOMIC_LIST, DecimalString, QuantityString
+
+
+class MfuStep(WireModel):
+    """What share of its peak a GPU reaches with models up to a size."""
+
+    max_parameters: Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None = Field(
+        None, description="First size that is too large for this step; absent means no bound."
+    )
+    mfu: DecimalString = Field(description="Share of the peak, above 0 and at most 1.")
+
+
+class DurationEstimation(WireModel):
+    """How time is predicted."""
+
+    peak_teraflops: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        989, description="Peak of one GPU in bfloat16 without sparsity, in 10^12 FLOP/s; 989 is an H100 SXM."
+    )
+    mfu: Annotated[tuple[MfuStep, ...], Field(min_length=1, max_length=16)] = Field(
+        (
+            MfuStep(max_parameters=2 * 10**9, mfu="0.25"),
+            MfuStep(max_parameters=20 * 10**9, mfu="0.35"),
+            MfuStep(max_parameters=50 * 10**9, mfu="0.32"),
+            MfuStep(mfu="0.30"),
+        ),
+        description="Share of the peak that is reached, by model size from small to large: an assumption.",
+        json_schema_extra=ATOMIC_LIST,
+    )
+    tokens_per_row: Annotated[int, Field(ge=1, le=1_048_576)] = Field(
+        400, description="Tokens of a row of text, prompt and answer together."
+    )
+    generated_tokens_per_row: Annotated[int, Field(ge=1, le=1_048_576)] = Field(
+        256, description="Tokens that are generated for a row of a GRPO task."
+    )
+    start_seconds: Annotated[int, Field(ge=0, le=86400)] = Field(
+        300, description="From the admission to the first step: pod, image, loading the model."
+    )
+    evaluation_share: DecimalString = Field(
+        "0.10", description="Time of evaluating and saving, as a share of training."
+    )
+    reserve_seconds: Annotated[int, Field(ge=0, le=86400)] = Field(
+        180, description="What is to be left of the time limit at the end."
+    )
+
+    def mfu_of(self, parameters: int) -> Decimal:
+        """Return the share of the peak for a model's size."""
+        for step in self.mfu:
+            if step.max_parameters is None or parameters < step.max_parameters:
+                return Decimal(step.mfu)
+        return Decimal(self.mfu[-1].mfu)
+
+    @model_validator(mode="after")
+    def _check(self) -> DurationEstimation:
+        if not all(0 < Decimal(step.mfu) <= 1 for step in self.mfu):
+            raise ValueError("mfu[].mfu must be above 0 and at most 1")
+        bounds = [step.max_parameters for step in self.mfu]
+        known = [bound for bound in bounds if bound is not None]
+        if None in bounds[:-1] or known != sorted(set(known)):
+            raise ValueError("mfu[].maxParameters must rise, and only the last may be absent")
+        return self
 
 
 class Estimation(WireModel):
-    """How memory is predicted. Every number is one GPU's."""
+    """How memory and time are predicted. Every number is one GPU's."""
 
     gpu_memory: QuantityString = Field(description="Memory of one GPU, as 80G.")
     memory_fraction: DecimalString = Field(
@@ -20,6 +80,9 @@ class Estimation(WireModel):
     )
     unknown_shape_margin: DecimalString = Field(
         "0.12", description="What is added to the need of a model whose layers and widths are estimated from its size."
+    )
+    duration: DurationEstimation | None = Field(
+        None, description="How time is predicted; absent takes every offer to end in time."
     )
 
     @model_validator(mode="after")

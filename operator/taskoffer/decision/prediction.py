@@ -1,0 +1,96 @@
+"""What is predicted of an offer on so many GPUs: whether it fits and when it ends, as refusals and as estimates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from taskoffer.api.contract import Clamp
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
+from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
+from taskoffer.decision.finish import Finish, finish_of, hours
+from taskoffer.decision.fit import Fit
+from taskoffer.decision.memory import GIB
+from taskoffer.decision.recipe import fit_of
+from taskoffer.decision.sizing import billions, parameters_of
+from taskoffer.decision.verdict import Refusal
+
+_TOLD_CLAMPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How an offer's task fits its GPUs, and how long it takes there; None where nothing says so."""
+
+    fit: Fit
+    finish: Finish | None
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether the task fits and ends in time, as far as that is known."""
+        return self.fit.fits and (self.finish is None or self.finish.in_time)
+
+    def seconds(self, time_limit: int) -> float:
+        """Return what the task takes from its admission, with the reserve; 0 where nothing says so."""
+        return 0.0 if self.finish is None else self.finish.seconds + time_limit - self.finish.budget
+
+
+def predict(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Prediction | None:
+    """Return what is predicted of an offer on so many GPUs, or None where the policy does not estimate.
+
+    Raises:
+        ValueError: when the policy has no size class or task type for the offer.
+    """
+    fits = fit_of(spec, policy, gpus)
+    parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
+    if fits is None or policy.estimation is None or parameters is None:
+        return None
+    duration, finish = policy.estimation.duration, None
+    if duration is not None and fits.fits and (spec.dataset.rows or fits.effective.train.max_steps > 0):
+        finish = finish_of(spec, parameters, fits.effective, duration, gpus)
+    return Prediction(fits, finish)
+
+
+def refusals_of(found: Prediction, spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Iterator[Refusal]:
+    """Say what stands against the offer on its GPUs, and with which count it would be taken."""
+    if found.holds:
+        return
+    more = sorted(n for n in policy.resources[0].counts if n > gpus)
+    enough = next((n for n in more if (other := predict(spec, policy, n)) is not None and other.holds), None)
+    if not found.fit.fits:
+        size = billions(parameters_of(spec.model, policy.filters.unknown_parameters) or 0)
+        yield Refusal(
+            Reason.INSUFFICIENT_MEMORY,
+            f"{size} parameters need {found.fit.numbers}, with LoRA rank {found.fit.effective.lora.r}",
+            f"accepted with gpuCount {enough}" if enough else "accepted with a smaller model or a smaller maxLength",
+        )
+    elif found.finish is not None:
+        longer = f"timeLimitSeconds of at least {math.ceil(found.seconds(spec.time_limit_seconds))}"
+        yield Refusal(
+            Reason.CANNOT_FINISH_IN_TIME,
+            f"predicted to take {found.finish.numbers}",
+            f"accepted with gpuCount {enough}, or with {longer}" if enough else f"accepted with {longer}",
+        )
+
+
+def estimates_of(found: Prediction | None) -> tuple[ExplanationItem, ...]:
+    """Return the prediction as the offer's status tells it."""
+    if found is None:
+        return ()
+    items = [_estimate("PeakMemory", f"{found.fit.peak / GIB:.1f}GiB", found.fit.numbers)]
+    if found.finish is not None:
+        items.append(_estimate("Duration", hours(found.finish.seconds), found.finish.numbers))
+    return (*items, *(_clamped(clamp) for clamp in found.fit.clamps[:_TOLD_CLAMPS]))
+
+
+def _clamped(clamp: Clamp) -> ExplanationItem:
+    return _estimate(clamp.reason, f"{clamp.requested} -> {clamp.effective}"[:64], clamp.message[:400])
+
+
+@lru_cache(maxsize=4096)
+def _estimate(name: str, value: str, message: str) -> ExplanationItem:
+    """Return an estimate. Offers of a queue share most of theirs, and the values are immutable."""
+    return ExplanationItem(type="Estimate", name=name, value=value, message=message)

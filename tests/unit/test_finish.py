@@ -1,0 +1,153 @@
+"""Whether a task is predicted to end in time, and what is said when it is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from core_builders import cycle, offer, policy, policy_spec, spec_of
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.estimation import DurationEstimation
+from taskoffer.decision.evaluate import evaluate
+from taskoffer.decision.finish import hours
+from taskoffer.decision.prediction import predict
+
+LLAMA = {"model": "meta-llama/Meta-Llama-3-8B", "parameters": 8_030_000_000}
+
+
+def estimating(*, counts: tuple[int, ...] = (1, 2, 4), gpus: int = 1, length: int = 2048, **duration: Any) -> Any:
+    """Return a policy with one size class that trains with so many tokens, and predicts."""
+    size = {
+        "name": "All",
+        "minParameters": 0,
+        "gpus": gpus,
+        "sizeEfficiency": "1",
+        "lora": {"r": 64, "loraAlpha": 128},
+        "train": {"maxLength": length, "perDeviceTrainBatchSize": 4, "numTrainEpochs": 3},
+    }
+    return policy_spec(
+        size_classes=[size],
+        resources=[{"name": "nvidia.com/gpu", "counts": list(counts)}],
+        filters={"maxTimeLimitSeconds": 999_999, "minScore": "0"},
+        estimation={"gpuMemory": "80G", "duration": {"tokensPerRow": 1024, **duration}},
+    )
+
+
+def test_ten_thousand_rows_three_times_on_one_gpu_take_the_known_time() -> None:
+    found = predict(spec_of(**LLAMA, rows=10_000, hours=2), estimating(startSeconds=0, evaluationShare="0"), 1)
+    assert found is not None
+    assert found.finish is not None
+    # The reference counts 7,300 tokens per second for this model and rank: 1.2 h.
+    assert found.finish.training / 3600 == pytest.approx(1.17, abs=0.02)
+    assert found.finish.overhead == 0
+    assert found.finish.in_time
+
+
+def test_start_evaluation_and_reserve_count_as_well() -> None:
+    spec = spec_of(**LLAMA, rows=10_000, hours=2)
+    bare = predict(spec, estimating(startSeconds=0, evaluationShare="0", reserveSeconds=0), 1)
+    full = predict(spec, estimating(startSeconds=300, evaluationShare="0.1", reserveSeconds=600), 1)
+    assert bare is not None
+    assert full is not None
+    assert bare.finish is not None
+    assert full.finish is not None
+    assert full.finish.seconds == pytest.approx(bare.finish.training * 1.1 + 300)
+    assert full.finish.budget == 7200 - 600
+    assert full.seconds(7200) == pytest.approx(full.finish.seconds + 600)
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_more_gpus_train_faster_and_start_no_sooner(gpus: int) -> None:
+    spec, spec_policy = spec_of(**LLAMA, rows=10_000, hours=2), estimating()
+    one, more = predict(spec, spec_policy, 1), predict(spec, spec_policy, gpus)
+    assert one is not None
+    assert more is not None
+    assert one.finish is not None
+    assert more.finish is not None
+    assert more.finish.training == pytest.approx(one.finish.training / gpus)
+
+
+def test_without_rows_nothing_is_predicted_and_nothing_refused() -> None:
+    spec = spec_of(**LLAMA, rows=None, hours=0.1)
+    found = predict(spec, estimating(), 1)
+    assert found is not None
+    assert found.finish is None
+    assert evaluate(spec, estimating()).refusals == ()
+
+
+def test_a_policy_without_an_estimation_predicts_nothing() -> None:
+    assert predict(spec_of(**LLAMA, rows=10_000), policy_spec(), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("limit_hours", "counts", "remedy"), [(0.6, (1, 2, 4), 4), (0.1, (1, 2, 4), None), (0.6, (1,), None)]
+)
+def test_a_refusal_names_what_would_have_been_enough_and_it_is_enough(
+    limit_hours: float, counts: tuple[int, ...], remedy: int | None
+) -> None:
+    chosen = estimating(counts=counts)
+    spec = spec_of(**LLAMA, rows=10_000, hours=limit_hours)
+    (refusal,) = evaluate(spec, chosen).refusals
+    assert refusal.reason is Reason.CANNOT_FINISH_IN_TIME
+    assert ("gpuCount" in refusal.counterfactual) == (remedy is not None)
+    if remedy is not None:
+        assert f"accepted with gpuCount {remedy}" in refusal.counterfactual
+        assert evaluate(spec.model_copy(update={"gpu_count": remedy}), chosen).refusals == ()
+        assert evaluate(spec.model_copy(update={"gpu_count": remedy // 2}), chosen).refusals != ()
+    seconds = int(refusal.counterfactual.rsplit(" ", 1)[-1])
+    assert evaluate(spec.model_copy(update={"time_limit_seconds": seconds}), chosen).refusals == ()
+    assert evaluate(spec.model_copy(update={"time_limit_seconds": seconds - 1}), chosen).refusals != ()
+
+
+def test_what_does_not_fit_is_not_also_too_slow() -> None:
+    spec = spec_of(model="x/llama", parameters=70_000_000_000, rows=10_000_000, hours=1)
+    assert [refusal.reason for refusal in evaluate(spec, estimating()).refusals] == [Reason.INSUFFICIENT_MEMORY]
+
+
+def test_an_offer_waits_until_its_last_start_in_time_and_is_refused_then() -> None:
+    chosen = policy(estimation={"gpuMemory": "80G", "duration": {"startSeconds": 600, "reserveSeconds": 60}})
+    waiting = offer("late", spec={"deadline": "2026-01-31T12:30:00Z"}, rows=10)
+    made = cycle([waiting], policies=[chosen], nodes=[])
+    assert [d.answer.reason for d in made.decisions] == [Reason.INVENTORY_NOT_READY]
+    assert made.wake_at is not None
+    assert made.wake_at.isoformat().startswith("2026-01-31T12:18:5"), "11 minutes and a moment before the deadline"
+
+
+def test_a_task_by_steps_is_predicted_without_rows() -> None:
+    base = estimating()
+    size = base.size_classes[0]
+    by_steps = base.model_copy(
+        update={"size_classes": (size.model_copy(update={"train": size.train.model_copy(update={"max_steps": 100})}),)}
+    )
+    found = predict(spec_of(**LLAMA, rows=None), by_steps, 2)
+    assert found is not None
+    assert found.finish is not None
+    assert "100 steps of 8 rows of 1024 tokens" in found.finish.numbers
+
+
+@pytest.mark.parametrize(
+    ("mfu", "words"),
+    [
+        ([{"maxParameters": 10, "mfu": "0.3"}, {"maxParameters": 5, "mfu": "0.2"}], "must rise"),
+        ([{"mfu": "0.3"}, {"maxParameters": 5, "mfu": "0.2"}], "only the last may be absent"),
+        ([{"mfu": "1.1"}], "at most 1"),
+        ([{"mfu": "0"}], "above 0"),
+    ],
+)
+def test_a_table_of_shares_without_sense_is_refused(mfu: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        DurationEstimation.model_validate({"mfu": mfu})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "mfu"), [(10**9, "0.25"), (2 * 10**9, "0.35"), (32 * 10**9, "0.32"), (70 * 10**9, "0.30")]
+)
+def test_the_share_of_the_peak_depends_on_the_size(parameters: int, mfu: str) -> None:
+    assert str(DurationEstimation().mfu_of(parameters)) == mfu
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(90, "1.5 min"), (3600, "60 min"), (7200, "2 h"), (10_000, "2.78 h")])
+def test_times_are_written_for_people(seconds: float, text: str) -> None:
+    assert hours(seconds) == text
