@@ -245,6 +245,14 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
         Reason.EXPIRED,
         "not admitted before spec.deadline 2026-01-31T11:00:00Z",
     ),
+    (
+        "the time that the policy gives offers is over",
+        offer(created=at(-600)),
+        {"policies": [policy(filters={"offerTtlSeconds": 600})]},
+        Verdict.REJECT,
+        Reason.EXPIRED,
+        "not admitted within the policy's offerTtlSeconds 600, until 2026-01-31T12:00:00Z",
+    ),
     ("it cannot be read", offer(invalid="taskType: nonsense"), {}, Verdict.REJECT, Reason.INVALID_OFFER, "nonsense"),
 ]  # fmt: skip
 

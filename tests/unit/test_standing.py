@@ -31,6 +31,7 @@ POLICIES: list[Object | None] = [
     make_policy(name="lab", lanes=LANES),
     make_policy(name="lab", filters={"maxConcurrentJobs": 2}),
     make_policy(name="lab", filters={"onFull": "Reject"}),
+    make_policy(name="lab", filters={"offerTtlSeconds": 60}),
     make_policy(name="lab", estimation=PREDICTING, filters={"maxConcurrentJobs": 2}),
     make_policy(name="lab", default=False),
     None,

@@ -32,6 +32,7 @@ from taskoffer.decision.snapshot import (
     Snapshot,
     Waiting,
     end_of,
+    ttl_end,
 )
 from taskoffer.decision.verdict import Answer, Verdict
 
@@ -165,6 +166,10 @@ def _without_capacity(
         score = evaluation.score.total if evaluation.score else None
         return policy, Answer(Verdict.WAIT, Reason.SUSPENDED, message, score), None
     if (ends := end_of(offer, evaluation)) is not None and snapshot.now >= ends:
+        ttl = ttl_end(offer, evaluation)
+        if ttl is not None and snapshot.now >= ttl:
+            message = f"not admitted within the policy's offerTtlSeconds {evaluation.ttl}, until {rfc3339(ttl)}"
+            return policy, Answer(Verdict.REJECT, Reason.EXPIRED, message), None
         return policy, _too_late(spec, evaluation, snapshot.now), None
     return policy, None, evaluation
 

@@ -78,6 +78,8 @@ class Evaluation:
     estimates: tuple[ExplanationItem, ...] = ()
     seconds: float = 0.0
     """What the task is predicted to take, with the reserve; 0 where nothing is predicted."""
+    ttl: int | None = None
+    """Seconds after its creation in which the offer is to be admitted."""
 
 
 def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Evaluation:
@@ -95,6 +97,7 @@ def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Evaluation:
         lane=facts.lane.name if facts.lane else None,
         rank=int(score.total / _PLACES) if score is not None else 0,
         estimates=estimates_of(facts.prediction),
+        ttl=policy.filters.offer_ttl_seconds,
         seconds=facts.prediction.seconds(spec.time_limit_seconds) if facts.prediction is not None else 0.0,
     )
 

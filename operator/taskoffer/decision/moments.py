@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-_LAST = datetime.max.replace(tzinfo=UTC)
+_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
-def later(moment: datetime, seconds: int) -> datetime:
-    """Return the moment so many seconds later, at most the last one that there is: stored values may be of any size."""
+def later(moment: datetime, seconds: float) -> datetime:
+    """Return the moment so many seconds later, or earlier when negative.
+
+    Stored values may be of any size, so it is at most the last moment that there is, and at least the first.
+    """
     try:
         return moment + timedelta(seconds=seconds)
     except OverflowError:
-        return _LAST
+        return _LAST if seconds > 0 else _FIRST

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import NamedTuple
 
 from taskoffer.api.reasons import Reason
@@ -15,6 +15,7 @@ from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import Claim, NodeView
+from taskoffer.decision.moments import later
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +137,20 @@ class Shape(NamedTuple):
 
 
 def end_of(offer: OfferView, evaluation: Evaluation | None) -> datetime | None:
-    """Return the moment from which an offer cannot be admitted any more: what it says, or its last start in time."""
-    spec, ends = offer.spec, offer.ends
-    if evaluation is None or spec is None or spec.deadline is None or evaluation.seconds <= 0:
-        return ends
-    try:
-        last_start = spec.deadline - timedelta(seconds=evaluation.seconds)
-    except OverflowError:
-        return ends
-    return last_start if ends is None else min(ends, last_start)
+    """Return the moment from which an offer cannot be admitted any more.
+
+    It is the first of what the offer says, the end of the time that its policy gives it, and its last start in time.
+    """
+    ends = [offer.ends, ttl_end(offer, evaluation)]
+    if evaluation is not None and evaluation.seconds > 0 and offer.spec is not None and offer.spec.deadline is not None:
+        ends.append(later(offer.spec.deadline, -evaluation.seconds))
+    return min((end for end in ends if end is not None), default=None)
+
+
+def ttl_end(offer: OfferView, evaluation: Evaluation | None) -> datetime | None:
+    """Return when the time ends that the policy gives an offer, or None where it gives any time."""
+    ttl = evaluation.ttl if evaluation is not None else None
+    return later(offer.created, ttl) if ttl is not None else None
 
 
 Waiting = tuple[int, datetime, str, OfferView, Evaluation]

@@ -179,6 +179,9 @@ class Filters(WireModel):
     max_concurrent_jobs: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
         None, description="Admitted and unfinished offers at a time."
     )
+    offer_ttl_seconds: Annotated[int, Field(ge=1, le=31_536_000, json_schema_extra={"format": "int64"})] | None = Field(
+        None, description="Seconds after its creation in which an offer is admitted or refused; absent has no end."
+    )
     unknown_family: DecimalString | None = Field(
         None, description="Success rate of models of no listed family; absent means that they are refused."
     )
