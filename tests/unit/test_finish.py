@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from core_builders import cycle, offer, policy, policy_spec, spec_of
 from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.capacitypolicy import GpuChoice
 from taskoffer.api.v1alpha1.estimation import DurationEstimation
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.finish import hours
@@ -104,6 +105,23 @@ def test_a_refusal_names_what_would_have_been_enough_and_it_is_enough(
 def test_what_does_not_fit_is_not_also_too_slow() -> None:
     spec = spec_of(model="x/llama", parameters=70_000_000_000, rows=10_000_000, hours=1)
     assert [refusal.reason for refusal in evaluate(spec, estimating()).refusals] == [Reason.INSUFFICIENT_MEMORY]
+
+
+@pytest.mark.parametrize(
+    ("limit_hours", "gpus", "reasons"),
+    [(3, 1, []), (1, 2, []), (0.6, 4, []), (0.1, 1, [Reason.CANNOT_FINISH_IN_TIME])],
+)
+def test_the_fewest_gpu_hours_that_end_in_time_are_chosen(limit_hours: float, gpus: int, reasons: list[Reason]) -> None:
+    chosen = estimating().model_copy(update={"gpu_choice": GpuChoice.FEWEST_GPU_HOURS})
+    found = evaluate(spec_of(**LLAMA, rows=10_000, hours=limit_hours), chosen)
+    assert [refusal.reason for refusal in found.refusals] == reasons
+    assert found.gpus == gpus
+
+
+def test_what_the_offer_asks_for_and_what_nothing_is_known_of_is_not_chosen() -> None:
+    chosen = estimating(gpus=2).model_copy(update={"gpu_choice": GpuChoice.FEWEST_GPU_HOURS})
+    assert evaluate(spec_of(**LLAMA, rows=10_000, hours=3, gpus=4), chosen).gpus == 4
+    assert evaluate(spec_of(**LLAMA, rows=None, hours=3), chosen).gpus == 2
 
 
 def test_an_offer_waits_until_its_last_start_in_time_and_is_refused_then() -> None:

@@ -16,6 +16,7 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import (
     CapacityPolicySpec,
     FamilyRule,
+    GpuChoice,
     Lane,
     LaneRule,
     SizeClass,
@@ -23,7 +24,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import (
     TermName,
 )
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
-from taskoffer.decision.prediction import Prediction, estimates_of, predict, refusals_of
+from taskoffer.decision.prediction import Prediction, estimates_of, fewest_gpu_hours, predict, refusals_of
 from taskoffer.decision.sizing import billions, family_of, parameters_of, size_class_of
 from taskoffer.decision.verdict import Refusal, Score
 
@@ -44,15 +45,19 @@ class Facts:
     size: SizeClass | None
     lane: Lane | None
     lane_rule: LaneRule | None
+    chosen: int | None = None
+    """The count with the fewest GPU-hours, where the policy wants that one."""
     prediction: Prediction | None = None
 
     @property
     def gpus(self) -> int | None:
-        """GPUs to book: what the offer asks for, else what lane or size class give."""
+        """GPUs to book: what the offer asks for, else what the lane, the choice or the size class give."""
         if self.spec.gpu_count is not None:
             return self.spec.gpu_count
         if self.lane_rule is not None:
             return self.lane_rule.gpus_per_task
+        if self.chosen is not None:
+            return self.chosen
         return self.size_for_gpus.gpus if self.size_for_gpus else None
 
     @property
@@ -116,7 +121,11 @@ def _gather(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Facts:
         lane=lane,
         lane_rule=lane_rule,
     )
-    if facts.size is None or facts.task is None or facts.gpus is None:
+    if facts.size is None or facts.task is None:
+        return facts
+    if policy.gpu_choice is GpuChoice.FEWEST_GPU_HOURS and spec.gpu_count is None and lane_rule is None:
+        facts = replace(facts, chosen=fewest_gpu_hours(spec, policy))
+    if facts.gpus is None:
         return facts
     return replace(facts, prediction=predict(spec, policy, facts.gpus))
 

@@ -54,6 +54,21 @@ def predict(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Predi
     return Prediction(fits, finish)
 
 
+def fewest_gpu_hours(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> int | None:
+    """Return the count that the policy hands out with which the task holds and takes the fewest GPU-hours, or None.
+
+    A pod's start takes as long on four GPUs as on one, so that as a rule it is the smallest count that holds.
+    """
+    hours_of = {}
+    for gpus in policy.resources[0].counts:
+        found = predict(spec, policy, gpus)
+        if found is None or found.finish is None:
+            continue
+        if found.holds:
+            hours_of[gpus] = gpus * found.finish.seconds
+    return min(hours_of, key=lambda gpus: (hours_of[gpus], gpus), default=None)
+
+
 def refusals_of(found: Prediction, spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Iterator[Refusal]:
     """Say what stands against the offer on its GPUs, and with which count it would be taken."""
     if found.holds:

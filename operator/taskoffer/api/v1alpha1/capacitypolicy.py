@@ -191,6 +191,13 @@ class Filters(WireModel):
     on_full: FullMode | None = Field(None, description="Wait (default) or Reject when the capacity is booked.")
 
 
+class GpuChoice(StrEnum):
+    """Where the number of GPUs comes from when neither the offer nor a lane says it."""
+
+    SIZE_CLASS = "SizeClass"
+    FEWEST_GPU_HOURS = "FewestGpuHours"
+
+
 class Retention(WireModel):
     """How long decided objects are kept."""
 
@@ -237,6 +244,11 @@ class CapacityPolicySpec(WireModel):
         (),
         description="Shares of the GPUs; empty means that all tasks share all GPUs.",
         json_schema_extra=list_map("name"),
+    )
+    gpu_choice: GpuChoice | None = Field(
+        None,
+        description="SizeClass (default), or FewestGpuHours: of the counts with which the task is predicted to fit and "
+        "to end in time the one that takes the fewest GPU-hours; the size class's count where nothing is predicted.",
     )
     estimation: Estimation | None = Field(
         None, description="How memory is predicted; absent takes every offer to fit, with the settings as they stand."
