@@ -166,6 +166,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         raw = [await raw_limit(kube, server, args.raw or count)]
         floor = await raw_pace(kube, paced, args.rate)
         operator = Operator(operator_kubeconfig(cluster, Path(scratch)), Path(args.log))
+        sampler = None
         try:
             await operator.leading()
             quiet, _ = operator.memory()
@@ -183,6 +184,8 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             full, peak = operator.memory()
             metrics = operator.metrics()
         finally:
+            if sampler is not None:
+                sampler.kill()
             code = operator.stop()
         # Once more, because the speed of a shared machine drifts: the limit is the mean of before and after.
         raw.append(await raw_limit(kube, server, args.raw or count))

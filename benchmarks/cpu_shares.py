@@ -33,6 +33,7 @@ class Sampler:
 
     def __init__(self, pid: int, target: Path) -> None:
         self._target = target
+        target.unlink(missing_ok=True)
         program = Path(sys.executable).with_name("py-spy")
         command = [program, "record", "--pid", str(pid), "--format", "raw", "--full-filenames", "--rate", str(RATE)]
         self._process = subprocess.Popen(
@@ -43,6 +44,10 @@ class Sampler:
         )
         # It prints nothing before its first sample; what it reads first are the process's memory maps.
         time.sleep(1.0)
+
+    def kill(self) -> None:
+        """End the sampling, whatever it has seen; harmless when it has ended."""
+        self._process.kill()
 
     def stop(self) -> dict[str, float]:
         """End the sampling; return each owner's share.

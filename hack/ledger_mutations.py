@@ -222,8 +222,8 @@ MUTATIONS = (
         (
             (
                 f"{RECONCILE}/replica.py",
-                "            await asyncio.sleep(session.settings.write_timeout)",
-                "            pass",
+                "                await asyncio.sleep(session.settings.write_timeout)",
+                "                pass",
             ),
         ),
         unit("admission_under_faults", "new_leader_waits"),

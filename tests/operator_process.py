@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from fault_proxy import FaultProxy
-from taskoffer_lab.api_client import ApiError
+from taskoffer_lab.api_client import MERGE_PATCH, ApiError
 from taskoffer_lab.cluster import Cluster
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.install import operator_kubeconfig
@@ -191,7 +191,7 @@ class OperatorProcess:
         """End it with SIGKILL, at once and without a word.
 
         Args:
-            forget_lease: Remove its lease too, so that the next one need not wait until it has run out.
+            forget_lease: Give its lease up too, so that the next one need not wait until it has run out.
         """
         assert self._process is not None
         self._close()
@@ -200,7 +200,7 @@ class OperatorProcess:
         self._close()
         if forget_lease:
             try:
-                self._cluster.api.request("DELETE", LEASE)
+                self._cluster.api.request("PATCH", LEASE, {"spec": {"holderIdentity": ""}}, MERGE_PATCH)
             except ApiError as error:
                 if error.status != 404:
                     raise

@@ -155,12 +155,12 @@ def test_without_a_node_an_offer_waits_and_is_not_rejected(bench: Bench) -> None
 
 def test_what_does_not_fit_the_gpus_memory_is_refused_and_what_nearly_fits_is_clamped(bench: Bench) -> None:
     bench.node()
-    bench.policy(estimation={"gpuMemory": "24G", "memoryFraction": "1"})
+    bench.policy(estimation={"gpuMemory": "44G", "memoryFraction": "1"})
     llama = "meta-llama/Llama-3.1-8B"
     bench.offer("small", parameters=8_030_000_000, model=llama)
     bench.offer("large", parameters=70_554_000_000, model="meta-llama/Llama-3.1-70B")
     refused = bench.decided("large", "InsufficientMemory")
-    assert condition(refused, "Admitted")["message"].startswith("70.55B parameters need 1")
+    assert condition(refused, "Admitted")["message"].startswith("meta-llama/Llama-3.1-70B needs 309.1 of 41.0")
     assert "GiB on each GPU with 1 row(s) at a time (4 GPUs, DDP)" in condition(refused, "Admitted")["message"]
     admitted = bench.decided("small", "Admitted")
     estimates = {i["name"]: i for i in admitted["status"]["explanation"] if i["type"] == "Estimate"}

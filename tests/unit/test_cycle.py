@@ -179,7 +179,7 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
         {"policies": [policy(estimation=H100)]},
         Verdict.REJECT,
         Reason.INSUFFICIENT_MEMORY,
-        "70.55B parameters need 157.0 of 63.3 GiB on each GPU with 1 row(s) at a time (4 GPUs, DDP), with LoRA rank 8",
+        "needs 309.1 of 63.3 GiB on each GPU with 1 row(s) at a time (4 GPUs, DDP), with LoRA rank 8",
     ),
     (
         "it cannot end in time",
@@ -187,7 +187,7 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
         {"policies": [policy(estimation={**H100, "duration": {"startSeconds": 4000}})]},
         Verdict.REJECT,
         Reason.CANNOT_FINISH_IN_TIME,
-        "predicted to take 66.7 min of 57 min on 4 GPU(s): 40 steps of 16 rows of 256 tokens, MFU 0.35",
+        "predicted to take 66.8 min of 57 min on 4 GPU(s): 40 steps of 16 rows of 256 tokens, MFU 0.35",
     ),
     (
         "it would end after its deadline if it started now",

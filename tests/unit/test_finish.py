@@ -9,10 +9,10 @@ from pydantic import ValidationError
 
 from core_builders import cycle, offer, policy, policy_spec, spec_of
 from taskoffer.api.reasons import Reason
-from taskoffer.api.v1alpha1.capacitypolicy import GpuChoice
+from taskoffer.api.v1alpha1.capacitypolicy import GpuChoice, Lane, LaneRule
 from taskoffer.api.v1alpha1.estimation import DurationEstimation
 from taskoffer.decision.evaluate import evaluate
-from taskoffer.decision.finish import hours
+from taskoffer.decision.finish import duration_text
 from taskoffer.decision.prediction import predict
 
 LLAMA = {"model": "meta-llama/Meta-Llama-3-8B", "parameters": 8_030_000_000}
@@ -42,7 +42,7 @@ def test_ten_thousand_rows_three_times_on_one_gpu_take_the_known_time() -> None:
     assert found.finish is not None
     # The reference counts 7,300 tokens per second for this model and rank: 1.2 h.
     assert found.finish.training / 3600 == pytest.approx(1.17, abs=0.02)
-    assert found.finish.overhead == 0
+    assert found.finish.start == 0
     assert found.finish.in_time
 
 
@@ -56,7 +56,33 @@ def test_start_evaluation_and_reserve_count_as_well() -> None:
     assert full.finish is not None
     assert full.finish.seconds == pytest.approx(bare.finish.training * 1.1 + 300)
     assert full.finish.budget == 7200 - 600
-    assert full.seconds(7200) == pytest.approx(full.finish.seconds + 600)
+    assert full.seconds == pytest.approx(full.finish.seconds + 600)
+
+
+def test_a_training_clock_does_not_count_the_start() -> None:
+    chosen = estimating(startSeconds=3000, reserveSeconds=0)
+    absolute, training = (
+        predict(spec_of(**LLAMA, rows=100, hours=0.5, spec={"clockMode": mode}), chosen, 1)
+        for mode in ("Absolute", "Training")
+    )
+    assert absolute is not None
+    assert training is not None
+    assert not absolute.holds
+    assert training.holds
+    assert absolute.seconds == training.seconds, "from the admission on it takes the same"
+
+
+def test_without_bfloat16_it_takes_twice_as_long() -> None:
+    base = estimating(startSeconds=0)
+    size = base.size_classes[0]
+    wide = base.model_copy(
+        update={"size_classes": (size.model_copy(update={"train": size.train.model_copy(update={"bf16": False})}),)}
+    )
+    spec = spec_of(**LLAMA, rows=1000)
+    slow, fast = predict(spec, wide, 1), predict(spec, base, 1)
+    assert slow is not None
+    assert fast is not None
+    assert slow.seconds - 180 == pytest.approx(2 * (fast.seconds - 180))
 
 
 @pytest.mark.parametrize("gpus", [2, 4])
@@ -100,6 +126,24 @@ def test_a_refusal_names_what_would_have_been_enough_and_it_is_enough(
     seconds = int(refusal.counterfactual.rsplit(" ", 1)[-1])
     assert evaluate(spec.model_copy(update={"time_limit_seconds": seconds}), chosen).refusals == ()
     assert evaluate(spec.model_copy(update={"time_limit_seconds": seconds - 1}), chosen).refusals != ()
+
+
+def test_a_remedy_is_one_that_lane_and_policy_take() -> None:
+    base = estimating()
+    lane = Lane(name="all", gpus=2, rules=(LaneRule(gpus_per_task=1),))
+    bound = base.filters.model_copy(update={"max_time_limit_seconds": 3600})
+    narrow = base.model_copy(update={"lanes": (lane,), "filters": bound})
+    (refusal,) = evaluate(spec_of(**LLAMA, rows=10_000, hours=0.6), narrow).refusals
+    assert refusal.counterfactual == "accepted with fewer rows or a smaller model"
+    (refusal,) = evaluate(spec_of(**LLAMA, rows=4_000, hours=0.4), narrow).refusals
+    assert refusal.counterfactual.startswith("accepted with gpuCount 2 or timeLimitSeconds of at least 2")
+
+
+def test_fewer_gpus_are_a_remedy_where_copies_need_less_memory() -> None:
+    spec = spec_of(model="x/llama", parameters=29_000_000_000, rows=10, gpus=2)
+    (refusal,) = evaluate(spec, estimating()).refusals
+    assert (refusal.reason, refusal.counterfactual) == (Reason.INSUFFICIENT_MEMORY, "accepted with gpuCount 1")
+    assert evaluate(spec.model_copy(update={"gpu_count": 1}), estimating()).refusals == ()
 
 
 def test_what_does_not_fit_is_not_also_too_slow() -> None:
@@ -166,6 +210,8 @@ def test_the_share_of_the_peak_depends_on_the_size(parameters: int, mfu: str) ->
     assert str(DurationEstimation().mfu_of(parameters)) == mfu
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(90, "1.5 min"), (3600, "60 min"), (7200, "2 h"), (10_000, "2.78 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(90, "1.5 min"), (3600, "60 min"), (7200, "2 h"), (10_000, "2.78 h"), (31_536_000, "8760 h")]
+)
 def test_times_are_written_for_people(seconds: float, text: str) -> None:
-    assert hours(seconds) == text
+    assert duration_text(seconds) == text

@@ -125,23 +125,38 @@ def test_a_pass_that_fails_is_repeated(verb: str, resource: Any, error: Exceptio
     run_virtually(main())
 
 
+@pytest.mark.parametrize("error", [refused(403, "Forbidden"), GONE])
 @pytest.mark.parametrize("resource", [CONFIG_MAPS, BATCH_JOBS])
-def test_a_refused_attempt_says_so_once_and_gives_its_gpus_back_when_its_time_is_over(resource: Any) -> None:
+def test_a_refused_attempt_says_so_once_and_gives_its_gpus_back_when_its_time_is_over(
+    resource: Any, error: Exception
+) -> None:
     async def main() -> None:
         async with leading(policy=quick(maxAttempts=1)) as rig:
-            rig.kube.fail("create", resource, refused(403, "Forbidden"), times=1000)
+            rig.kube.fail("create", resource, error, times=1000)
             rig.offer()
             await rig.until(lambda: condition(rig, "Running") == ("False", "JobRefused"))
             await rig.until(lambda: ("TrainingJob", JOB, "JobRefused") in rig.events())
             asked = rig.kube.count("create", resource)
             writes = rig.kube.count("status", JOBS_OF_TRAINING)
             await rig.quiet(30)
-            assert 4 <= rig.kube.count("create", resource) - asked <= 7, "a pause lies between two tries"
+            assert 1 <= rig.kube.count("create", resource) - asked <= 3, "a growing pause lies between two tries"
             assert rig.kube.count("status", JOBS_OF_TRAINING) == writes, "nothing new is to be said"
             await rig.until(lambda: rig.finished() == "Failed", seconds=120)
             assert [a["outcome"] for a in attempts(rig)] == ["StartTimeout"]
             assert rig.booked() == {}
             assert rig.events().count(("TrainingJob", JOB, "JobRefused")) == 1
+
+    run_virtually(main())
+
+
+def test_a_training_job_that_is_refused_is_told_on_its_offer() -> None:
+    async def main() -> None:
+        async with leading() as rig:
+            rig.kube.fail("create", JOBS_OF_TRAINING, refused(422), times=2)
+            rig.offer()
+            await rig.until(lambda: ("TaskOffer", "a", "JobRefused") in rig.events())
+            await created(rig)
+            assert rig.events().count(("TaskOffer", "a", "JobRefused")) == 1
 
     run_virtually(main())
 

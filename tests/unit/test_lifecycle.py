@@ -265,6 +265,30 @@ def test_a_job_that_is_refused_for_as_long_as_a_start_may_last_ends_the_attempt(
     assert "no Job within 60 s: the API server refuses Job x" in (status_of(made).attempts[-1].message or "")
 
 
+@pytest.mark.parametrize(("times", "pause"), [(1, 5), (2, 10), (3, 20), (4, 40), (9, 40)])
+def test_the_pause_before_a_refused_job_is_asked_for_again_grows(times: int, pause: int) -> None:
+    refusal = replace(no_quota(100, since=100), times=times)
+    assert look(job(), after=100, refusal=refusal).wake_at == at(100 + pause)
+
+
+REFUSED_BEFORE = {
+    "type": "Running",
+    "status": "False",
+    "reason": "JobRefused",
+    "message": "attempt 1: no",
+    "lastTransitionTime": rfc3339(at(1)),
+}
+
+
+def test_what_a_leader_before_was_refused_counts_and_is_not_told_again_in_other_words() -> None:
+    first = look(job(conditions=[REFUSED_BEFORE]), after=50)
+    assert [type(action) for action in first.actions] == [EnsureAttempt]
+    assert first.status is None or condition_of(first.status.conditions, "Running").message == "attempt 1: no"  # type: ignore[union-attr]
+    limits = {"startTimeoutSeconds": 60}
+    again = look(job(conditions=[REFUSED_BEFORE], limits=limits), after=61, refusal=no_quota(61, since=61))
+    assert last_outcome(again) is AttemptOutcome.START_TIMEOUT
+
+
 def test_the_time_for_a_refused_job_counts_from_the_first_refusal_when_that_came_late() -> None:
     made = look(job(limits={"startTimeoutSeconds": 60}), after=1000, refusal=no_quota(990, since=990))
     assert last_outcome(made) is None

@@ -91,7 +91,10 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DeadlineExceeded", "The deadline passed before training was done."
     STOPPING = "Stopping", "The pods were asked to stop; their GPUs are free once they have ended."
     NAME_CONFLICT = "NameConflict", "An object of the wanted name belongs to somebody else."
-    JOB_REFUSED = "JobRefused", "The API server refuses an object of an attempt: a quota, an admission webhook."
+    JOB_REFUSED = (
+        "JobRefused",
+        "The API server does not take an attempt's Job: a quota on Jobs, an admission webhook.",
+    )
     INVALID_JOB = "InvalidJob", "The stored TrainingJob does not fit the schema of this version."
     BATCH_CLAMPED = "BatchClamped", "The micro-batch was lowered to what fits; the rows per step stay the same."
     RANK_CLAMPED = "RankClamped", "The LoRA rank was lowered to what is useful or allowed."

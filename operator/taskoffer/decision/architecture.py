@@ -14,9 +14,12 @@ from statistics import linear_regression
 
 from taskoffer.api.contract import rank_cap
 
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the output layer."""
+
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ModelShape:
     """A decoder-only transformer with gated feed-forward layers.
 
     Widths count features: ``query`` is heads times head size, ``key_value`` is key-value heads times head size.
@@ -30,21 +33,37 @@ class Shape:
     vocabulary: int
     tied: bool = False
     """Whether the output layer is the embedding."""
+    fused: bool = False
+    """Whether query, key and value are one layer, and gate and up another one (Phi)."""
     known: bool = True
     """Whether these are a model's own numbers; False for an estimate from the size."""
 
     @property
     def linears(self) -> tuple[tuple[str, int, int], ...]:
-        """Name, input and output features of the linear layers of one block, which LoRA adapts with all-linear."""
+        """Name, input and output features of the linear layers of one block."""
+        down = ("down_proj", self.intermediate, self.hidden)
+        out = ("o_proj", self.query, self.hidden)
+        if self.fused:
+            together = ("qkv_proj", self.hidden, self.query + 2 * self.key_value)
+            return (together, out, ("gate_up_proj", self.hidden, 2 * self.intermediate), down)
         return (
             ("q_proj", self.hidden, self.query),
             ("k_proj", self.hidden, self.key_value),
             ("v_proj", self.hidden, self.key_value),
-            ("o_proj", self.query, self.hidden),
+            out,
             ("gate_proj", self.hidden, self.intermediate),
             ("up_proj", self.hidden, self.intermediate),
-            ("down_proj", self.intermediate, self.hidden),
+            down,
         )
+
+    def adapted(self, target_modules: str = ALL_LINEAR) -> tuple[tuple[str, int, int], ...]:
+        """Return the layers of a block that LoRA adapts: all, or those whose names are given, separated by commas.
+
+        Names that this shape does not have may be those of a model that calls its layers otherwise; when none is
+        known, all layers count.
+        """
+        names = {name.strip() for name in target_modules.split(",")}
+        return tuple(layer for layer in self.linears if layer[0] in names) or self.linears
 
     @property
     def linear_parameters(self) -> int:
@@ -56,43 +75,43 @@ class Shape:
         """Parameters in all: the linear layers, the embedding and the output layer. Norms and biases are left out."""
         return self.linear_parameters + self.vocabulary * self.hidden * (1 if self.tied else 2)
 
-    def adapter_parameters(self, rank: int, *, capped: bool = True) -> int:
+    def adapter_parameters(self, rank: int, target_modules: str = ALL_LINEAR, *, capped: bool = True) -> int:
         """Parameters that LoRA of a rank adds: the sum of rank times (in + out); each layer's rank is capped."""
-        per_block = sum((min(rank, rank_cap(i, o)) if capped else rank) * (i + o) for _, i, o in self.linears)
-        return self.layers * per_block
+        layers = self.adapted(target_modules)
+        return self.layers * sum((min(rank, rank_cap(i, o)) if capped else rank) * (i + o) for _, i, o in layers)
 
-    def rank_caps(self) -> dict[int, tuple[str, ...]]:
-        """Return the largest useful ranks and the layers that they hold for, the largest rank first."""
+    def rank_caps(self, target_modules: str = ALL_LINEAR) -> dict[int, tuple[str, ...]]:
+        """Return the largest useful ranks and the adapted layers that they hold for, the largest rank first."""
         caps: dict[int, tuple[str, ...]] = {}
-        for name, features_in, features_out in self.linears:
+        for name, features_in, features_out in self.adapted(target_modules):
             cap = rank_cap(features_in, features_out)
             caps[cap] = (*caps.get(cap, ()), name)
         return dict(sorted(caps.items(), reverse=True))
 
 
-_TABLE: dict[str, Shape] = {
+_TABLE: dict[str, ModelShape] = {
     # Name pattern (whole words of the lower-case name): hidden, intermediate, layers, query, key_value, vocabulary.
-    r"smollm2?-135m": Shape(576, 1536, 30, 576, 192, 49152, tied=True),
-    r"qwen2\.5-0\.5b": Shape(896, 4864, 24, 896, 128, 151936, tied=True),
-    r"tinyllama-1\.1b": Shape(2048, 5632, 22, 2048, 256, 32000),
-    r"llama-?3\.2-1b": Shape(2048, 8192, 16, 2048, 512, 128256, tied=True),
-    r"qwen2\.5-1\.5b": Shape(1536, 8960, 28, 1536, 256, 151936, tied=True),
-    r"qwen2\.5-3b": Shape(2048, 11008, 36, 2048, 256, 151936, tied=True),
-    r"llama-?3\.2-3b": Shape(3072, 8192, 28, 3072, 1024, 128256, tied=True),
-    r"phi-?3(\.5)?-mini": Shape(3072, 8192, 32, 3072, 3072, 32064),
-    r"(?:llama-?2|codellama)-7b": Shape(4096, 11008, 32, 4096, 4096, 32000),
-    r"mistral-7b": Shape(4096, 14336, 32, 4096, 1024, 32000),
-    r"qwen2\.5-(?:coder-|math-)?7b": Shape(3584, 18944, 28, 3584, 512, 152064),
-    r"llama-?3(?:\.1)?-8b": Shape(4096, 14336, 32, 4096, 1024, 128256),
-    r"gemma-7b": Shape(3072, 24576, 28, 4096, 4096, 256000, tied=True),
-    r"(?:llama-?2|codellama)-13b": Shape(5120, 13824, 40, 5120, 5120, 32000),
-    r"phi-?4": Shape(5120, 17920, 40, 5120, 1280, 100352),
-    r"qwen2\.5-(?:coder-)?14b": Shape(5120, 13824, 48, 5120, 1024, 152064),
-    r"qwen2\.5-(?:coder-)?32b": Shape(5120, 27648, 64, 5120, 1024, 152064),
-    r"codellama-34b": Shape(8192, 22016, 48, 8192, 1024, 32000),
-    r"llama-?2-70b": Shape(8192, 28672, 80, 8192, 1024, 32000),
-    r"llama-?3(?:\.[13])?-70b": Shape(8192, 28672, 80, 8192, 1024, 128256),
-    r"qwen2\.5-72b": Shape(8192, 29568, 80, 8192, 1024, 152064),
+    r"smollm2?-135m": ModelShape(576, 1536, 30, 576, 192, 49152, tied=True),
+    r"qwen2\.5-0\.5b": ModelShape(896, 4864, 24, 896, 128, 151936, tied=True),
+    r"tinyllama-1\.1b": ModelShape(2048, 5632, 22, 2048, 256, 32000),
+    r"llama-?3\.2-1b": ModelShape(2048, 8192, 16, 2048, 512, 128256, tied=True),
+    r"qwen2\.5-1\.5b": ModelShape(1536, 8960, 28, 1536, 256, 151936, tied=True),
+    r"qwen2\.5-3b": ModelShape(2048, 11008, 36, 2048, 256, 151936, tied=True),
+    r"llama-?3\.2-3b": ModelShape(3072, 8192, 28, 3072, 1024, 128256, tied=True),
+    r"phi-?3(\.5)?-mini": ModelShape(3072, 8192, 32, 3072, 3072, 32064, fused=True),
+    r"(?:llama-?2|codellama)-7b": ModelShape(4096, 11008, 32, 4096, 4096, 32000),
+    r"mistral-7b": ModelShape(4096, 14336, 32, 4096, 1024, 32000),
+    r"qwen2\.5-(?:coder-|math-)?7b": ModelShape(3584, 18944, 28, 3584, 512, 152064),
+    r"llama-?3(?:\.1)?-8b": ModelShape(4096, 14336, 32, 4096, 1024, 128256),
+    r"gemma-7b": ModelShape(3072, 24576, 28, 4096, 4096, 256000, tied=True),
+    r"(?:llama-?2|codellama)-13b": ModelShape(5120, 13824, 40, 5120, 5120, 32000),
+    r"phi-?4": ModelShape(5120, 17920, 40, 5120, 1280, 100352, fused=True),
+    r"qwen2\.5-(?:coder-)?14b": ModelShape(5120, 13824, 48, 5120, 1024, 152064),
+    r"qwen2\.5-(?:coder-)?32b": ModelShape(5120, 27648, 64, 5120, 1024, 152064),
+    r"codellama-34b": ModelShape(8192, 22016, 48, 8192, 1024, 32000),
+    r"llama-?2-70b": ModelShape(8192, 28672, 80, 8192, 1024, 32000),
+    r"llama-?3(?:\.[13])?-70b": ModelShape(8192, 28672, 80, 8192, 1024, 128256),
+    r"qwen2\.5-72b": ModelShape(8192, 29568, 80, 8192, 1024, 152064),
 }
 """Shapes by model. Source: the config.json that each model's publisher ships with it."""
 
@@ -104,7 +123,7 @@ _UNTIED_FROM = 4 * 10**9
 """Small models share the embedding with the output layer, larger ones do not (Llama 3, Qwen 2.5)."""
 
 
-def shape_of(model_name: str, parameters: int) -> Shape:
+def shape_of(model_name: str, parameters: int) -> ModelShape:
     """Return the shape of a model: its own when it is known by name, else one of its size.
 
     A name is believed only as long as the size is the one that it stands for, within a tenth: a pruned or widened
@@ -123,7 +142,7 @@ def shape_of(model_name: str, parameters: int) -> Shape:
 
 
 @lru_cache(maxsize=4096)
-def shape_of_size(parameters: int) -> Shape:
+def shape_of_size(parameters: int) -> ModelShape:
     """Return the shape of a usual model of this size.
 
     Widths follow the power laws that fit the table best (least squares of the logarithms); the number of layers is
@@ -132,7 +151,7 @@ def shape_of_size(parameters: int) -> Shape:
     hidden = _on_grid(_law("hidden", parameters))
     intermediate = _on_grid(_law("intermediate", parameters))
     key_value = min(hidden, _on_grid(_law("key_value", parameters)))
-    shape = Shape(
+    shape = ModelShape(
         hidden=hidden,
         intermediate=intermediate,
         layers=1,
@@ -151,12 +170,12 @@ def _on_grid(value: float) -> int:
 
 
 def _law(width: str, parameters: int) -> float:
-    slope, intercept = _fit(width)
+    slope, intercept = _power_law(width)
     return math.exp(intercept + slope * math.log(parameters))
 
 
 @lru_cache(maxsize=8)
-def _fit(width: str) -> tuple[float, float]:
+def _power_law(width: str) -> tuple[float, float]:
     """Return exponent and logarithm of the factor of the power law of a width over the number of parameters."""
     sizes = [math.log(shape.parameters) for shape in _TABLE.values()]
     widths = [math.log(getattr(shape, width)) for shape in _TABLE.values()]

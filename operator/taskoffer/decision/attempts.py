@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import datetime
+
 from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.meta import Condition
 from taskoffer.api.v1alpha1.trainingjob import Attempt
 from taskoffer.decision.conditions import condition_of
-from taskoffer.decision.job_facts import JobFacts, OfferEnd
+from taskoffer.decision.job_facts import JobFacts, OfferEnd, Refusal
+from taskoffer.decision.moments import later
 from taskoffer.decision.naming import attempt_name
 from taskoffer.decision.snapshot import MoveRequest, OfferKey
+
+_PAUSE, _LONGEST_PAUSE = 5, 40
+"""Seconds after the first refusal, doubled with each one, and the most of them."""
 
 
 def first_attempt(facts: JobFacts) -> tuple[Attempt, ...]:
@@ -36,6 +44,17 @@ def end_of_offer(facts: JobFacts) -> OfferEnd | None:
     message = failed.message if failed else ""
     cancelled = failed is not None and failed.reason == Reason.CANCELLED
     return OfferEnd(Reason.CANCELLED if cancelled else Reason.FAILED, message)
+
+
+def says_refused(conditions: Sequence[Condition], number: int) -> bool:
+    """Tell whether the status says already that the API server does not take this attempt's Job."""
+    told = condition_of(conditions, "Running")
+    return told is not None and told.reason == Reason.JOB_REFUSED and told.message.startswith(f"attempt {number}:")
+
+
+def asked_again_at(refusal: Refusal) -> datetime:
+    """Return when the API server is asked again: a quota may be raised, a webhook may come back."""
+    return later(refusal.at, min(_LONGEST_PAUSE, _PAUSE * 2 ** min(refusal.times - 1, 10)))
 
 
 def need_of(last: Attempt) -> str:

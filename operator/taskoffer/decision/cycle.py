@@ -18,7 +18,7 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment, PolicyRef
 from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, ExplanationItem, TaskOfferSpec
 from taskoffer.decision.evaluate import Evaluation
-from taskoffer.decision.finish import hours
+from taskoffer.decision.finish import duration_text
 from taskoffer.decision.ledger import best_fit
 from taskoffer.decision.naming import job_name
 from taskoffer.decision.room import Obstacle, Room
@@ -35,6 +35,10 @@ from taskoffer.decision.snapshot import (
     ttl_end,
 )
 from taskoffer.decision.verdict import Answer, Verdict
+
+_MOST_ITEMS = 16
+"""Items that the schema allows in an explanation."""
+_TOLD_CONSTRAINTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,15 +181,16 @@ def _without_capacity(
 def _too_late(spec: TaskOfferSpec | OfferTerms, evaluation: Evaluation, now: datetime) -> Answer:
     """Answer an offer whose task would end after its deadline if it started now."""
     assert spec.deadline is not None  # noqa: S101
-    left = hours(max(0.0, (spec.deadline - now).total_seconds()))
+    left = duration_text(max(0.0, (spec.deadline - now).total_seconds()))
+    takes = duration_text(evaluation.seconds)
     message = (
-        f"predicted to take {hours(evaluation.seconds)}, reserve included, and {left} are left until spec.deadline "
-        f"{rfc3339(spec.deadline)}"
+        f"predicted to take {takes}, reserve included, and {left} are left until spec.deadline {rfc3339(spec.deadline)}"
     )
-    score, terms = evaluation.score, evaluation.score.terms if evaluation.score else ()
     constraint = ExplanationItem(type="Constraint", name=Reason.CANNOT_FINISH_IN_TIME.value, message=message)
-    items = (*terms, *evaluation.estimates, constraint)[:16]
-    return Answer(Verdict.REJECT, Reason.CANNOT_FINISH_IN_TIME, message, score.total if score else None, items)
+    remedy = _remedy(Reason.CANNOT_FINISH_IN_TIME, f"accepted with a deadline more than {takes} away")
+    total = evaluation.score.total if evaluation.score else None
+    items = _explanation(evaluation, [constraint, remedy])
+    return Answer(Verdict.REJECT, Reason.CANNOT_FINISH_IN_TIME, message, total, items)
 
 
 def _older_sibling(offer: OfferView, spec: TaskOfferSpec | OfferTerms, snapshot: Snapshot) -> Answer | None:
@@ -213,23 +218,29 @@ def first_of_task(offer: OfferView, siblings: Iterable[Sibling]) -> Sibling | No
 def _rejection(evaluation: Evaluation) -> Answer:
     first = evaluation.refusals[0]
     more = len(evaluation.refusals) - 1
-    items: list[ExplanationItem] = list(evaluation.score.terms) if evaluation.score else []
-    items += evaluation.estimates
-    items += [
+    constraints = [
         ExplanationItem(type="Constraint", name=r.reason.value, message=r.message[:400])
-        for r in evaluation.refusals[:8]
+        for r in evaluation.refusals[:_TOLD_CONSTRAINTS]
     ]
-    if first.counterfactual:
-        items.append(
-            ExplanationItem(type="Counterfactual", name=first.reason.value, message=first.counterfactual[:400])
-        )
+    remedy = [_remedy(first.reason, first.counterfactual)] if first.counterfactual else []
     return Answer(
         verdict=Verdict.REJECT,
         reason=first.reason,
         message=first.message + (f" (and {more} more in status.explanation)" if more else ""),
         score=evaluation.score.total if evaluation.score else None,
-        explanation=tuple(items[:16]),
+        explanation=_explanation(evaluation, [*constraints, *remedy]),
     )
+
+
+def _remedy(reason: Reason, counterfactual: str) -> ExplanationItem:
+    return ExplanationItem(type="Counterfactual", name=reason.value, message=counterfactual[:400])
+
+
+def _explanation(evaluation: Evaluation, rest: Sequence[ExplanationItem]) -> tuple[ExplanationItem, ...]:
+    """Put the pieces together. When there are too many of them, estimates give way first."""
+    terms = evaluation.score.terms if evaluation.score else ()
+    room = max(0, _MOST_ITEMS - len(terms) - len(rest))
+    return (*terms, *evaluation.estimates[:room], *rest)[:_MOST_ITEMS]
 
 
 def _place(
@@ -241,23 +252,19 @@ def _place(
     now: datetime,
 ) -> Answer:
     """Answer an offer that passed every filter: admit it where it fits, else say what is missing."""
-    spec, terms, ledger = policy.spec, evaluation.score.terms if evaluation.score else (), room.ledger
+    spec, ledger = policy.spec, room.ledger
     assert spec is not None  # noqa: S101
     assert offer.spec is not None  # noqa: S101
     if obstacle is not None:
         reason, full = obstacle.reason, room.rejects(policy, obstacle)
-        items = [
-            *terms,
-            *evaluation.estimates,
-            ExplanationItem(type="Constraint", name=reason.value, message=obstacle.message[:400]),
-            ExplanationItem(type="Counterfactual", name=reason.value, message=obstacle.counterfactual[:400]),
-        ]
+        constraint = ExplanationItem(type="Constraint", name=reason.value, message=obstacle.message[:400])
+        items = _explanation(evaluation, [constraint, _remedy(reason, obstacle.counterfactual)])
         return Answer(
             Verdict.REJECT if full else Verdict.WAIT,
             Reason.CAPACITY_FULL if full else reason,
             f"{obstacle.message}; the policy rejects instead of queueing" if full else obstacle.message,
             evaluation.score.total if evaluation.score else None,
-            tuple(items),
+            items,
         )
     node = best_fit(room.nodes(policy.name), ledger, evaluation.gpus)
     assert node is not None  # noqa: S101
@@ -274,10 +281,8 @@ def _place(
             f"where {booked} of {node.allocatable} are booked now"
         ),
         score=total,
-        explanation=(
-            *terms,
-            *evaluation.estimates,
-            ExplanationItem(type="Constraint", name="SizeClass", value=evaluation.size_class),
+        explanation=_explanation(
+            evaluation, [ExplanationItem(type="Constraint", name="SizeClass", value=evaluation.size_class)]
         ),
         admission=Admission(
             policy_ref=policy.ref,

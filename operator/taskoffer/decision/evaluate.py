@@ -103,7 +103,7 @@ def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Evaluation:
         rank=int(score.total / _PLACES) if score is not None else 0,
         estimates=estimates_of(facts.prediction),
         ttl=policy.filters.offer_ttl_seconds,
-        seconds=facts.prediction.seconds(spec.time_limit_seconds) if facts.prediction is not None else 0.0,
+        seconds=facts.prediction.seconds if facts.prediction is not None else 0.0,
     )
 
 
@@ -252,8 +252,9 @@ def _check_gpus(facts: Facts) -> Iterator[Refusal]:
 
 
 def _check_prediction(facts: Facts) -> Iterator[Refusal]:
+    lane_gpus = facts.lane.gpus if facts.lane is not None else None
     if facts.prediction is not None and facts.gpus is not None:
-        yield from refusals_of(facts.prediction, facts.spec, facts.policy, facts.gpus)
+        yield from refusals_of(facts.prediction, facts.spec, facts.policy, facts.gpus, lane_gpus)
 
 
 def _check_score(facts: Facts, score: Score) -> Iterator[Refusal]:

@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from decimal import Decimal
 
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import DurationEstimation
-from taskoffer.api.v1alpha1.taskoffer import Architecture, TaskOfferSpec
+from taskoffer.api.v1alpha1.taskoffer import Architecture, ClockMode, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.architecture import shape_of
-from taskoffer.decision.hours import Speed, Work, image_seconds, text_seconds
+from taskoffer.decision.compute import Speed, Work, image_seconds, text_seconds
 from taskoffer.decision.memory import IMAGE_MODELS
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """How long a task takes on its GPUs, in seconds, and how long it may."""
+    """How long a task takes on its GPUs, and how long it may, in seconds."""
 
     gpus: int
+    start: float
+    """From the admission to the first step."""
     training: float
-    overhead: float
-    """Start-up and evaluation."""
-    budget: float
-    """The time limit without the reserve that is kept at its end."""
+    """Training and evaluation."""
+    limit: float
+    reserve: float
+    """What is to be left of the limit at the end."""
+    start_counts: bool
+    """Whether the clock runs from the admission on, and not from the start of the container."""
     basis: str
     """What the prediction rests on."""
 
     @property
     def seconds(self) -> float:
         """Seconds from the admission to the result, when the pod starts at once."""
-        return self.training + self.overhead
+        return self.start + self.training
+
+    @property
+    def counted(self) -> float:
+        """Seconds that the clock of the offer counts."""
+        return self.seconds if self.start_counts else self.training
+
+    @property
+    def budget(self) -> float:
+        """The time limit without the reserve."""
+        return max(0.0, self.limit - self.reserve)
 
     @property
     def in_time(self) -> bool:
         """Tell whether the result is there before the reserve begins."""
-        return self.seconds <= self.budget
+        return self.counted <= self.budget
+
+    @property
+    def least_limit(self) -> int:
+        """The shortest time limit with which it would be."""
+        return math.ceil(self.counted + self.reserve)
 
     @property
     def numbers(self) -> str:
         """Say the prediction and its limit."""
-        return f"{hours(self.seconds)} of {hours(self.budget)} on {self.gpus} GPU(s): {self.basis}"
+        return f"{duration_text(self.counted)} of {duration_text(self.budget)} on {self.gpus} GPU(s): {self.basis}"
 
 
 def finish_of(
@@ -64,7 +83,8 @@ def finish_of(
     else:
         raise ValueError("dataset.rows is not set: set it to have the time predicted")
     mfu = float(duration.mfu_of(parameters))
-    speed = Speed(duration.peak_teraflops * 1e12, mfu)
+    # Without bfloat16 the matrix units take twice as long, at best.
+    speed = Speed(duration.peak_teraflops * 1e12 / (1 if train.bf16 else 2), mfu)
     if spec.task_type is TaskType.IMAGE:
         model = IMAGE_MODELS[spec.model.architecture or Architecture.SDXL]
         resolution = spec.dataset.image.resolution if spec.dataset.image else 1024
@@ -78,22 +98,27 @@ def finish_of(
             task=spec.task_type,
             rows=rows,
             tokens_per_row=tokens,
-            adapter_parameters=shape.adapter_parameters(settings.lora.r),
+            adapter_parameters=shape.adapter_parameters(settings.lora.r, settings.lora.target_modules),
             checkpointing=train.gradient_checkpointing,
             generated_tokens_per_row=generated,
-            rows_per_generation=per_step,
+            # One micro-batch of each process is generated at a time.
+            rows_per_generation=train.per_device_train_batch_size * gpus,
         )
         training = text_seconds(shape, parameters, work, speed, gpus)
         of_what += f" of {tokens} tokens" + (f" and {generated} generated ones" if generated else "")
     return Finish(
         gpus=gpus,
-        training=training,
-        overhead=duration.start_seconds + training * float(Decimal(duration.evaluation_share)),
-        budget=max(0, spec.time_limit_seconds - duration.reserve_seconds),
+        start=duration.start_seconds,
+        training=training * (1 + float(duration.evaluation_share)),
+        limit=spec.time_limit_seconds,
+        reserve=duration.reserve_seconds,
+        start_counts=spec.clock_mode is not ClockMode.TRAINING,
         basis=f"{of_what}, MFU {mfu:g}",
     )
 
 
-def hours(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """Write a time for people: minutes below two hours, hours above."""
-    return f"{seconds / 3600:.3g} h" if seconds >= 7200 else f"{seconds / 60:.3g} min"
+    if seconds < 7200:
+        return f"{seconds / 60:.3g} min"
+    return f"{seconds / 3600:.3g} h" if seconds < 3_600_000 else f"{seconds / 3600:.0f} h"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 
 from taskoffer.api.contract import SHARDING_SERVED, Clamp, LoraSettings, TrainSettings
@@ -20,12 +20,16 @@ from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.taskoffer import Architecture, Model
 from taskoffer.api.v1alpha1.trainingjob import Settings
-from taskoffer.decision.architecture import Shape, shape_of
+from taskoffer.decision.architecture import ModelShape, shape_of
 from taskoffer.decision.memory import GIB, IMAGE_MODELS, Layout, Load, Need, image_need, text_need
 from taskoffer.decision.sizing import billions
 
 _LEAST_RANK = 8
 """Below this an adapter is not what anybody has asked for, so the offer is refused instead."""
+_MOST_ACCUMULATION = 65_536
+"""The schema's bound on gradientAccumulationSteps."""
+_SCALE_TOLERANCE = 0.05
+"""How far the adapter's scale may move, through rounding alpha, without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,38 +94,51 @@ def fit(subject: Subject, asked: Settings, estimation: Estimation, gpus: int) ->
 
 def _in_layout(subject: Subject, asked: Settings, estimation: Estimation, layout: Layout, limit: float) -> Fit:
     shape = None if subject.task is TaskType.IMAGE else shape_of(subject.model_name, subject.parameters)
-    margin = 1.0 if shape is None or shape.known else 1.0 + float(estimation.unknown_shape_margin)
-    wanted, clamps = _useful_rank(shape, subject, asked.lora)
+    margin = 0.0 if shape is None or shape.known else float(estimation.unknown_shape_margin)
 
-    def rows_at(rank: int) -> int:
-        return _need(subject, shape, asked, rank, layout).largest_rows(limit / margin)
+    def need_at(rank: int) -> Need:
+        return _need(subject, shape, asked, rank, layout, margin)
 
-    rank = wanted
-    if rows_at(rank) == 0:
+    useful, targets = asked.lora.r, asked.lora.target_modules
+    if shape is not None and shape.known:
+        useful = min(useful, max(shape.rank_caps(targets)))
+    rank, least = useful, min(useful, _LEAST_RANK)
+    if need_at(rank).largest_rows(limit) == 0:
         # The need grows with the rank, so the largest one that fits is found by halving the range.
-        fitting = bisect_left(range(_LEAST_RANK, wanted + 1), True, key=lambda rank: rows_at(rank) == 0)
-        rank = max(_LEAST_RANK, _LEAST_RANK + fitting - 1)
-    need, rows = _need(subject, shape, asked, rank, layout), rows_at(rank)
-    if rows > 0 and rank < wanted:
-        clamps = (*clamps, _rank_for_memory(wanted, rank, limit))
+        ranks = range(least, useful + 1)
+        fitting = bisect_left(ranks, True, key=lambda rank: need_at(rank).largest_rows(limit) == 0)
+        rank = max(least, least + fitting - 1)
+    need = need_at(rank)
+    rows = need.largest_rows(limit)
     lora = _with_rank(asked.lora, rank)
-    train, batch_clamp = _batch(asked.train, max(1, rows), need, limit, margin)
-    if batch_clamp is not None and rows > 0:
-        clamps = (*clamps, batch_clamp)
+    train = _batch(asked.train, max(1, rows))
+    clamps: tuple[Clamp, ...] = ()
+    if rows > 0:
+        told = (
+            _rank_clamp(shape, subject, asked.lora, rank, useful, limit),
+            _scale_clamp(asked.lora, lora),
+            _batch_clamp(subject, asked.train, train, need, limit),
+        )
+        clamps = tuple(clamp for clamp in told if clamp is not None)
     return Fit(
         effective=Settings(lora=lora, train=train),
         clamps=clamps,
         layout=layout,
-        peak=need.at(train.per_device_train_batch_size) * margin,
+        peak=need.at(train.per_device_train_batch_size),
         limit=limit,
         largest_rows=rows,
         known=shape is None or shape.known,
     )
 
 
-def _need(subject: Subject, shape: Shape | None, asked: Settings, rank: int, layout: Layout) -> Need:
+def _need(
+    subject: Subject, shape: ModelShape | None, asked: Settings, rank: int, layout: Layout, margin: float
+) -> Need:
     image = IMAGE_MODELS[subject.architecture or Architecture.SDXL]
-    adapter = shape.adapter_parameters(rank) if shape is not None else rank * image.adapter_parameters_per_rank
+    if shape is not None:
+        adapter = shape.adapter_parameters(rank, asked.lora.target_modules)
+    else:
+        adapter = rank * image.adapter_parameters_per_rank
     load = Load(
         task=subject.task,
         max_length=asked.train.max_length,
@@ -129,64 +146,94 @@ def _need(subject: Subject, shape: Shape | None, asked: Settings, rank: int, lay
         adapter_parameters=adapter,
         dropout=asked.lora.lora_dropout > 0,
         checkpointing=asked.train.gradient_checkpointing,
+        bf16=asked.train.bf16,
     )
     if shape is None:
         return image_need(image, subject.resolution, load, layout)
-    return text_need(shape, subject.parameters, load, layout)
+    return text_need(shape, subject.parameters, load, layout, margin)
 
 
-def _useful_rank(shape: Shape | None, subject: Subject, lora: LoraSettings) -> tuple[int, tuple[Clamp, ...]]:
-    """Return the largest rank that any layer has a use for, and what that takes from the one that was asked for."""
-    if shape is None:
-        return lora.r, ()
-    caps = shape.rank_caps()
-    lower = {cap: names for cap, names in caps.items() if cap < lora.r}
-    if not lower:
-        return lora.r, ()
-    by_layer = ", ".join(f"{'/'.join(n.removesuffix('_proj') for n in names)} {cap}" for cap, names in lower.items())
-    literal = billions(shape.adapter_parameters(lora.r, capped=False))
-    message = (
-        f"r {lora.r} → {by_layer}: half of what each layer can hold; "
-        f"{billions(subject.parameters)} at r {lora.r} would add {literal} parameters"
-    )
-    return min(lora.r, max(caps)), (_clamp("lora.r", lora.r, by_layer, Reason.RANK_CLAMPED, message),)
+def _rank_clamp(
+    shape: ModelShape | None, subject: Subject, lora: LoraSettings, rank: int, useful: int, limit: float
+) -> Clamp | None:
+    """Say what becomes of the rank: what each layer can hold of it, where the layers are known, and what fits."""
+    caps = shape.rank_caps(lora.target_modules) if shape is not None and shape.known else {}
+    lower = {cap: names for cap, names in caps.items() if cap < rank}
+    parts = []
+    if shape is not None and any(cap < lora.r for cap in caps):
+        literal = billions(shape.adapter_parameters(lora.r, lora.target_modules, capped=False))
+        by_layer = _by_layer({cap: names for cap, names in caps.items() if cap < lora.r})
+        size = billions(subject.parameters)
+        parts.append(
+            f"{by_layer}: half of what each layer can hold; {size} at r {lora.r} would add {literal} parameters"
+        )
+    if rank < useful:
+        parts.append(f"at r {useful} not even one row at a time fits {limit / GIB:.1f} GiB, at {rank} it does")
+    if not parts:
+        return None
+    effective = ", ".join(part for part in (str(rank) if rank < lora.r else "", _by_layer(lower)) if part)
+    return _clamp("lora.r", lora.r, effective, Reason.RANK_CLAMPED, f"r {lora.r} → {'; '.join(parts)}")
 
 
-def _rank_for_memory(wanted: int, rank: int, limit: float) -> Clamp:
-    message = f"r {wanted} → {rank}: at r {wanted} not even one row at a time fits {limit / GIB:.1f} GiB"
-    return _clamp("lora.r", wanted, rank, Reason.RANK_CLAMPED, message)
+def _by_layer(caps: dict[int, tuple[str, ...]]) -> str:
+    return ", ".join(f"{'/'.join(n.removesuffix('_proj') for n in names)} {cap}" for cap, names in caps.items())
 
 
 def _with_rank(lora: LoraSettings, rank: int) -> LoraSettings:
-    """Return the settings with a smaller rank and the same scale."""
+    """Return the settings with a smaller rank and, as far as whole numbers go, the same scale."""
     if rank == lora.r:
         return lora
-    share = math.sqrt(rank / lora.r) if lora.use_rslora else rank / lora.r
-    alpha = max(1, int(Decimal(lora.lora_alpha * share).to_integral_value()))
-    return lora.model_copy(update={"r": rank, "lora_alpha": alpha})
+    alpha = Decimal(lora.lora_alpha * _scale_share(lora, rank)).to_integral_value(ROUND_HALF_UP)
+    return lora.model_copy(update={"r": rank, "lora_alpha": max(1, int(alpha))})
 
 
-def _batch(
-    train: TrainSettings, largest: int, need: Need, limit: float, margin: float
-) -> tuple[TrainSettings, Clamp | None]:
-    """Return the settings with a micro-batch that fits and the same number of rows per step."""
-    asked, accumulated = train.per_device_train_batch_size, train.gradient_accumulation_steps
+def _scale_share(lora: LoraSettings, rank: int) -> float:
+    """Return what alpha is to be multiplied with so that alpha / r, or alpha / sqrt(r), stays."""
+    return math.sqrt(rank / lora.r) if lora.use_rslora else rank / lora.r
+
+
+def _scale_clamp(asked: LoraSettings, lora: LoraSettings) -> Clamp | None:
+    exact = asked.lora_alpha * _scale_share(asked, lora.r)
+    if abs(lora.lora_alpha / exact - 1) <= _SCALE_TOLERANCE:
+        return None
+    message = f"alpha is a whole number of at least 1; {exact:.3g} would keep the adapter's scale at r {lora.r}"
+    return _clamp("lora.loraAlpha", asked.lora_alpha, lora.lora_alpha, Reason.RANK_CLAMPED, message)
+
+
+def _batch(train: TrainSettings, largest: int) -> TrainSettings:
+    """Return the settings with a micro-batch that fits and, where the schema can say it, the same rows per step."""
+    asked = train.per_device_train_batch_size
     if asked <= largest:
-        return train, None
-    per_step = asked * accumulated
-    rows = max(n for n in range(1, min(largest, per_step) + 1) if per_step % n == 0)
+        return train
+    per_step = asked * train.gradient_accumulation_steps
+    rows = max(n for n in range(1, largest + 1) if per_step % n == 0)
+    if per_step // rows > _MOST_ACCUMULATION:
+        rows = largest
+    steps = min(per_step // rows, _MOST_ACCUMULATION)
+    return train.model_copy(update={"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps})
+
+
+def _batch_clamp(
+    subject: Subject, asked: TrainSettings, train: TrainSettings, need: Need, limit: float
+) -> Clamp | None:
+    before, rows = asked.per_device_train_batch_size, train.per_device_train_batch_size
+    if rows == before:
+        return None
+    steps, per_step = train.gradient_accumulation_steps, before * asked.gradient_accumulation_steps
+    what = "pictures" if subject.task is TaskType.IMAGE else f"rows of {train.max_length} tokens"
+    kept = f"keep {per_step}" if rows * steps == per_step else f"make {rows * steps} of {per_step}"
     message = (
-        f"{asked} rows of {train.max_length} tokens at a time need {need.at(asked) * margin / GIB:.0f} GiB of "
-        f"{limit / GIB:.1f}; {rows} at a time and gradientAccumulationSteps {per_step // rows} "
-        f"keep {per_step} rows per step and GPU"
+        f"{before} {what} at a time need {need.at(before) / GIB:.0f} GiB of {limit / GIB:.1f}; {rows} at a time and "
+        f"gradientAccumulationSteps {steps} {kept} rows per step and GPU"
     )
-    changed = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": per_step // rows}
-    return train.model_copy(update=changed), _clamp(
-        "train.perDeviceTrainBatchSize", asked, rows, Reason.BATCH_CLAMPED, message
-    )
+    return _clamp("train.perDeviceTrainBatchSize", before, rows, Reason.BATCH_CLAMPED, message)
 
 
 def _clamp(field: str, requested: int, effective: int | str, reason: Reason, message: str) -> Clamp:
     return Clamp(
-        field=field, requested=str(requested), effective=str(effective), reason=reason.value, message=message[:512]
+        field=field,
+        requested=str(requested),
+        effective=str(effective)[:256],
+        reason=reason.value,
+        message=message[:512],
     )

@@ -71,6 +71,7 @@ class Refusal:
     message: str
     since: datetime
     at: datetime
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from taskoffer.api.v1alpha1.trainingjob import (
     TrainingJobStatus,
 )
 from taskoffer.decision.abandoned import abandoned, pods_of_no_attempt, stop_and_fail, stray_jobs
-from taskoffer.decision.attempts import end_of_offer, first_attempt, move_request, need_of
+from taskoffer.decision.attempts import asked_again_at, end_of_offer, first_attempt, move_request, need_of, says_refused
 from taskoffer.decision.conditions import condition_of, is_true, set_condition
 from taskoffer.decision.job_facts import (
     Action,
@@ -49,8 +49,6 @@ from taskoffer.decision.trainer_words import (
 )
 
 _NOT_STARTED = "the pod has not started"
-_REFUSED_PAUSE_SECONDS = 5
-"""Pause before the API server is asked again for what it has refused: a quota may have been raised."""
 
 
 def step(facts: JobFacts) -> JobPlan:
@@ -141,25 +139,28 @@ class _Pass:
             waits = f"attempt {number}: {unknown} pod(s) of a TrainingJob that was deleted have not ended"
             self._condition("Running", False, Reason.PENDING, waits)
             return self._plan("Pending")
-        refusal = self.facts.refusal
+        refusal, refused_before = self.facts.refusal, says_refused(self.conditions, number)
         if refusal is not None and refusal.job_name == self.current.job_name:
-            return self._refused(refusal)
+            return self._refused(refusal, refused_before)
         self.actions.append(EnsureAttempt(self.current, number))
-        # In the words of a pass that finds the Job without a pod, so that such a pass has nothing to write.
-        self._condition("Running", False, Reason.PENDING, f"attempt {number}: {_NOT_STARTED}")
+        if not refused_before:
+            # In the words of a pass that finds the Job without a pod, so that such a pass has nothing to write.
+            self._condition("Running", False, Reason.PENDING, f"attempt {number}: {_NOT_STARTED}")
         return self._plan("Pending")
 
-    def _refused(self, refusal: Refusal) -> JobPlan:
-        """Ask again now and then for a Job that the API server does not take, as long as a start may last."""
-        gives_up = later(max(self.current.created_at, refusal.since), self.limits.start_timeout_seconds)
+    def _refused(self, refusal: Refusal, before: bool) -> JobPlan:
+        """Ask again now and then for a Job that the API server does not take. What it said first stays as it is."""
+        since = self.current.created_at if before else max(self.current.created_at, refusal.since)
+        gives_up = later(since, self.limits.start_timeout_seconds)
         if self.facts.now >= gives_up:
             message = f"no Job within {self.limits.start_timeout_seconds} s: {refusal.message}"
             return self._give_up(AttemptOutcome.START_TIMEOUT, Reason.START_TIMEOUT, message)
-        again = later(refusal.at, _REFUSED_PAUSE_SECONDS)
+        again = asked_again_at(refusal)
         if self.facts.now >= again:
             self.actions.append(EnsureAttempt(self.current, len(self.attempts)))
         self._wake(min(again, gives_up))
-        self._condition("Running", False, Reason.JOB_REFUSED, f"attempt {len(self.attempts)}: {refusal.message}")
+        if not before:
+            self._condition("Running", False, Reason.JOB_REFUSED, f"attempt {len(self.attempts)}: {refusal.message}")
         return self._plan("Pending")
 
     def _pending(self) -> JobPlan:

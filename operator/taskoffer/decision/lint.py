@@ -10,6 +10,7 @@ from functools import lru_cache
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import (
     CapacityPolicySpec,
+    Lane,
     LintFinding,
     SizeClass,
     TaskTypeRule,
@@ -41,7 +42,7 @@ def lint(spec: CapacityPolicySpec, nodes: tuple[NodeView, ...] = ()) -> tuple[Li
     wanted = sum(lane.gpus for lane in spec.lanes)
     if spec.lanes and nodes and wanted > offered:
         found.append(_finding("lanes", f"the lanes hand out {wanted} GPUs and the selected nodes offer {offered}"))
-    return (*found, *_lint_profiles(spec.size_classes, spec.task_types, spec.estimation))[:32]
+    return (*found, *_lint_profiles(spec.size_classes, spec.task_types, spec.lanes, spec.estimation))[:32]
 
 
 def score_range(spec: CapacityPolicySpec) -> tuple[Decimal, Decimal]:
@@ -77,54 +78,85 @@ def _most_jobs(spec: CapacityPolicySpec, nodes: tuple[NodeView, ...]) -> int | N
     return offered // min(spec.resources[0].counts) if offered else None
 
 
-_SMALLEST, _LARGEST = 1_000_000_000, 1_000_000_000_000
-"""Sizes between which models of a class without a bound are looked for."""
+_USUAL, _LARGEST = 1_000_000_000, 1_000_000_000_000
+"""The size of model that a class without a lower bound is looked at with, and where one without an upper bound ends."""
 
 
 @lru_cache(maxsize=32)
 def _lint_profiles(
-    sizes: tuple[SizeClass, ...], task_types: tuple[TaskTypeRule, ...], estimation: Estimation | None
+    sizes: tuple[SizeClass, ...],
+    task_types: tuple[TaskTypeRule, ...],
+    lanes: tuple[Lane, ...],
+    estimation: Estimation | None,
 ) -> tuple[LintFinding, ...]:
     tasks = tuple(task for task in task_types if task.accepted and task.name is not TaskType.IMAGE)
-    return tuple(finding for size in sizes for finding in _lint_profile(size, tasks, estimation))
+    found: list[LintFinding] = []
+    for size in sizes if tasks else ():
+        largest = (size.max_parameters or _LARGEST) - 1
+        smallest = max(1, size.min_parameters or min(_USUAL, largest // 2))
+        found.extend(_lint_rank(size, tasks, smallest))
+        if estimation is not None:
+            cases = [(task, gpus) for task in tasks for gpus in _counts(size, task, lanes)]
+            found.extend(_lint_memory(estimation, size, cases, smallest, largest))
+    return tuple(found)
 
 
-def _lint_profile(
-    size: SizeClass, tasks: tuple[TaskTypeRule, ...], estimation: Estimation | None
-) -> Iterator[LintFinding]:
-    """Look at the settings of a size class with a usual model of its sizes: at what a layer holds, and at memory."""
-    if not tasks:
-        return
+def _counts(size: SizeClass, task: TaskTypeRule, lanes: tuple[Lane, ...]) -> tuple[int, ...]:
+    """Return the GPUs that a task of a size class gets: its lanes' number, or the class's where there are none."""
+    if not lanes:
+        return (size.gpus,)
+    rules = (rule for lane in lanes for rule in lane.rules)
+    first = next(
+        (
+            rule.gpus_per_task
+            for rule in rules
+            if (not rule.task_types or task.name in rule.task_types)
+            and (not rule.size_classes or size.name in rule.size_classes)
+            and not rule.architectures
+        ),
+        None,
+    )
+    return () if first is None else (first,)
+
+
+def _lint_rank(size: SizeClass, tasks: tuple[TaskTypeRule, ...], smallest: int) -> Iterator[LintFinding]:
+    """Look at the largest rank that a size class gives, with a usual model of its smallest size."""
     task = max(tasks, key=lambda task: scaled_lora(size, task)["r"])
     rank = scaled_lora(size, task)["r"]
-    smallest = max(size.min_parameters, _SMALLEST)
-    low = {cap: names for cap, names in shape_of_size(smallest).rank_caps().items() if cap < rank}
+    caps = shape_of_size(smallest).rank_caps(size.lora.target_modules)
+    low = {cap: names for cap, names in caps.items() if cap < rank}
     if low:
         layers = ", ".join(f"{'/'.join(n.removesuffix('_proj') for n in names)} {cap}" for cap, names in low.items())
         yield _finding(
             f"sizeClasses[{size.name}].lora.r",
-            f"{rank} for {task.name.value} is more than layers of a {billions(smallest)} model hold; used: {layers}",
+            f"{rank} for {task.name.value} is more than layers of a usual {billions(smallest)} model hold: {layers}",
         )
-    if estimation is not None:
-        yield from _lint_memory(estimation, size, task, smallest)
 
 
-def _lint_memory(estimation: Estimation, size: SizeClass, task: TaskTypeRule, smallest: int) -> Iterator[LintFinding]:
-    largest = (size.max_parameters or _LARGEST) - 1
-    asked = Settings(lora=size.lora.model_copy(update=scaled_lora(size, task)), train=size.train)
+def _lint_memory(
+    estimation: Estimation, size: SizeClass, cases: list[tuple[TaskTypeRule, int]], smallest: int, largest: int
+) -> Iterator[LintFinding]:
+    """Say up to which size models of a class fit, where that is not all of them."""
+    field = f"sizeClasses[{size.name}].gpus"
+    bounds: dict[tuple[str, int], int] = {}
+    for task, gpus in cases:
+        asked = Settings(lora=size.lora.model_copy(update=scaled_lora(size, task)), train=size.train)
 
-    def too_large(parameters: int) -> bool:
-        return not fit(Subject("", None, parameters, task.name), asked, estimation, size.gpus).fits
+        def too_large(parameters: int, task: TaskTypeRule = task, gpus: int = gpus, asked: Settings = asked) -> bool:
+            return not fit(Subject("", None, parameters, task.name), asked, estimation, gpus).fits
 
-    if too_large(smallest):
-        message = f"no model of the class fits {size.gpus} GPU(s), not even with one row at a time and a small rank"
-        yield _finding(f"sizeClasses[{size.name}].gpus", message, "Error")
-    elif too_large(largest):
-        step = max(1, (largest - smallest) // 256)
-        most = bisect_left(range(smallest, largest, step), True, key=too_large)
-        bound = billions(smallest + (most - 1) * step)
-        message = f"models above about {bound} do not fit {size.gpus} GPU(s) and are refused"
-        yield _finding(f"sizeClasses[{size.name}].gpus", message)
+        if too_large(largest):
+            step = max(1, (largest - smallest) // 256)
+            steps = bisect_left(range(smallest, largest, step), True, key=too_large)
+            bounds[task.name.value, gpus] = smallest + (steps - 1) * step if steps else 0
+    if bounds and len(bounds) == len(cases) and not any(bounds.values()):
+        counts = "/".join(str(gpus) for gpus in sorted({gpus for _, gpus in bounds}))
+        message = f"no usual model of the class fits {counts} GPU(s), not even with one row at a time and a small rank"
+        yield _finding(field, message, "Error")
+        return
+    for (name, gpus), bound in bounds.items():
+        which = f"models above about {billions(bound)}" if bound else "usual models of the class"
+        yield _finding(field, f"{which} do not fit {gpus} GPU(s) with {name} and are refused")
 
 
 def _finding(field: str, message: str, severity: str = "Warning") -> LintFinding:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.taskoffer import Architecture
-from taskoffer.decision.architecture import Shape
+from taskoffer.decision.architecture import ModelShape
 
 GIB = 1024**3
 
@@ -44,7 +44,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a training puts on a GPU, apart from how many rows at once."""
+    """What a training puts on a GPU, apart from how many rows at once. Without bf16 all is float32, twice as wide."""
 
     task: TaskType
     max_length: int
@@ -52,7 +52,7 @@ class Load:
     adapter_parameters: int
     dropout: bool = False
     checkpointing: bool = True
-    ema: bool = False
+    bf16: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Need:
     weights: float
     adapter: float
     buffers: float
-    """Gradient buckets of DDP, gathered layers of FSDP, the average of the weights."""
+    """Gradient buckets of DDP, gathered layers of FSDP."""
     per_row: float
     fixed: float
     """CUDA context, libraries, and one tile of logits."""
@@ -77,7 +77,7 @@ class Need:
         return max(0, int(room / self.per_row))
 
 
-def text_need(shape: Shape, parameters: int, load: Load, layout: Layout) -> Need:
+def text_need(shape: ModelShape, parameters: int, load: Load, layout: Layout, margin: float = 0.0) -> Need:
     """Return what a language model's training needs on each GPU.
 
     Args:
@@ -85,9 +85,10 @@ def text_need(shape: Shape, parameters: int, load: Load, layout: Layout) -> Need
         parameters: The model's size, which may be a little more than its shape accounts for.
         load: Task, lengths and adapter.
         layout: GPUs, and whether the parameters are shared out among them.
+        margin: What is added to all that follows from the shape, as a share of it.
     """
     share = layout.gpus if layout.sharded else 1
-    adapter, dropout = load.adapter_parameters, load.dropout
+    adapter, dropout, guessed = load.adapter_parameters, load.dropout, 1 + margin
     # A preference pair is two sequences.
     tokens = load.max_length * (2 if load.task is TaskType.DPO else 1)
     layer = tokens * (
@@ -99,17 +100,19 @@ def text_need(shape: Shape, parameters: int, load: Load, layout: Layout) -> Need
     stored = tokens * 2 * shape.hidden * shape.layers if load.checkpointing else 0
     head = tokens * 8 * shape.hidden
     cache = 4 * shape.key_value * shape.layers * load.max_length if load.task is TaskType.GRPO else 0
-    buffers = 4.0 * adapter if load.ema else 0.0
+    per_row = stored + layer * (1 if load.checkpointing else shape.layers) + head + cache
+    buffers = 0.0
     if layout.sharded:
-        buffers += 4.0 * parameters / shape.layers
+        buffers = 4.0 * parameters / shape.layers
     elif layout.gpus > 1:
-        buffers += 4.0 * adapter
+        buffers = 4.0 * adapter
     tile = _CHUNK_TOKENS * min(shape.vocabulary, _CHUNK_LOGITS) * 8
+    width = 1 if load.bf16 else 2
     return Need(
-        weights=2.0 * parameters / share,
-        adapter=_ADAPTER_BYTES * adapter / share,
-        buffers=buffers,
-        per_row=stored + layer * (1 if load.checkpointing else shape.layers) + head + cache,
+        weights=2.0 * width * parameters / share,
+        adapter=_ADAPTER_BYTES * adapter * guessed / share,
+        buffers=buffers * guessed,
+        per_row=per_row * width * guessed,
         fixed=_CUDA_BYTES + (_NCCL_BYTES if layout.gpus > 1 else 0) + tile * _FRAGMENTATION,
     )
 
@@ -136,21 +139,11 @@ assumption (12 and 25 GiB for four pictures) that no GPU has confirmed yet."""
 
 def image_need(model: ImageModel, resolution: int, load: Load, layout: Layout) -> Need:
     """Return what an image model's training needs on each GPU; ``resolution`` is the edge of a picture in pixels."""
-    adapter = load.adapter_parameters
-    buffers = (4.0 * adapter if load.ema else 0.0) + (4.0 * adapter if layout.gpus > 1 else 0.0)
+    adapter, width = load.adapter_parameters, 1 if load.bf16 else 2
     return Need(
-        weights=2.0 * model.parameters,
+        weights=2.0 * width * model.parameters,
         adapter=_ADAPTER_BYTES * adapter,
-        buffers=buffers,
-        per_row=model.activation_bytes * (resolution / 1024) ** 2,
+        buffers=4.0 * adapter if layout.gpus > 1 else 0.0,
+        per_row=model.activation_bytes * width * (resolution / 1024) ** 2,
         fixed=_CUDA_BYTES + (_NCCL_BYTES if layout.gpus > 1 else 0),
     )
-
-
-def checkpoint_bytes(adapter_parameters: int, kept: int, *, ema: bool = False) -> int:
-    """Return the disk space of the kept checkpoints and the one that is being written.
-
-    A checkpoint is adapter and optimizer state: measured 12.8 bytes per adapter parameter, 16 allowed, 4 more for the
-    average of the weights.
-    """
-    return (kept + 1) * adapter_parameters * (20 if ema else 16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,12 +9,12 @@ from functools import lru_cache
 from taskoffer.api.contract import Clamp
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
-from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
-from taskoffer.decision.finish import Finish, finish_of, hours
+from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, ExplanationItem, TaskOfferSpec
+from taskoffer.decision.finish import Finish, duration_text, finish_of
 from taskoffer.decision.fit import Fit
 from taskoffer.decision.memory import GIB
 from taskoffer.decision.recipe import fit_of
-from taskoffer.decision.sizing import billions, parameters_of
+from taskoffer.decision.sizing import parameters_of
 from taskoffer.decision.verdict import Refusal
 
 _TOLD_CLAMPS = 3
@@ -33,9 +32,10 @@ class Prediction:
         """Tell whether the task fits and ends in time, as far as that is known."""
         return self.fit.fits and (self.finish is None or self.finish.in_time)
 
-    def seconds(self, time_limit: int) -> float:
-        """Return what the task takes from its admission, with the reserve; 0 where nothing says so."""
-        return 0.0 if self.finish is None else self.finish.seconds + time_limit - self.finish.budget
+    @property
+    def seconds(self) -> float:
+        """What the task takes from its admission, with the reserve; 0 where nothing says so."""
+        return 0.0 if self.finish is None else self.finish.seconds + self.finish.reserve
 
 
 def predict(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Prediction | None:
@@ -69,25 +69,39 @@ def fewest_gpu_hours(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> int | N
     return min(hours_of, key=lambda gpus: (hours_of[gpus], gpus), default=None)
 
 
-def refusals_of(found: Prediction, spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Iterator[Refusal]:
-    """Say what stands against the offer on its GPUs, and with which count it would be taken."""
+def refusals_of(
+    found: Prediction, spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, most_gpus: int | None
+) -> Iterator[Refusal]:
+    """Say what stands against the offer on its GPUs, and what would be taken under the policy.
+
+    Args:
+        found: What is predicted on these GPUs.
+        spec: The offer.
+        policy: The policy.
+        gpus: Its GPUs.
+        most_gpus: The most that its lane has, where it has one.
+    """
     if found.holds:
         return
-    more = sorted(n for n in policy.resources[0].counts if n > gpus)
-    enough = next((n for n in more if (other := predict(spec, policy, n)) is not None and other.holds), None)
+    counts = (n for n in policy.resources[0].counts if n != gpus and (most_gpus is None or n <= most_gpus))
+    nearest = sorted(counts, key=lambda n: (abs(n - gpus), n))
+    enough = next((n for n in nearest if (other := predict(spec, policy, n)) is not None and other.holds), None)
+    remedies = [f"gpuCount {enough}"] if enough is not None else []
     if not found.fit.fits:
-        size = billions(parameters_of(spec.model, policy.filters.unknown_parameters) or 0)
         yield Refusal(
             Reason.INSUFFICIENT_MEMORY,
-            f"{size} parameters need {found.fit.numbers}, with LoRA rank {found.fit.effective.lora.r}",
-            f"accepted with gpuCount {enough}" if enough else "accepted with a smaller model or a smaller maxLength",
+            f"{spec.model.name} needs {found.fit.numbers}, with LoRA rank {found.fit.effective.lora.r}",
+            f"accepted with {' or '.join(remedies or ['a smaller model'])}",
         )
     elif found.finish is not None:
-        longer = f"timeLimitSeconds of at least {math.ceil(found.seconds(spec.time_limit_seconds))}"
+        longest = policy.filters.max_time_limit_seconds
+        bound = LONGEST_TIME_LIMIT if longest is None else min(LONGEST_TIME_LIMIT, longest - 1)
+        if found.finish.least_limit <= bound:
+            remedies.append(f"timeLimitSeconds of at least {found.finish.least_limit}")
         yield Refusal(
             Reason.CANNOT_FINISH_IN_TIME,
             f"predicted to take {found.finish.numbers}",
-            f"accepted with gpuCount {enough}, or with {longer}" if enough else f"accepted with {longer}",
+            f"accepted with {' or '.join(remedies or ['fewer rows or a smaller model'])}",
         )
 
 
@@ -97,7 +111,7 @@ def estimates_of(found: Prediction | None) -> tuple[ExplanationItem, ...]:
         return ()
     items = [_estimate("PeakMemory", f"{found.fit.peak / GIB:.1f}GiB", found.fit.numbers)]
     if found.finish is not None:
-        items.append(_estimate("Duration", hours(found.finish.seconds), found.finish.numbers))
+        items.append(_estimate("Duration", duration_text(found.finish.seconds), found.finish.numbers))
     return (*items, *(_clamped(clamp) for clamp in found.fit.clamps[:_TOLD_CLAMPS]))
 
 

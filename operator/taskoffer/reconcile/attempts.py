@@ -12,6 +12,8 @@ from taskoffer.adapters.kube import (
     ConflictError,
     NotFoundError,
     Object,
+    Resource,
+    UnknownOutcomeError,
 )
 from taskoffer.adapters.metrics import WRITE_RETRIES
 from taskoffer.api.reasons import Reason
@@ -84,9 +86,22 @@ async def _ensure(session: Session, entry: TrainingJobEntry, job: TrainingJob, a
             raise
         except ApiError as error:
             WRITE_RETRIES.labels("TrainingJob", "refused").inc()
-            message = f"the API server refuses {what}: {error.message}"[:1024]
-            return Refused(action.attempt.job_name, message)
+            return Refused(action.attempt.job_name, f"the API server refuses {what}: {error.message}"[:900])
+        except UnknownOutcomeError as error:
+            # A webhook that is down answers 500, for ever. What is there after all is taken in by the next pass.
+            if await _is_absent(session, resource, namespace, manifest["metadata"]["name"]):
+                WRITE_RETRIES.labels("TrainingJob", "unknown").inc()
+                return Refused(action.attempt.job_name, f"the API server does not take {what}: {error}"[:900])
+            raise
     return None
+
+
+async def _is_absent(session: Session, resource: Resource, namespace: str, name: str) -> bool:
+    try:
+        await session.kube.get(resource, namespace, name)
+    except NotFoundError:
+        return True
+    return False
 
 
 def name_taken(session: Session, subject: Subject, what: str) -> NameTakenError:

@@ -32,6 +32,7 @@ from taskoffer.decision.conditions import is_true
 from taskoffer.decision.cycle import Move
 from taskoffer.decision.job_facts import (
     Action,
+    EnsureAttempt,
     JobFacts,
     JobPlan,
     OfferEnd,
@@ -178,6 +179,8 @@ class Jobs:
         facts = job_facts(
             self._session.world, entry, entry.job, self.reports.get(key), self._session.settings.progress_interval
         )
+        if is_over(entry.job):
+            self._refusals.pop(key, None)
         facts = replace(facts, refusal=self._refusals.get(key))
         if facts.offer is None and not is_over(entry.job):
             # A cache that lacks it is not enough to stop a training.
@@ -230,9 +233,20 @@ class Jobs:
             if not owned_by(found, offer.uid):
                 raise name_taken(self._session, _offer_subject(offer), f"TrainingJob {key}") from None
             session.world.jobs.observe("ADDED", found)
+        except NotFoundError:
+            raise
+        except ApiError as error:
+            self._say_refused(offer, f"the API server refuses TrainingJob {key}: {error.message}")
+            raise
         # Should it be deleted, the next one starts where the admission says; somebody else may be there by then.
         session.world.decided_here.discard(offer.uid)
         session.want_job(key)
+
+    def _say_refused(self, offer: OfferEntry, message: str) -> None:
+        """Say once per version of an offer why nothing comes of it. Its GPUs stay booked meanwhile."""
+        if self._reported.get(offer.job_key) != offer.version:
+            self._reported[offer.job_key] = offer.version
+            self._session.events.emit(_offer_subject(offer), Reason.JOB_REFUSED, message[:900], warning=True)
 
     async def _manifest(self, offer: OfferEntry) -> Object | None:
         """Return the TrainingJob of an admission; None where the admission cannot stand and is taken back."""
@@ -310,15 +324,19 @@ class Jobs:
 
     async def _carry_out(self, entry: TrainingJobEntry, facts: JobFacts, action: Action) -> None:
         refused = await carry_out(self._session, entry, facts.job, action)
+        if not isinstance(action, EnsureAttempt):
+            return
         before = self._refusals.pop(entry.key, None)
         if refused is None:
             return
         now = utcnow()
-        since = before.since if before is not None and before.job_name == refused.job_name else now
-        self._refusals[entry.key] = Refusal(refused.job_name, refused.message, since, now)
-        if before is None or before.message != refused.message:
+        if before is None or before.job_name != refused.job_name:
+            made = Refusal(refused.job_name, refused.message, now, now)
             subject = Subject(API_VERSION, "TrainingJob", entry.key.namespace, entry.key.name, entry.uid)
             self._session.events.emit(subject, Reason.JOB_REFUSED, refused.message, warning=True)
+        else:
+            made = replace(before, message=refused.message, at=now, times=before.times + 1)
+        self._refusals[entry.key] = made
         self._session.want_job(entry.key)
 
     async def _end_offer(self, entry: TrainingJobEntry, end: OfferEnd) -> None:

@@ -105,9 +105,7 @@ class Replica:
 
     async def _lead(self) -> None:
         session = self.session
-        if self._may_write_late():
-            # A write of the leader before may still be on its way for as long as a write may take.
-            await asyncio.sleep(session.settings.write_timeout)
+        await self._outlast_late_writes()
         await self.resync()
         self.leading = True
         LEADER.set(1)
@@ -126,12 +124,18 @@ class Replica:
             group.create_task(self._resync_forever())
             group.create_task(self._poll_progress())
 
-    def _may_write_late(self) -> bool:
-        """Tell whether somebody may have led until just now. Without any offer nobody can have written about one."""
-        lease = self.session.lease
-        if lease.missing_before:
-            return len(self.session.world.offers) > 0
-        return not lease.released_before
+    async def _outlast_late_writes(self) -> None:
+        """Wait until nothing can arrive any more that a leader before has sent."""
+        session, lease = self.session, self.session.lease
+        if not lease.missing_before:
+            if not lease.released_before:
+                await asyncio.sleep(session.settings.write_timeout)
+            return
+        # Somebody may have removed the lease of a leader that still believes in it. Where a list that was taken since
+        # knows of no offer, there is nothing that anybody could have written about.
+        await self.resync()
+        if len(session.world.offers) > 0:
+            await asyncio.sleep(lease.times.renew_deadline + session.settings.write_timeout)
 
     async def drain(self, seconds: float) -> bool:
         """Decide nothing more and wait for what is on its way. Tell whether all of it has ended."""

@@ -21,9 +21,14 @@ def training_job(
     """Return the TrainingJob of an admitted offer. The offer owns it, so that both go together.
 
     Everything that rendering an attempt needs is pinned in its spec; a later change of the policy does not reach it.
+
+    Raises:
+        ValueError: when the policy, which may have changed since, has no settings with which the offer fits.
     """
     settings, gpus = requested_settings(spec, policy), admission.assignments[0].count
     fits = fit_of(spec, policy, gpus)
+    if fits is not None and not fits.fits:
+        raise ValueError(f"{spec.model.name} does not fit any more: {fits.numbers}")
     run = Run(
         task_id=spec.task_id,
         task_type=spec.task_type,

@@ -64,6 +64,8 @@ class DurationEstimation(WireModel):
     def _check(self) -> DurationEstimation:
         if not all(0 < Decimal(step.mfu) <= 1 for step in self.mfu):
             raise ValueError("mfu[].mfu must be above 0 and at most 1")
+        if Decimal(self.evaluation_share) > 1:
+            raise ValueError(f"evaluationShare {self.evaluation_share} must be at most 1: 0.10 is 10 %")
         bounds = [step.max_parameters for step in self.mfu]
         known = [bound for bound in bounds if bound is not None]
         if None in bounds[:-1] or known != sorted(set(known)):
@@ -79,7 +81,8 @@ class Estimation(WireModel):
         "0.85", description="Share of it that a training may plan with; the rest is for what no formula knows."
     )
     unknown_shape_margin: DecimalString = Field(
-        "0.12", description="What is added to the need of a model whose layers and widths are estimated from its size."
+        "0.12",
+        description="Added where layers and widths are estimated from the size, as a share of what follows from them.",
     )
     duration: DurationEstimation | None = Field(
         None, description="How time is predicted; absent takes every offer to end in time."
@@ -88,7 +91,11 @@ class Estimation(WireModel):
     @model_validator(mode="after")
     def _check(self) -> Estimation:
         if whole(self.gpu_memory) < 10**9:
-            raise ValueError(f"gpuMemory {self.gpu_memory} is not the memory of a GPU: write for example 80G")
+            raise ValueError(
+                f"gpuMemory {self.gpu_memory} is not the memory of a GPU: write a whole number with a unit, as 80G"
+            )
         if not 0 < Decimal(self.memory_fraction) <= 1:
             raise ValueError(f"memoryFraction {self.memory_fraction} must be above 0 and at most 1")
+        if Decimal(self.unknown_shape_margin) > 1:
+            raise ValueError(f"unknownShapeMargin {self.unknown_shape_margin} must be at most 1: 0.12 is 12 %")
         return self

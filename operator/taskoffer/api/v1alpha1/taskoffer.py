@@ -107,6 +107,10 @@ class HubSource(WireModel):
     )
 
 
+LONGEST_TIME_LIMIT = 31_536_000
+"""Seconds of a year: more than any task takes."""
+
+
 class DatasetSource(WireModel):
     """Where the data is: exactly one member."""
 
@@ -320,7 +324,7 @@ class TaskOfferSpec(WireModel):
     time_limit_seconds: Annotated[
         int,
         Field(
-            le=31_536_000,
+            le=LONGEST_TIME_LIMIT,
             json_schema_extra={
                 "format": "int64",
                 **rules(rule("self > 0", "timeLimitSeconds must be greater than 0: give the time limit in seconds")),

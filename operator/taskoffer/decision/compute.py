@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from taskoffer.api.tasks import TaskType
-from taskoffer.decision.architecture import Shape
+from taskoffer.decision.architecture import ModelShape
 from taskoffer.decision.memory import ImageModel
 
 
@@ -42,7 +42,7 @@ class Work:
     """Completions that are generated together, over all GPUs."""
 
 
-def flops_per_token(shape: Shape, work: Work, length: float) -> float:
+def flops_per_token(shape: ModelShape, work: Work, length: float) -> float:
     """Return the FLOPs of a token of a sequence of this length, forward and backward.
 
     Linear layers take 4 per weight (6 with gradient checkpointing, whose second forward is counted here) and 6 (8) per
@@ -57,7 +57,7 @@ def flops_per_token(shape: Shape, work: Work, length: float) -> float:
     return per_weight * linear + per_adapter * adapter + attention + 6 * shape.vocabulary * shape.hidden
 
 
-def text_seconds(shape: Shape, parameters: int, work: Work, speed: Speed, gpus: int) -> float:
+def text_seconds(shape: ModelShape, parameters: int, work: Work, speed: Speed, gpus: int) -> float:
     """Return the seconds that a language model's training takes on its GPUs, without evaluation and start-up."""
     sequences = 2 if work.task is TaskType.DPO else 1
     length = work.tokens_per_row + work.generated_tokens_per_row
