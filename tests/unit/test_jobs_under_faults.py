@@ -161,6 +161,19 @@ def test_a_training_job_that_is_refused_is_told_on_its_offer() -> None:
     run_virtually(main())
 
 
+def test_an_admission_that_books_one_place_twice_is_not_built_on() -> None:
+    async def main() -> None:
+        async with leading() as rig:
+            place = {"nodeName": "node-a", "resourceName": "nvidia.com/gpu", "count": 1}
+            admission = {**make_admission(policy="lab"), "jobName": JOB, "assignments": [place, place]}
+            rig.offer(status={"admission": admission, "conditions": [make_condition("Admitted", "True", "Admitted")]})
+            await rig.until(lambda: ("TaskOffer", "a", "InvalidOffer") in rig.events())
+            await rig.quiet(20)
+            assert rig.kube.count("status", JOBS_OF_TRAINING) <= 1
+
+    run_virtually(main())
+
+
 def test_a_name_that_belongs_to_somebody_else_is_not_adopted() -> None:
     async def main() -> None:
         async with leading() as rig:

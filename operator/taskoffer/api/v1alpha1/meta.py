@@ -137,6 +137,16 @@ class Assignment(WireModel):
     )
 
 
+def _on_different_places(assignments: tuple[Assignment, ...]) -> tuple[Assignment, ...]:
+    if len({(one.node_name, one.resource_name) for one in assignments}) < len(assignments):
+        raise ValueError("a node and a resource occur twice: join their counts")
+    return assignments
+
+
+Assignments = Annotated[tuple[Assignment, ...], Field(min_length=1, max_length=8), AfterValidator(_on_different_places)]
+"""Where GPUs are booked, each place once: a list with a place that occurs twice could be read but not written."""
+
+
 class ClaimPath(WireModel):
     """A path on a PersistentVolumeClaim in the offer's own namespace."""
 

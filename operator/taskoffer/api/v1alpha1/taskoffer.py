@@ -22,7 +22,7 @@ from taskoffer.api.tasks import (
 from taskoffer.api.v1alpha1.meta import (
     ATOMIC_LIST,
     ApiVersion,
-    Assignment,
+    Assignments,
     ClaimPath,
     Conditions,
     DecimalString,
@@ -400,7 +400,7 @@ class Admission(WireModel):
     deadline: Time | None = Field(
         None, description="When the result must be there; absent until a Training clock starts."
     )
-    assignments: Annotated[tuple[Assignment, ...], Field(min_length=1, max_length=8)] = Field(
+    assignments: Assignments = Field(
         description="The GPUs that are booked.", json_schema_extra=list_map("nodeName", "resourceName")
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from taskoffer.api.base import Time, WireModel
 from taskoffer.api.contract import Clamp, LoraSettings, Metric, TrainSettings
@@ -14,7 +14,7 @@ from taskoffer.api.v1alpha1.meta import (
     ATOMIC_LIST,
     UID,
     ApiVersion,
-    Assignment,
+    Assignments,
     Conditions,
     GpuCount,
     Name,
@@ -144,7 +144,7 @@ class Attempt(WireModel):
     """One try: a batch/v1 Job of its own name on decided GPUs, written here before the Job is created."""
 
     job_name: Name = Field(description="Name of the batch/v1 Job.")
-    assignments: Annotated[tuple[Assignment, ...], Field(min_length=1, max_length=8)] = Field(
+    assignments: Assignments = Field(
         description="GPUs of the attempt.", json_schema_extra=list_map("nodeName", "resourceName")
     )
     created_at: Time = Field(description="When the attempt was decided.")
@@ -209,6 +209,12 @@ class TrainingJobStatus(WireModel):
         (), description="Settings that could not be taken literally.", json_schema_extra=ATOMIC_LIST
     )
     result: Result | None = Field(None, description="What came out.")
+
+    @model_validator(mode="after")
+    def _check_attempts(self) -> TrainingJobStatus:
+        if len({attempt.job_name for attempt in self.attempts}) < len(self.attempts):
+            raise ValueError("attempts: a jobName occurs twice, so that the status could be read but not written")
+        return self
 
 
 class TrainingJob(WireModel):
