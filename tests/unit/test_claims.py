@@ -33,7 +33,12 @@ def admission(node: str) -> dict[str, Any]:
 
 
 def attempts(*nodes: str) -> dict[str, Any]:
-    return {"attempts": [ATTEMPT | {"assignments": admission(node)["assignments"]} for node in nodes]}
+    return {
+        "attempts": [
+            ATTEMPT | {"jobName": f"{JOB}-{number}", "assignments": admission(node)["assignments"]}
+            for number, node in enumerate(nodes, 1)
+        ]
+    }
 
 
 def training_job(status: dict[str, Any] | None = None) -> dict[str, Any]:
