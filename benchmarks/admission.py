@@ -154,9 +154,9 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         kube = await Kube.connect(cluster.kubeconfig, timeout=60)
         install(cluster)
         count, paced = args.offers, round(args.rate * args.seconds)
-        # A fifth of the burst can be admitted; paced offers find room.
+        # A fifth of the burst can be admitted. Of the paced offers one fifth is in the one phase, four in the other.
         await prepare(
-            cluster, kube, count // 5 + 2 * paced + WARM, ("raw-a", "raw-b", "raw-c", "warm", "mixed", "paced", "burst")
+            cluster, kube, count // 5 + paced + WARM, ("raw-a", "raw-b", "raw-c", "warm", "mixed", "paced", "burst")
         )
         if not args.controllers:
             # Without them Jobs make no pods: the figures are the operator's and the API server's alone.
