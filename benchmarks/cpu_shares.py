@@ -20,7 +20,7 @@ OWNERS = (
     ("HTTP client", re.compile(r"\((?:\S*/)?(?:aiohttp|kubernetes)/")),
     ("kopf", re.compile(r"\((?:\S*/)?kopf/")),
     ("decision", re.compile(r"\((?:\S*/)?taskoffer/decision/")),
-    ("the rest of the operator", re.compile(r"\((?:\S*/)?taskoffer/")),
+    ("the rest of the operator", re.compile(r"\((?:\S*/)?taskoffer/(?!handlers/run|cli/|__main__)")),
 )
 """Names and the frames that they own; a frame reads ``function (path:line)``."""
 ELSE = "event loop and system calls"
