@@ -230,6 +230,12 @@ MUTATIONS = (
     ),
     Mutation(
         8,
+        "takes a lease that somebody removed for one that was given up",
+        ((f"{RECONCILE}/replica.py", "        if len(session.world.offers) > 0:", "        if False:"),),
+        unit("admission_under_faults", "finds_no_lease"),
+    ),
+    Mutation(
+        8,
         "leaves what an old leader overbooked",
         (
             (

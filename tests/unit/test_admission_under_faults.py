@@ -249,6 +249,8 @@ def test_an_answer_that_the_server_refuses_is_held_back_until_the_next_resync() 
 def test_nothing_is_decided_before_every_kind_was_listed(missing: Any) -> None:
     async def main() -> None:
         kube = FakeKube()
+        # A lease that was given up, so that nothing but the lists is waited for.
+        kube.put(LEASES, {"metadata": {"name": "taskoffer", "namespace": "system"}, "spec": {"holderIdentity": ""}})
         kube.put(PODS, make_pod("foreign", gpus=8))
         fault = kube.fail("list", missing, GONE, times=5)
         node = kube.put(NODES, make_node(), uid="n")
@@ -263,7 +265,7 @@ def test_nothing_is_decided_before_every_kind_was_listed(missing: Any) -> None:
         while fault.times > 0:
             assert kube.count("status", OFFERS) == 0
             await asyncio.sleep(0.05)
-        await asyncio.sleep(15)
+        await asyncio.sleep(5)
         conditions = kube.get_now(OFFERS, "a")["status"]["conditions"]
         assert (conditions[0]["status"], conditions[0]["reason"]) == FULL
         task.cancel()
