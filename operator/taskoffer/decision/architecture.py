@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import linear_regression
@@ -87,6 +88,11 @@ class ModelShape:
             cap = rank_cap(features_in, features_out)
             caps[cap] = (*caps.get(cap, ()), name)
         return dict(sorted(caps.items(), reverse=True))
+
+
+def by_layer(caps: Mapping[int, tuple[str, ...]]) -> str:
+    """Write ranks and the layers that they hold for, as in ``q/o 1024, k/v 409``."""
+    return ", ".join(f"{'/'.join(n.removesuffix('_proj') for n in names)} {cap}" for cap, names in caps.items())
 
 
 _TABLE: dict[str, ModelShape] = {

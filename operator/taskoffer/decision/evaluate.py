@@ -24,6 +24,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import (
     TermName,
 )
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
+from taskoffer.decision.finish import duration_text
 from taskoffer.decision.prediction import Prediction, estimates_of, fewest_gpu_hours, predict, refusals_of
 from taskoffer.decision.sizing import billions, family_of, parameters_of, size_class_of
 from taskoffer.decision.verdict import Refusal, Score
@@ -215,11 +216,12 @@ def _check_model(facts: Facts) -> Iterator[Refusal]:
 
 def _check_time_limit(facts: Facts) -> Iterator[Refusal]:
     longest = facts.policy.filters.max_time_limit_seconds
-    if longest is not None and facts.spec.time_limit_seconds >= longest:
+    asked = facts.spec.time_limit_seconds
+    if longest is not None and asked >= longest:
         yield Refusal(
             Reason.TIME_LIMIT_TOO_LONG,
-            f"timeLimitSeconds {facts.spec.time_limit_seconds} ({_hours(facts.spec.time_limit_seconds)}) is not below "
-            f"the policy's {longest} ({_hours(longest)})",
+            f"timeLimitSeconds {asked} ({duration_text(asked)}) is not below the policy's {longest} "
+            f"({duration_text(longest)})",
             f"accepted with timeLimitSeconds below {longest}",
         )
 
@@ -322,7 +324,3 @@ def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:
         TermName.SIZE_EFFICIENCY: Decimal(facts.size.size_efficiency),
         TermName.BONUS: Decimal(1),
     }
-
-
-def _hours(seconds: int) -> str:
-    return f"{seconds / 3600:.4g} h"

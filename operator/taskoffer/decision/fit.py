@@ -20,7 +20,7 @@ from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.taskoffer import Architecture, Model
 from taskoffer.api.v1alpha1.trainingjob import Settings
-from taskoffer.decision.architecture import ModelShape, shape_of
+from taskoffer.decision.architecture import ModelShape, by_layer, shape_of
 from taskoffer.decision.memory import GIB, IMAGE_MODELS, Layout, Load, Need, image_need, text_need
 from taskoffer.decision.sizing import billions
 
@@ -162,21 +162,17 @@ def _rank_clamp(
     parts = []
     if shape is not None and any(cap < lora.r for cap in caps):
         literal = billions(shape.adapter_parameters(lora.r, lora.target_modules, capped=False))
-        by_layer = _by_layer({cap: names for cap, names in caps.items() if cap < lora.r})
+        too_wide = by_layer({cap: names for cap, names in caps.items() if cap < lora.r})
         size = billions(subject.parameters)
         parts.append(
-            f"{by_layer}: half of what each layer can hold; {size} at r {lora.r} would add {literal} parameters"
+            f"{too_wide}: half of what each layer can hold; {size} at r {lora.r} would add {literal} parameters"
         )
     if rank < useful:
         parts.append(f"at r {useful} not even one row at a time fits {limit / GIB:.1f} GiB, at {rank} it does")
     if not parts:
         return None
-    effective = ", ".join(part for part in (str(rank) if rank < lora.r else "", _by_layer(lower)) if part)
+    effective = ", ".join(part for part in (str(rank) if rank < lora.r else "", by_layer(lower)) if part)
     return _clamp("lora.r", lora.r, effective, Reason.RANK_CLAMPED, f"r {lora.r} → {'; '.join(parts)}")
-
-
-def _by_layer(caps: dict[int, tuple[str, ...]]) -> str:
-    return ", ".join(f"{'/'.join(n.removesuffix('_proj') for n in names)} {cap}" for cap, names in caps.items())
 
 
 def _with_rank(lora: LoraSettings, rank: int) -> LoraSettings:

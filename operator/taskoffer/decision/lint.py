@@ -19,7 +19,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import (
 )
 from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.trainingjob import Settings
-from taskoffer.decision.architecture import shape_of_size
+from taskoffer.decision.architecture import by_layer, shape_of_size
 from taskoffer.decision.fit import Subject, fit
 from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.sizing import billions
@@ -126,10 +126,10 @@ def _lint_rank(size: SizeClass, tasks: tuple[TaskTypeRule, ...], smallest: int) 
     caps = shape_of_size(smallest).rank_caps(size.lora.target_modules)
     low = {cap: names for cap, names in caps.items() if cap < rank}
     if low:
-        layers = ", ".join(f"{'/'.join(n.removesuffix('_proj') for n in names)} {cap}" for cap, names in low.items())
         yield _finding(
             f"sizeClasses[{size.name}].lora.r",
-            f"{rank} for {task.name.value} is more than layers of a usual {billions(smallest)} model hold: {layers}",
+            f"{rank} for {task.name.value} is more than layers of a usual {billions(smallest)} model hold: "
+            f"{by_layer(low)}",
         )
 
 
