@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from taskoffer.api.contract import SERVED_TASK_TYPES
 from taskoffer.api.reasons import Reason
+from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import (
     CapacityPolicySpec,
     FamilyRule,
@@ -49,6 +50,8 @@ class Facts:
     chosen: int | None = None
     """The count with the fewest GPU-hours, where the policy wants that one."""
     prediction: Prediction | None = None
+    served: frozenset[TaskType] = SERVED_TASK_TYPES
+    """Task types that a trainer has a method for."""
 
     @property
     def gpus(self) -> int | None:
@@ -88,9 +91,17 @@ class Evaluation:
     """Seconds after its creation in which the offer is to be admitted."""
 
 
-def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Evaluation:
-    """Filter and score an offer under a policy."""
-    facts = _gather(spec, policy)
+def evaluate(
+    spec: TaskOfferSpec, policy: CapacityPolicySpec, *, served: frozenset[TaskType] = SERVED_TASK_TYPES
+) -> Evaluation:
+    """Filter and score an offer under a policy.
+
+    Args:
+        spec: The offer.
+        policy: The policy.
+        served: Task types that a trainer has a method for; a simulation may ask what if there were more.
+    """
+    facts = _gather(spec, policy, served)
     refusals = [refusal for check in _FILTERS for refusal in check(facts)]
     score = score_of(facts)
     if score is not None:
@@ -108,7 +119,7 @@ def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Evaluation:
     )
 
 
-def _gather(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Facts:
+def _gather(spec: TaskOfferSpec, policy: CapacityPolicySpec, served: frozenset[TaskType]) -> Facts:
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
     size = size_class_of(parameters, policy.size_classes) if parameters is not None else None
     lane, lane_rule = _lane_of(spec, size, policy)
@@ -121,6 +132,7 @@ def _gather(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Facts:
         size=size,
         lane=lane,
         lane_rule=lane_rule,
+        served=served,
     )
     if facts.size is None or facts.task is None:
         return facts
@@ -154,8 +166,8 @@ def _check_task_type(facts: Facts) -> Iterator[Refusal]:
             f"taskType {facts.spec.task_type.value} is not accepted by the policy, which takes {', '.join(accepted)}",
             f"accepted with taskType {' or '.join(accepted)}",
         )
-    if facts.spec.task_type not in SERVED_TASK_TYPES:
-        served = ", ".join(sorted(t.value for t in SERVED_TASK_TYPES))
+    if facts.spec.task_type not in facts.served:
+        served = ", ".join(sorted(t.value for t in facts.served))
         yield Refusal(
             Reason.TASK_TYPE_NOT_SERVED,
             f"no trainer method serves taskType {facts.spec.task_type.value} yet; this version trains {served}",
