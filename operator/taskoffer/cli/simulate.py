@@ -268,27 +268,21 @@ def _run(work: _Work) -> list[Figures]:
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """Tell on standard error how many traces are done, once it has taken a while."""
-    begun = time.monotonic()
-    told = begun
     on_terminal = sys.stderr.isatty()
+    begin, between = ("\r", _QUIET_SECONDS / 10) if on_terminal else ("", 5 * _QUIET_SECONDS)
+    due, told = time.monotonic() + _QUIET_SECONDS, False
 
     def tell(done: int) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if now - begun < _QUIET_SECONDS or done == total or (not on_terminal and now - told < 5 * _QUIET_SECONDS):
+        nonlocal due, told
+        if time.monotonic() < due or done == total:
             return
-        told = now
-        print(
-            f"\r{done} of {total} traces" if on_terminal else f"{done} of {total} traces",
-            end="" if on_terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        due, told = time.monotonic() + between, True
+        print(f"{begin}{done} of {total} traces", end="" if on_terminal else "\n", file=sys.stderr, flush=True)
 
     try:
         yield tell
     finally:
-        if on_terminal and told > begun:
+        if on_terminal and told:
             print(file=sys.stderr)
 
 

@@ -92,7 +92,9 @@ class _World:
 
     def __init__(self, trace: Trace, policy: CapacityPolicySpec, name: str, fleet: Fleet) -> None:
         labels = dict(policy.node_selector.match_labels)
-        self._policy = PolicyView(name, "policy-uid", 1, policy, is_default=True, created=START)
+        # What the result calls the policy may be a file, which is no name that an object can have.
+        self._title = name
+        self._policy = PolicyView("policy", "policy-uid", 1, policy, is_default=True, created=START)
         self._spec = policy
         self._nodes = [NodeView(f"node-{number + 1}", fleet.gpus, True, labels) for number in range(fleet.nodes)]
         self._trace, self._fleet = trace, fleet
@@ -137,7 +139,7 @@ class _World:
     def result(self) -> Result:
         """Return what came of it all."""
         return Result(
-            policy=self._policy.name,
+            policy=self._title,
             fleet=self._fleet,
             runs=tuple(self._runs),
             refusals=self._refusals,
