@@ -22,14 +22,14 @@ from taskoffer.decision.ledger import Claim, NodeView
 from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView, Sibling, Snapshot
 from taskoffer.decision.verdict import Verdict
 from taskoffer.simulation.run import Run
-from taskoffer.simulation.trace import Trace, TraceOffer
+from taskoffer.simulation.trace import Trace
 from taskoffer.simulation.truth import START, course_of, expiry_of, moment, seconds_at, settings_under
 
 SERVED = frozenset(TaskType)
 """The simulator takes every task type as served, so that policies can be compared before a trainer is there."""
 
 _END, _ARRIVAL = 0, 1
-"""What happens at the same moment happens in this order."""
+"""What happens. At the same moment jobs end first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,15 @@ def simulate(trace: Trace, policy: CapacityPolicySpec, *, name: str = "policy", 
     return world.result()
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What a running job holds."""
+
+    node: str
+    gpus: int
+    lane: str | None
+
+
 class _World:
     """Offers, nodes and running jobs while the clock runs."""
 
@@ -105,7 +114,7 @@ class _World:
         self._pending: dict[str, OfferView] = {}
         self._waits_for: dict[str, Reason] = {}
         self._evaluations: dict[tuple[str, str], Evaluation] = {}
-        self._claims: dict[str, Claim] = {}
+        self._running: dict[str, _Job] = {}
         self._siblings: dict[tuple[str, str], dict[str, Sibling]] = {}
         self._shared: set[tuple[str, str]] = set()
         """Where several offers have one task id."""
@@ -122,7 +131,7 @@ class _World:
         while self._events and self._events[0][0] <= now:
             _, kind, uid = heapq.heappop(self._events)
             if kind == _END:
-                del self._claims[uid]
+                del self._running[uid]
             else:
                 self._arrive(uid)
 
@@ -149,12 +158,13 @@ class _World:
 
     def _snapshot(self, now: float) -> Snapshot:
         """Build what a cycle decides on. Whatever the cycle comes to look at beside this is to be added here."""
+        name = self._policy.name
         return Snapshot(
             now=moment(now),
             offers=tuple(self._pending.values()),
-            policies={self._policy.name: self._policy},
+            policies={name: self._policy},
             nodes=self._nodes,
-            claims=tuple(self._claims.values()),
+            claims=[Claim(uid, job.node, job.gpus, "job", name, job.lane) for uid, job in self._running.items()],
             siblings={place: tuple(self._siblings[place].values()) for place in self._shared},
             evaluations=self._evaluations,
         )
@@ -188,15 +198,15 @@ class _World:
             self._refusals[offer.name] = answer.reason
             return
         (given,) = answer.admission.assignments
-        claim = Claim(view.uid, given.node_name, given.count, "job", self._policy.name, given.lane)
-        self._start(offer, claim, now)
+        self._start(view.uid, _Job(given.node_name, given.count, given.lane), now)
 
-    def _start(self, offer: TraceOffer, claim: Claim, now: float) -> None:
-        course = course_of(offer, settings_under(self._spec, offer.spec, claim.count), claim.count, now)
+    def _start(self, uid: str, job: _Job, now: float) -> None:
+        offer = self._offers[uid]
+        course = course_of(offer, settings_under(self._spec, offer.spec, job.gpus), job.gpus, now)
         end, earned = now + course.seconds, offer.worth if course.outcome == "in-time" else 0.0
-        self._claims[claim.holder] = claim
-        self._runs.append(Run(offer.name, now, end, claim.count, claim.node, course.outcome, earned))
-        heapq.heappush(self._events, (end, _END, claim.holder))
+        self._running[uid] = job
+        self._runs.append(Run(offer.name, now, end, job.gpus, job.node, course.outcome, earned))
+        heapq.heappush(self._events, (end, _END, uid))
 
 
 def _uid(number: int) -> str:

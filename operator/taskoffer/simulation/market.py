@@ -1,6 +1,7 @@
 """Traces of a task market, drawn at random from a seed.
 
-Published rules of the market that the offers come from (SN56, "Gradients"), as its public repository has had them:
+Published rules of the market that the strategy documents were written for (Bittensor's subnet 56), as the constants of
+its validator have had them (``rayonlabs/G.O.D`` until 2025, ``gradients-ai/G.O.D`` in 2026):
 
 * task types: instruct 40 % of which half chat, image 20 %, DPO 15 %, GRPO 25 % (2025);
 * model sizes: 0.1 to 12 B, with a chance of 5 % 12 to 71 B (2025);
@@ -248,7 +249,7 @@ def _model(task: TaskType, numbers: random.Random, market: Market) -> tuple[str,
     models = _BIG_MODELS if numbers.random() < market.big_share else _MODELS
     name, billions = numbers.choice(list(models.items()))
     if numbers.random() < market.anonymous_share:
-        name = f"gradients-io/model-{numbers.getrandbits(32):08x}"
+        name = f"anonymous/model-{numbers.getrandbits(32):08x}"
     return name, billions, None
 
 
