@@ -14,7 +14,7 @@ import pytest
 
 from builders import make_offer, stored
 from core_builders import policy_spec
-from simulation_builders import entry, trace_of
+from simulation_builders import entry, run_of, trace_of
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
 from taskoffer.decision.evaluate import evaluate
@@ -138,6 +138,13 @@ def test_the_load_is_exactly_what_was_asked_for(load: float, gpus: int) -> None:
     trace = generate(1, load, 100, gpus=gpus)
     assert offered_load(trace) == pytest.approx(load, rel=1e-9)
     assert trace.offers[-1].at == pytest.approx(trace.seconds)
+
+
+def test_times_of_any_size_are_taken() -> None:
+    far = [entry("a", at=1e11, patience=1e11), entry("b", expires_at="9999-12-31T23:59:59.999999Z", gpus=4)]
+    past = entry("c", at=5, expires_at="0001-01-01T00:00:00Z")
+    result = run_of(*far, past, gpus=2)
+    assert ([run.name for run in result.runs], list(result.refusals)) == (["a"], ["c", "b"])
 
 
 def test_a_trace_without_offers_has_no_load() -> None:

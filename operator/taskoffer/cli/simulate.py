@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -93,8 +93,8 @@ def add_commands(commands: Any) -> None:
     simulate.add_argument(
         "--seeds", type=_whole, metavar="N", help=f"draw N traces, with the seeds 0 to N-1 (default: {_SEEDS})"
     )
-    simulate.add_argument("--load", type=_positive, help=f"offered load of drawn traces (default: {_LOAD:g})")
-    simulate.add_argument("--count", type=_whole, metavar="N", help=f"offers of each drawn trace (default: {_COUNT})")
+    simulate.add_argument("--load", type=_load, help=f"offered load of drawn traces (default: {_LOAD:g})")
+    simulate.add_argument("--count", type=_count, metavar="N", help=f"offers of each drawn trace (default: {_COUNT})")
     simulate.add_argument("--nodes", type=_whole, default=1, metavar="N", help="simulated nodes (default: %(default)s)")
     simulate.add_argument(
         "--gpus", type=_whole, default=8, metavar="N", help="GPUs of each node (default: %(default)s)"
@@ -109,9 +109,9 @@ def add_commands(commands: Any) -> None:
 
     trace = commands.add_parser("trace", help="write a random trace of offers", description=_TRACE)
     trace.add_argument("--seed", type=_seed, default=0, help="of the random numbers (default: %(default)s)")
-    trace.add_argument("--load", type=_positive, default=_LOAD, help="offered load (default: %(default)s)")
+    trace.add_argument("--load", type=_load, default=_LOAD, help="offered load (default: %(default)s)")
     trace.add_argument(
-        "--count", type=_whole, default=_COUNT, metavar="N", help="number of offers (default: %(default)s)"
+        "--count", type=_count, default=_COUNT, metavar="N", help="number of offers (default: %(default)s)"
     )
     trace.add_argument(
         "--gpus", type=_whole, default=8, metavar="N", help="GPUs that the load refers to (default: %(default)s)"
@@ -134,10 +134,17 @@ def _seed(text: str) -> int:
     return number
 
 
-def _positive(text: str) -> float:
+def _count(text: str) -> int:
+    number = _whole(text)
+    if number > 1_000_000:
+        raise argparse.ArgumentTypeError(f"{number} is too many: give a million or less")
+    return number
+
+
+def _load(text: str) -> float:
     number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a load: give a number above 0, as 0.5, 1 or 2")
+    if not 0.01 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a load: give a number from 0.01 to 100, as 0.5, 1 or 2")
     return number
 
 
@@ -145,14 +152,16 @@ def _trace(args: argparse.Namespace) -> int:
     from taskoffer.simulation.market import generate
     from taskoffer.simulation.trace import write_trace
 
-    trace = generate(args.seed, args.load, args.count, gpus=args.gpus)
     try:
+        trace = generate(args.seed, args.load, args.count, gpus=args.gpus)
         if args.output is None:
             write_trace(trace, sys.stdout)
             sys.stdout.flush()
         else:
             with args.output.open("w", encoding="utf-8") as file:
                 write_trace(trace, file)
+    except KeyboardInterrupt:
+        return _interrupted()
     except BrokenPipeError:
         # Whoever reads has seen enough. Python would complain once more when it closes the stream at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -172,9 +181,13 @@ def _simulate(args: argparse.Namespace) -> int:
         print(f"taskoffer: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print("taskoffer: interrupted, nothing was written", file=sys.stderr)
-        return 1
+        return _interrupted()
     return 0
+
+
+def _interrupted() -> int:
+    print("taskoffer: interrupted", file=sys.stderr)
+    return 1
 
 
 def _works(args: argparse.Namespace) -> list[_Work]:
@@ -267,21 +280,30 @@ def _run(work: _Work) -> list[Figures]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Tell on standard error how many traces are done, once it has taken a while."""
-    on_terminal = sys.stderr.isatty()
-    begin, between = ("\r", _QUIET_SECONDS / 10) if on_terminal else ("", 5 * _QUIET_SECONDS)
-    due, told = time.monotonic() + _QUIET_SECONDS, False
+    """Tell on standard error from time to time how many traces are done, once it has taken a while."""
+    on_terminal, begun = sys.stderr.isatty(), time.monotonic()
+    done, told, over = 0, False, threading.Event()
 
-    def tell(done: int) -> None:
-        nonlocal due, told
-        if time.monotonic() < due or done == total:
-            return
-        due, told = time.monotonic() + between, True
-        print(f"{begin}{done} of {total} traces", end="" if on_terminal else "\n", file=sys.stderr, flush=True)
+    def tell(number: int) -> None:
+        nonlocal done
+        done = number
 
+    def watch() -> None:
+        nonlocal told
+        pause = _QUIET_SECONDS
+        while not over.wait(pause):
+            text = f"{done} of {total} traces after {time.monotonic() - begun:.0f} s"
+            print(f"\r{text}" if on_terminal else text, end="" if on_terminal else "\n", file=sys.stderr, flush=True)
+            pause, told = _QUIET_SECONDS if on_terminal else 5 * _QUIET_SECONDS, True
+
+    # A thread of its own, because a single trace can take long as well.
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield tell
     finally:
+        over.set()
+        watcher.join()
         if on_terminal and told:
             print(file=sys.stderr)
 

@@ -22,7 +22,8 @@ from taskoffer.api.v1alpha1.meta import Name
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.sizing import parameters_of
 
-Seconds = Annotated[FiniteFloat, Field(ge=0, le=1e9)]
+Seconds = Annotated[FiniteFloat, Field(ge=0, le=1e11)]
+"""At most three thousand years, so that every moment of a trace is a date."""
 
 
 class TraceError(ValueError):
@@ -52,7 +53,7 @@ class Header(_Line):
 class Truth(_Line):
     """What no policy sees: how the task really goes."""
 
-    factor: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    factor: Annotated[FiniteFloat, Field(gt=0, le=1e6)] = 1.0
     """The real duration as a multiple of the predicted one."""
     fails_after: Annotated[FiniteFloat, Field(ge=0, lt=1)] | None = None
     """Share of its duration after which the job fails; absent does not fail."""
@@ -89,7 +90,7 @@ class _Manifest(BaseModel):
 class _OfferLine(_Line):
     at: Seconds
     offer: _Manifest
-    patience: Annotated[FiniteFloat, Field(gt=0, le=1e9)] | None = None
+    patience: Annotated[FiniteFloat, Field(gt=0, le=1e11)] | None = None
     worth: Annotated[FiniteFloat, Field(ge=0)] = 1.0
     truth: Truth = field(default_factory=Truth)
     losses: Losses | None = None

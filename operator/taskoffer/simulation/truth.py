@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from taskoffer.api.contract import LoraSettings, TrainSettings
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
@@ -20,6 +20,7 @@ from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.finish import finish_of
 from taskoffer.decision.fit import Subject, fit
+from taskoffer.decision.moments import later
 from taskoffer.decision.recipe import fit_of, requested_settings
 from taskoffer.decision.sizing import parameters_of
 from taskoffer.simulation.run import Outcome
@@ -49,7 +50,7 @@ class Course:
 
 def moment(seconds: float) -> datetime:
     """Return the moment so many seconds after the start of a trace."""
-    return START + timedelta(seconds=seconds)
+    return later(START, seconds)
 
 
 def seconds_at(when: datetime) -> float:
