@@ -242,9 +242,10 @@ class Watched(io.StringIO):
         return super().write(text)
 
 
-@pytest.mark.parametrize(
-    ("terminal", "shape"), [(False, r"(1 of 2 traces after 0 s\n)+"), (True, r"(\r1 of 2 traces after 0 s)+\n")]
-)
+PROGRESS = r"[01] of 2 traces after \d+ s"
+
+
+@pytest.mark.parametrize(("terminal", "shape"), [(False, rf"({PROGRESS}\n)+"), (True, rf"(\r{PROGRESS})+\n")])
 def test_what_takes_long_tells_how_far_it_is(terminal: bool, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error, run, runs = Watched(terminal=terminal), command._run, []
 
