@@ -14,10 +14,10 @@ from taskoffer.api.v1alpha1.capacitypolicy import (
     LintFinding,
     SizeClass,
     TaskTypeRule,
-    TermName,
     scaled_lora,
 )
 from taskoffer.api.v1alpha1.estimation import Estimation
+from taskoffer.api.v1alpha1.scoring import TermName
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.architecture import by_layer, shape_of_size
 from taskoffer.decision.fit import Subject, fit
@@ -61,6 +61,7 @@ def score_range(spec: CapacityPolicySpec) -> tuple[Decimal, Decimal]:
         TermName.TIME_EFFICIENCY: [Decimal(0), Decimal(1)],
         TermName.SIZE_EFFICIENCY: [Decimal(s.size_efficiency) for s in spec.size_classes],
         TermName.BONUS: [Decimal(1)],
+        TermName.ACCURACY_BONUS: [Decimal(1)],
     }
     low = high = Decimal(0)
     for term in spec.scoring.terms:

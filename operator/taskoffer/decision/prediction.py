@@ -54,18 +54,22 @@ def predict(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Predi
     return Prediction(fits, finish)
 
 
+def holding_counts(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Iterator[tuple[int, Prediction]]:
+    """Yield the counts that the policy hands out with which the task fits and ends in time, with the prediction."""
+    for gpus in policy.resources[0].counts:
+        found = predict(spec, policy, gpus)
+        if found is not None and found.finish is not None and found.holds:
+            yield gpus, found
+
+
 def fewest_gpu_hours(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> int | None:
     """Return the count that the policy hands out with which the task holds and takes the fewest GPU-hours, or None.
 
     A pod's start takes as long on four GPUs as on one, so that as a rule it is the smallest count that holds.
     """
-    hours_of = {}
-    for gpus in policy.resources[0].counts:
-        found = predict(spec, policy, gpus)
-        if found is None or found.finish is None:
-            continue
-        if found.holds:
-            hours_of[gpus] = gpus * found.finish.seconds
+    hours_of = {
+        gpus: gpus * found.finish.seconds for gpus, found in holding_counts(spec, policy) if found.finish is not None
+    }
     return min(hours_of, key=lambda gpus: (hours_of[gpus], gpus), default=None)
 
 
