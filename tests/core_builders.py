@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from builders import make_offer, make_policy
+from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Condition, ConditionStatus
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.cycle import Decision, Plan, plan
 from taskoffer.decision.evaluate import Evaluation, evaluate
-from taskoffer.decision.ledger import Claim, NodeView, Source
+from taskoffer.decision.ledger import Claim, NodeView, Release, Source
 from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Sibling, Snapshot
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
@@ -72,11 +74,12 @@ def offer(
     version: str = "1",
     waits: str | None = None,
     invalid: str | None = None,
+    namespace: str = "default",
     **fields: Any,
 ) -> OfferView:
     """Return a pending offer. ``waits`` gives it an earlier answer with this reason."""
     return OfferView(
-        key=OfferKey("default", name),
+        key=OfferKey(namespace, name),
         uid=uid or f"{name}-uid",
         resource_version=version,
         generation=generation,
@@ -101,9 +104,10 @@ def claim(
     *,
     policy: str | None = "lab",
     lane: str | None = None,
+    namespace: str | None = None,
 ) -> Claim:
     """Return a claim."""
-    return Claim(holder, at_node, count, source, policy, lane)
+    return Claim(holder, at_node, count, source, policy, lane, namespace)
 
 
 def evaluations_of(
@@ -116,7 +120,7 @@ def evaluations_of(
             continue
         chosen = base.policy_for(view.spec)[0]
         if chosen is not None and chosen.spec is not None:
-            found[view.uid, chosen.name] = evaluate(view.spec, chosen.spec)
+            found[view.uid, chosen.name] = evaluate(view.spec, chosen.spec, view.key.namespace)
     return found
 
 
@@ -128,6 +132,8 @@ def snapshot(
     claims: Sequence[Claim] = (),
     moves: Sequence[MoveRequest] = (),
     siblings: Sequence[OfferView] = (),
+    releases: Sequence[Release] = (),
+    admitted_today: dict[tuple[str, TaskType], int] | None = None,
     now: datetime = NOW,
 ) -> Snapshot:
     """Return what a cycle decides on; ``siblings`` are decided offers that share task ids with the pending ones."""
@@ -145,17 +151,10 @@ def snapshot(
         claims=claims,
         siblings=same,
         moves=moves,
+        releases=releases,
+        admitted_today=admitted_today or {},
     )
-    return Snapshot(
-        now=base.now,
-        offers=base.offers,
-        policies=base.policies,
-        nodes=base.nodes,
-        claims=base.claims,
-        siblings=base.siblings,
-        evaluations=evaluations_of(offers, by_name, base),
-        moves=base.moves,
-    )
+    return replace(base, evaluations=evaluations_of(offers, by_name, base))
 
 
 def cycle(offers: Sequence[OfferView], **world: Any) -> Plan:

@@ -22,6 +22,7 @@ from core_builders import (
 from taskoffer.api.reasons import ADMIT_REASONS, REJECT_REASONS, WAIT_REASONS, Reason
 from taskoffer.api.v1alpha1.meta import PolicyRef
 from taskoffer.api.v1alpha1.taskoffer import ClockMode
+from taskoffer.decision.ledger import Release
 from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView
 from taskoffer.decision.verdict import Verdict
 
@@ -30,6 +31,10 @@ LARGE_ONLY = {"sizeClasses": ["Large"], "gpusPerTask": 2}
 NOT_USABLE = PolicyView("lab", "lab-uid", 1, None, is_default=True, created=NOW, problem="filters: nonsense")
 
 H100 = {"gpuMemory": "80G", "duration": {}}
+EPOCHS = [
+    {"name": "All", "minParameters": 0, "gpus": 1, "sizeEfficiency": "1", "lora": {}, "train": {"maxLength": 2048}}
+]
+"""One size class whose tasks take all rows, and not the few steps of the lab's."""
 VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
     ("it fits", offer(), {}, Verdict.ADMIT, Reason.ADMITTED, "1 x nvidia.com/gpu on node-a, where 1 of 8 are booked"),
     (
@@ -117,7 +122,7 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
     (
         "its type is not accepted",
         offer(task_type="DPO"),
-        {"policies": [policy(preset="8xh100")]},
+        {"policies": [policy(preset="strategy-8xh100")]},
         Verdict.REJECT,
         Reason.TASK_TYPE_NOT_ACCEPTED,
         "taskType DPO is not accepted",
@@ -198,6 +203,60 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
         "reserve included, and 10 min are left until spec.deadline 2026-01-31T12:10:00Z",
     ),
     (
+        "its namespace holds all the GPUs that it may",
+        offer(),
+        {
+            "policies": [policy(namespaces=[{"name": "default", "gpus": 2}])],
+            "claims": [claim("x", count=2, namespace="default")],
+        },
+        Verdict.WAIT,
+        Reason.WAITING_FOR_QUOTA,
+        "needs 1 x nvidia.com/gpu, and namespace default holds 2 of its 2",
+    ),
+    (
+        "it would end earlier on GPUs that come free soon",
+        offer(model="meta-llama/Meta-Llama-3-8B", parameters=8_030_000_000, hours=10, rows=40_000),
+        {
+            "policies": [policy(estimation={**H100, "duration": {}}, gpu_choice="EarliestEnd", size_classes=EPOCHS)],
+            "claims": [claim("x", count=7)],
+            "releases": [Release("x", "node-a", 7, at(600), "lab")],
+        },
+        Verdict.WAIT,
+        Reason.WAITING_FOR_EARLIER_END,
+        "on 4 GPU(s), which node-a is predicted to have free at 2026-01-31T12:10:00Z; on 1 GPU(s) from now on it "
+        "would be 2026-01-31T",
+    ),
+    (
+        "its priority is not one of the policy's",
+        offer(priority_class="urgent"),
+        {"policies": [policy(queue={"priorities": ["low", "high"]})]},
+        Verdict.REJECT,
+        Reason.PRIORITY_NOT_ALLOWED,
+        "priorityClassName urgent is not among those that the policy lets offers ask for: low, high",
+    ),
+    (
+        "its priority is above its namespace's",
+        offer(priority_class="high"),
+        {
+            "policies": [
+                policy(
+                    queue={"priorities": ["low", "high"]}, namespaces=[{"name": "default", "highestPriority": "low"}]
+                )
+            ]
+        },
+        Verdict.REJECT,
+        Reason.PRIORITY_NOT_ALLOWED,
+        "not among those that the policy lets namespace default ask for: low",
+    ),
+    (
+        "it asks for more GPUs than its namespace may hold",
+        offer(gpus=4),
+        {"policies": [policy(namespaces=[{"name": "default", "gpus": 2}])]},
+        Verdict.REJECT,
+        Reason.GPU_COUNT_NOT_ALLOWED,
+        "4 x nvidia.com/gpu is more than the policy lets namespace default hold (2)",
+    ),
+    (
         "no lane takes it",
         offer(),
         {"policies": [policy(lanes=[{"name": "l", "gpus": 2, "rules": [LARGE_ONLY]}])]},
@@ -272,6 +331,8 @@ def test_every_verdict_reason_occurs_in_the_table_and_belongs_to_one_verdict() -
     assert not WAIT_REASONS & REJECT_REASONS
     assert not ADMIT_REASONS & REJECT_REASONS
     shown = {verdict: {c[4] for c in VERDICTS if c[3] is verdict} for verdict in Verdict}
+    # It takes two offers to see this one: test_queue.py has it.
+    shown[Verdict.WAIT].add(Reason.WAITING_BEHIND_RESERVATION)
     assert shown == {
         Verdict.ADMIT: set(ADMIT_REASONS),
         Verdict.WAIT: set(WAIT_REASONS),

@@ -24,7 +24,7 @@ from taskoffer.adapters.kube import (
     UnknownOutcomeError,
 )
 from taskoffer.api.contract import ProgressReport
-from taskoffer.decision.cycle import Move
+from taskoffer.decision.moves import Move
 from taskoffer.decision.snapshot import OfferKey
 from virtual_time import run_virtually, virtual_time
 

@@ -143,11 +143,9 @@ def test_drawn_traces_give_the_same_figures_however_many_processes_share_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     told = []
+    arguments = ["simulate", "--policy", "market-table", "--seeds", "3", "--count", "30", "--load", "2"]
     for jobs in ("1", "2"):
-        assert (
-            main(["simulate", "--policy", "8xh100", "--seeds", "3", "--count", "30", "--load", "2", "--jobs", jobs])
-            == 0
-        )
+        assert main([*arguments, "--jobs", jobs]) == 0
         told.append(capsys.readouterr().out)
     assert told[0] == told[1]
     assert told[0].startswith("3 traces of 30 offers each, offered load 2, 1 x 8 GPUs; mean (least..most)")
@@ -158,14 +156,14 @@ def test_a_written_trace_is_the_one_that_simulate_draws(tmp_path: Path, capsys: 
     assert main(["trace", "--count", "40", "-o", str(path)]) == 0
     assert main(["trace", "--count", "40"]) == 0
     assert capsys.readouterr().out == path.read_text(encoding="utf-8")
-    assert main(["simulate", "--policy", "8xh100", "--offers", str(path)]) == 0
+    assert main(["simulate", "--policy", "strategy-8xh100", "--offers", str(path)]) == 0
     given = capsys.readouterr().out.splitlines()
-    assert main(["simulate", "--policy", "8xh100", "--seeds", "1", "--count", "40"]) == 0
+    assert main(["simulate", "--policy", "strategy-8xh100", "--seeds", "1", "--count", "40"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == given[1:]
 
 
 FAULTS: list[tuple[list[str], int, str]] = [
-    (["--policy", "nope"], 2, "nope is neither a file nor a preset; presets are 8xh100, lab"),
+    (["--policy", "nope"], 2, "nope is neither a file nor a preset; presets are balanced-4, expected-value, lab"),
     (["--policy", "lab", "--policy", "lab"], 2, "a --policy is given twice"),
     (["--policy", "lab", "--offers", "none.jsonl"], 2, "none.jsonl cannot be read"),
     (["--policy", "lab", "--offers", "broken.jsonl"], 2, "broken.jsonl, line 1 is not JSON"),

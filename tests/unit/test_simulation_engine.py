@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 
 from core_builders import FOUR_GPUS, ONE_GPU, TWO_GPUS, policy_spec
 from simulation_builders import POLICY, entry, refusals, run_of, timeline, trace_of
+from taskoffer import presets
 from taskoffer.decision.prediction import predict
 from taskoffer.simulation.engine import Fleet, Result, simulate
 from taskoffer.simulation.market import generate
 from taskoffer.simulation.trace import Trace
 from taskoffer.simulation.truth import duration_of, expiry_of, settings_under, tasks_of
 
-H100 = policy_spec(preset="8xh100")
+H100 = policy_spec(preset="strategy-8xh100")
+SIZES = presets.load("market-table")["spec"]["sizeClasses"]
 LLAMA = {"model": "meta-llama/Llama-3.1-8B", "parameters": 8_030_000_000}
 
 
@@ -160,6 +162,68 @@ def test_the_nodes_carry_the_labels_that_the_policy_selects_by() -> None:
     assert [run.outcome for run in result.runs] == ["in-time"]
 
 
+def test_the_higher_priority_class_goes_first() -> None:
+    policy = policy_spec(queue={"priorities": ["benchmark", "organic"]})
+    result = run_of(
+        entry("running", gpus=4, seconds=100),
+        entry("benchmark", at=10, gpus=4, priority_class="benchmark"),
+        entry("organic", at=20, gpus=4, priority_class="organic"),
+        policy=policy,
+    )
+    assert [run.name for run in result.runs] == ["running", "organic", "benchmark"]
+
+
+def test_a_large_offer_keeps_its_node_from_what_would_end_after_it_could_start() -> None:
+    # Without a prediction a job is taken to hold its GPUs for its time limit: until 3600, when all of them are free.
+    policy = policy_spec(queue={"reserveFromGpus": 4})
+    offers = [
+        entry("half", gpus=2, seconds=1000, hours=1),
+        entry("whole", at=1, gpus=4),
+        entry("long", at=2, gpus=2, seconds=3000, hours=1.5),
+        entry("short", at=3, gpus=2, seconds=500, hours=0.5),
+    ]
+    assert timeline(run_of(*offers, policy=policy)) == {
+        "half": (0, 1000, "in-time"),
+        "short": (3, 503, "in-time"),
+        "whole": (1000, 2000, "in-time"),
+        "long": (2000, 5000, "in-time"),
+    }
+
+
+def test_a_namespace_holds_no_more_than_it_may() -> None:
+    policy = policy_spec(namespaces=[{"name": "team", "gpus": 2}])
+    offers = [entry(f"team/{name}", task_id=name, gpus=2, seconds=100) for name in "ab"]
+    result = run_of(*offers, entry("other", gpus=2, seconds=50), policy=policy)
+    assert timeline(result) == {
+        "team/a": (0, 100, "in-time"),
+        "other": (0, 50, "in-time"),
+        "team/b": (100, 200, "in-time"),
+    }
+
+
+def test_the_daily_floor_counts_admissions_of_the_last_24_hours() -> None:
+    types = [{"name": "InstructText", "accepted": True, "weight": "0", "successRate": "0", "dailyFloor": 1}]
+    policy = policy_spec(task_types=types, filters={"minScore": "0.9", "floorMinScore": "0.1"})
+    offers = [entry("first"), entry("second", at=86_000), entry("third", at=86_500)]
+    result = run_of(*offers, policy=policy)
+    assert [run.name for run in result.runs] == ["first", "third"]
+    assert refusals(result) == {"second": "ScoreTooLow"}
+
+
+def test_a_shared_gpu_runs_several_tasks_each_at_its_share_of_the_speed() -> None:
+    parts = [{"name": "nvidia.com/gpu.shared", "counts": [1], "unitsPerGpu": 4}]
+    policy = policy_spec(preset="market-table", resources=parts, size_classes=[{**SIZES[0], "maxParameters": None}])
+    small = {"model": "Qwen/Qwen2.5-0.5B", "parameters": 494_000_000, "rows": 100_000, "policy": policy, "hours": 5}
+    offers = [entry(name, seconds=2000, gpus=1, **small) for name in "abcde"]
+    result = run_of(*offers, gpus=1, policy=policy)
+    whole, start = 2000, 300 * offers[0].truth.factor
+    shared = result.runs[0].end
+    # The reference speed is cut to whole teraflops: 247 of 989.
+    assert shared == pytest.approx(start + (whole - start) * 989 / 247)
+    assert [run.start for run in result.runs] == pytest.approx([0, 0, 0, 0, shared])
+    assert result.busy == pytest.approx(5 * shared / 4)
+
+
 def test_the_policy_that_an_offer_names_does_not_count() -> None:
     assert timeline(run_of(entry("a", policy=POLICY, spec={"policyName": "another"}))) == {"a": (0, 1000, "in-time")}
 
@@ -266,11 +330,12 @@ def test_no_node_is_overbooked_and_every_offer_comes_to_one_end(trace: Trace, no
 
 
 @pytest.mark.parametrize("load", [0.5, 2])
-def test_a_drawn_trace_keeps_the_books_and_hindsight_knows_every_job_that_was_done(load: float) -> None:
-    trace, fleet = generate(3, load, 300), Fleet()
-    result = simulate(trace, H100, fleet=fleet)
+@pytest.mark.parametrize("preset", presets.names())
+def test_a_drawn_trace_keeps_the_books_and_hindsight_knows_every_job_that_was_done(preset: str, load: float) -> None:
+    trace, fleet, policy = generate(3, load, 300), Fleet(), policy_spec(preset=preset)
+    result = simulate(trace, policy, fleet=fleet)
     check(trace, result, fleet)
-    tasks = {task.name: task for task in tasks_of(trace, H100)}
+    tasks = {task.name: task for task in tasks_of(trace, policy)}
     done = [run for run in result.runs if run.outcome == "in-time"]
     assert len(done) > 10
     for run in done:

@@ -268,7 +268,7 @@ def test_most_tasks_can_be_done_on_the_markets_gpus_and_some_cannot(drawn: Trace
 
 
 def test_no_drawn_offer_asks_for_what_is_not_served() -> None:
-    policy = policy_spec(preset="8xh100")
+    policy = policy_spec(preset="strategy-8xh100")
     reasons = {
         refusal.reason
         for offer in generate(2, 1, 200).offers

@@ -23,6 +23,8 @@ LANES = [
     {"name": "one", "gpus": 1, "rules": [{"sizeClasses": ["Small"], "gpusPerTask": 1}]},
     {"name": "rest", "gpus": 8, "rules": [{"gpusPerTask": 2}]},
 ]
+BORROWING = [{**LANES[0], "borrowFrom": ["rest"]}, {**LANES[1], "gpus": 4}]
+FLOOR = [{"name": "InstructText", "accepted": True, "weight": "0.35", "successRate": "0.9", "dailyFloor": 2}]
 PREDICTING = {"gpuMemory": "80G", "duration": {"startSeconds": 40, "reserveSeconds": 20}}
 """Every task takes a minute, so that an offer with a deadline has a last start one minute before it."""
 POLICIES: list[Object | None] = [
@@ -34,6 +36,20 @@ POLICIES: list[Object | None] = [
     make_policy(name="lab", filters={"offerTtlSeconds": 60}),
     make_policy(name="lab", estimation=PREDICTING, filters={"maxConcurrentJobs": 2}),
     make_policy(name="lab", default=False),
+    make_policy(name="lab", lanes=BORROWING),
+    make_policy(name="lab", queue={"priorities": ["low", "mid", "high"], "raiseAfterSeconds": 70}),
+    make_policy(name="lab", queue={"reserveFromGpus": 4}),
+    make_policy(name="lab", queue={"reserveFromGpus": 2}, estimation=PREDICTING, lanes=BORROWING),
+    make_policy(name="lab", namespaces=[{"name": "default", "gpus": 4, "highestPriority": None}]),
+    make_policy(name="lab", gpu_choice="EarliestEnd", estimation=PREDICTING),
+    make_policy(
+        name="lab",
+        scoring={"terms": None, "expectedValue": {}},
+        gpu_choice="MostValue",
+        filters={"minScore": "0"},
+        estimation=PREDICTING,
+    ),
+    make_policy(name="lab", filters={"minScore": "0.8", "floorMinScore": "0.5"}, task_types=FLOOR),
     None,
 ]
 OFFERS = st.fixed_dictionaries(
@@ -43,7 +59,8 @@ OFFERS = st.fixed_dictionaries(
         "active": st.sampled_from([None, None, None, False]),
         "expires_at": st.sampled_from([None, None, rfc3339(at(50)), rfc3339(at(150))]),
         "spec": st.sampled_from([{}, {}, {"deadline": rfc3339(at(100))}, {"deadline": rfc3339(at(200))}]),
-        "rows": st.sampled_from([None, 100]),
+        "rows": st.sampled_from([None, 100, 200_000_000]),
+        "priority_class": st.sampled_from([None, "low", "high"]),
         "policy": st.sampled_from([None, None, "lab", "other", "missing"]),
         "model": st.sampled_from(["x/llama", "x/mistral", "x/phi-4"]),
     }

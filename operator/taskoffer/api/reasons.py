@@ -29,6 +29,15 @@ class Reason(StrEnum):
     WAITING_FOR_CAPACITY = "WaitingForCapacity", "No eligible node has enough free GPUs at the moment."
     WAITING_FOR_LANE = "WaitingForLane", "The lane that serves this kind of task is fully booked."
     WAITING_FOR_JOB_SLOT = "WaitingForJobSlot", "The policy's number of concurrent jobs is reached."
+    WAITING_FOR_QUOTA = "WaitingForQuota", "The offer's namespace holds as many GPUs as the policy lets it have."
+    WAITING_BEHIND_RESERVATION = (
+        "WaitingBehindReservation",
+        "The free GPUs are kept for an offer that needs more of them and would be kept off for ever otherwise.",
+    )
+    WAITING_FOR_EARLIER_END = (
+        "WaitingForEarlierEnd",
+        "The task is predicted to end earlier if it starts later on more GPUs than are free now.",
+    )
     INVENTORY_NOT_READY = (
         "InventoryNotReady",
         "No Ready and schedulable node offers the resource that the policy names.",
@@ -58,6 +67,10 @@ class Reason(StrEnum):
     GPU_COUNT_NOT_ALLOWED = "GpuCountNotAllowed", "The number of GPUs is not one that the policy hands out."
     INSUFFICIENT_MEMORY = "InsufficientMemory", "Not even one row at a time fits the memory of the GPUs."
     CANNOT_FINISH_IN_TIME = "CannotFinishInTime", "The task is predicted to take longer than the offer gives."
+    PRIORITY_NOT_ALLOWED = (
+        "PriorityNotAllowed",
+        "The policy, or its limit for the namespace, does not let the offer ask for this priority class.",
+    )
     NO_LANE = "NoLane", "The policy works with lanes and none takes this kind of task."
     CAPACITY_FULL = "CapacityFull", "Capacity is full and the policy says to reject instead of queueing."
     DUPLICATE_TASK = "DuplicateTask", "An older offer in the namespace carries the same task id."
@@ -118,6 +131,9 @@ WAIT_REASONS = frozenset(
         Reason.WAITING_FOR_CAPACITY,
         Reason.WAITING_FOR_LANE,
         Reason.WAITING_FOR_JOB_SLOT,
+        Reason.WAITING_FOR_QUOTA,
+        Reason.WAITING_BEHIND_RESERVATION,
+        Reason.WAITING_FOR_EARLIER_END,
         Reason.INVENTORY_NOT_READY,
         Reason.POLICY_NOT_FOUND,
         Reason.POLICY_NOT_READY,
@@ -139,6 +155,7 @@ REJECT_REASONS = frozenset(
         Reason.GPU_COUNT_NOT_ALLOWED,
         Reason.INSUFFICIENT_MEMORY,
         Reason.CANNOT_FINISH_IN_TIME,
+        Reason.PRIORITY_NOT_ALLOWED,
         Reason.NO_LANE,
         Reason.CAPACITY_FULL,
         Reason.DUPLICATE_TASK,

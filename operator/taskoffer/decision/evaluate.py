@@ -8,69 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from decimal import ROUND_HALF_UP, Decimal
-from functools import lru_cache
+from decimal import Decimal
+from typing import NamedTuple
 
 from taskoffer.api.contract import SERVED_TASK_TYPES
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
-from taskoffer.api.v1alpha1.capacitypolicy import (
-    CapacityPolicySpec,
-    FamilyRule,
-    GpuChoice,
-    Lane,
-    LaneRule,
-    SizeClass,
-    TaskTypeRule,
-    TermName,
-)
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
+from taskoffer.decision.facts import Facts, gather
 from taskoffer.decision.finish import duration_text
-from taskoffer.decision.prediction import Prediction, estimates_of, fewest_gpu_hours, predict, refusals_of
-from taskoffer.decision.sizing import billions, family_of, parameters_of, size_class_of
+from taskoffer.decision.prediction import estimates_of, refusals_of
+from taskoffer.decision.score import PLACES, score_of
+from taskoffer.decision.sizing import billions
 from taskoffer.decision.verdict import Refusal, Score
 
-_PLACES = Decimal("0.0001")
-_HIGHEST = Decimal("99999999.9999")
-"""The most that status.score can hold."""
+
+class Priority(NamedTuple):
+    """Where an offer stands among the policy's priorities."""
+
+    level: int
+    """0 for the lowest."""
+    highest: int
+    raise_after: int | None
+    """Seconds of waiting that raise it by one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the policy knows about an offer; None where it knows nothing."""
+class Option(NamedTuple):
+    """A number of GPUs on which the task ends in time."""
 
-    spec: TaskOfferSpec
-    policy: CapacityPolicySpec
-    task: TaskTypeRule | None
-    family: FamilyRule | None
-    parameters: int | None
-    size: SizeClass | None
-    lane: Lane | None
-    lane_rule: LaneRule | None
-    chosen: int | None = None
-    """The count with the fewest GPU-hours, where the policy wants that one."""
-    prediction: Prediction | None = None
-    served: frozenset[TaskType] = SERVED_TASK_TYPES
-    """Task types that a trainer has a method for."""
-
-    @property
-    def gpus(self) -> int | None:
-        """GPUs to book: what the offer asks for, else what the lane, the choice or the size class give."""
-        if self.spec.gpu_count is not None:
-            return self.spec.gpu_count
-        if self.lane_rule is not None:
-            return self.lane_rule.gpus_per_task
-        if self.chosen is not None:
-            return self.chosen
-        return self.size_for_gpus.gpus if self.size_for_gpus else None
-
-    @property
-    def size_for_gpus(self) -> SizeClass | None:
-        """Size class of the effective size: parameters times the task type's factor."""
-        if self.parameters is None or self.task is None or self.task.parameter_factor is None:
-            return self.size
-        effective = int(self.parameters * Decimal(self.task.parameter_factor))
-        return size_class_of(effective, self.policy.size_classes) or self.size
+    gpus: int
+    seconds: float
+    """From the admission to the result."""
+    estimates: tuple[ExplanationItem, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,73 +59,95 @@ class Evaluation:
     """What the task is predicted to take, with the reserve; 0 where nothing is predicted."""
     ttl: int | None = None
     """Seconds after its creation in which the offer is to be admitted."""
+    occupies: float = 0.0
+    """Seconds for which its GPUs are held: as predicted, else as long as its time limit."""
+    priority: Priority | None = None
+    """None where the policy knows no priorities: then deadlines do not order its offers either."""
+    quota: str | None = None
+    """The offer's namespace, where the policy limits its GPUs."""
+    borrows_from: tuple[str, ...] = ()
+    """Lanes in which it may be placed when its own is booked."""
+    options: tuple[Option, ...] = ()
+    """Counts of GPUs among which the cycle chooses; empty where ``gpus`` is all there is."""
+    reserves: bool = False
+    """Whether a node is kept for it while it waits for capacity."""
+    floor: tuple[int, Decimal | None] | None = None
+    """Admissions of its task type within a day below which another score suffices, and that score."""
+
+    def in_lane(self, lane: str) -> Evaluation:
+        """Return the same for another lane."""
+        return replace(self, lane=lane)
+
+    def on(self, option: Option) -> Evaluation:
+        """Return the same for another number of GPUs."""
+        return replace(self, gpus=option.gpus, occupies=option.seconds, estimates=option.estimates)
 
 
 def evaluate(
-    spec: TaskOfferSpec, policy: CapacityPolicySpec, *, served: frozenset[TaskType] = SERVED_TASK_TYPES
+    spec: TaskOfferSpec,
+    policy: CapacityPolicySpec,
+    namespace: str = "",
+    *,
+    served: frozenset[TaskType] = SERVED_TASK_TYPES,
 ) -> Evaluation:
-    """Filter and score an offer under a policy.
+    """Filter and score an offer of a namespace under a policy.
 
     Args:
         spec: The offer.
         policy: The policy.
+        namespace: The offer's namespace, which the policy may limit.
         served: Task types that a trainer has a method for; a simulation may ask what if there were more.
     """
-    facts = _gather(spec, policy, served)
+    facts = replace(gather(spec, policy, namespace), served=served)
     refusals = [refusal for check in _FILTERS for refusal in check(facts)]
     score = score_of(facts)
     if score is not None:
         refusals.extend(_check_score(facts, score))
+    finish = facts.prediction.finish if facts.prediction is not None else None
     return Evaluation(
         refusals=tuple(refusals),
         score=score,
         gpus=facts.gpus or 0,
         size_class=facts.size.name if facts.size else "",
         lane=facts.lane.name if facts.lane else None,
-        rank=int(score.total / _PLACES) if score is not None else 0,
+        rank=int(score.total / PLACES) if score is not None else 0,
         estimates=estimates_of(facts.prediction),
         ttl=policy.filters.offer_ttl_seconds,
         seconds=facts.prediction.seconds if facts.prediction is not None else 0.0,
+        occupies=finish.seconds if finish is not None else float(spec.time_limit_seconds),
+        priority=_priority(facts),
+        quota=namespace if facts.limit is not None and facts.limit.gpus is not None else None,
+        borrows_from=facts.lane.borrow_from if facts.lane else (),
+        options=tuple(
+            Option(gpus, found.finish.seconds, estimates_of(found))
+            for gpus, found in facts.options
+            if found.finish is not None
+        ),
+        reserves=_reserves(facts),
+        floor=_floor(facts),
     )
 
 
-def _gather(spec: TaskOfferSpec, policy: CapacityPolicySpec, served: frozenset[TaskType]) -> Facts:
-    parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
-    size = size_class_of(parameters, policy.size_classes) if parameters is not None else None
-    lane, lane_rule = _lane_of(spec, size, policy)
-    facts = Facts(
-        spec=spec,
-        policy=policy,
-        task=next((t for t in policy.task_types if t.name is spec.task_type), None),
-        family=family_of(spec.model.name, policy.families),
-        parameters=parameters,
-        size=size,
-        lane=lane,
-        lane_rule=lane_rule,
-        served=served,
-    )
-    if facts.size is None or facts.task is None:
-        return facts
-    if policy.gpu_choice is GpuChoice.FEWEST_GPU_HOURS and spec.gpu_count is None and lane_rule is None:
-        facts = replace(facts, chosen=fewest_gpu_hours(spec, policy))
-    if facts.gpus is None:
-        return facts
-    return replace(facts, prediction=predict(spec, policy, facts.gpus))
+def _priority(facts: Facts) -> Priority | None:
+    queue = facts.policy.queue
+    if queue is None:
+        return None
+    names = queue.priorities
+    name = facts.spec.priority_class_name or queue.default_priority
+    level = names.index(name) if name in names else 0
+    return Priority(level, max(0, len(names) - 1), queue.raise_after_seconds)
 
 
-def _lane_of(
-    spec: TaskOfferSpec, size: SizeClass | None, policy: CapacityPolicySpec
-) -> tuple[Lane, LaneRule] | tuple[None, None]:
-    for lane in policy.lanes:
-        for item in lane.rules:
-            if item.task_types and spec.task_type not in item.task_types:
-                continue
-            if item.size_classes and (size is None or size.name not in item.size_classes):
-                continue
-            if item.architectures and spec.model.architecture not in item.architectures:
-                continue
-            return lane, item
-    return None, None
+def _reserves(facts: Facts) -> bool:
+    least = facts.policy.queue.reserve_from_gpus if facts.policy.queue is not None else None
+    return least is not None and facts.gpus is not None and facts.gpus >= least
+
+
+def _floor(facts: Facts) -> tuple[int, Decimal | None] | None:
+    if facts.task is None or facts.task.daily_floor is None:
+        return None
+    least = facts.policy.filters.floor_min_score
+    return facts.task.daily_floor, Decimal(least) if least is not None else None
 
 
 def _check_task_type(facts: Facts) -> Iterator[Refusal]:
@@ -238,6 +230,23 @@ def _check_time_limit(facts: Facts) -> Iterator[Refusal]:
         )
 
 
+def _check_priority(facts: Facts) -> Iterator[Refusal]:
+    queue, asked = facts.policy.queue, facts.spec.priority_class_name
+    if queue is None or not queue.priorities or asked is None:
+        return
+    allowed = queue.priorities
+    highest = facts.limit.highest_priority if facts.limit is not None else None
+    if facts.limit is not None and highest is not None:
+        allowed = allowed[: allowed.index(highest) + 1]
+    if asked not in allowed:
+        whose = f"namespace {facts.limit.name}" if facts.limit is not None and asked in queue.priorities else "offers"
+        yield Refusal(
+            Reason.PRIORITY_NOT_ALLOWED,
+            f"priorityClassName {asked} is not among those that the policy lets {whose} ask for: {', '.join(allowed)}",
+            f"accepted with priorityClassName {' or '.join(allowed)}",
+        )
+
+
 def _check_gpus(facts: Facts) -> Iterator[Refusal]:
     if facts.policy.lanes and facts.lane is None:
         lanes = ", ".join(lane.name for lane in facts.policy.lanes)
@@ -263,6 +272,13 @@ def _check_gpus(facts: Facts) -> Iterator[Refusal]:
             f"{gpus} x {resource.name} is more than lane {facts.lane.name} has ({facts.lane.gpus})",
             f"accepted with gpuCount up to {facts.lane.gpus}",
         )
+    elif facts.limit is not None and facts.limit.gpus is not None and gpus > facts.limit.gpus:
+        yield Refusal(
+            Reason.GPU_COUNT_NOT_ALLOWED,
+            f"{gpus} x {resource.name} is more than the policy lets namespace {facts.limit.name} hold "
+            f"({facts.limit.gpus})",
+            f"accepted with gpuCount up to {facts.limit.gpus}, or once namespaces[{facts.limit.name}].gpus is raised",
+        )
 
 
 def _check_prediction(facts: Facts) -> Iterator[Refusal]:
@@ -277,7 +293,7 @@ def _check_score(facts: Facts, score: Score) -> Iterator[Refusal]:
         yield Refusal(
             Reason.SCORE_TOO_LOW,
             f"score {score.total} does not exceed the policy's {least}",
-            f"accepted with a score above {least}; it lacks {(Decimal(least) - score.total).quantize(_PLACES)}",
+            f"accepted with a score above {least}; it lacks {(Decimal(least) - score.total).quantize(PLACES)}",
         )
 
 
@@ -285,54 +301,8 @@ _FILTERS: tuple[Callable[[Facts], Iterator[Refusal]], ...] = (
     _check_task_type,
     _check_model,
     _check_time_limit,
+    _check_priority,
     _check_gpus,
     _check_prediction,
     _check_features,
 )
-
-
-def score_of(facts: Facts) -> Score | None:
-    """Return the weighted sum of the policy's terms, or None when the offer lacks what a term needs."""
-    values = _term_values(facts)
-    if values is None:
-        return None
-    total = Decimal(0)
-    items: list[ExplanationItem] = []
-    for term in facts.policy.scoring.terms:
-        value = Decimal(term.value) if term.value is not None else values[term.name]
-        part = (Decimal(term.weight) * value).quantize(_PLACES, ROUND_HALF_UP)
-        total += part
-        items.append(_term(term.name.value, str(part), f"{term.weight} x {value.normalize():f}"))
-    cap = facts.policy.scoring.cap
-    highest = min(Decimal(cap), _HIGHEST) if cap is not None else _HIGHEST
-    if total > highest:
-        excess = (highest - total).quantize(_PLACES)
-        message = f"the policy caps scores at {cap}" if highest < _HIGHEST else f"no score can be above {_HIGHEST}"
-        items.append(ExplanationItem(type="Term", name="Cap", value=str(excess), message=message))
-        total += excess
-    return Score(total.quantize(_PLACES), tuple(items))
-
-
-@lru_cache(maxsize=4096)
-def _term(name: str, value: str, message: str) -> ExplanationItem:
-    """Return a term of a score. Offers of a queue share most of theirs, and the values are immutable."""
-    return ExplanationItem(type="Term", name=name, value=value, message=message)
-
-
-def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:
-    family_rate = facts.family.success_rate if facts.family else facts.policy.filters.unknown_family
-    if facts.task is None or facts.size is None or family_rate is None:
-        return None
-    longest = facts.policy.filters.max_time_limit_seconds
-    if longest is None:
-        time_efficiency = Decimal(1)
-    else:
-        time_efficiency = max(Decimal(0), 1 - Decimal(facts.spec.time_limit_seconds) / longest).quantize(_PLACES)
-    return {
-        TermName.TASK_WEIGHT: Decimal(facts.task.weight),
-        TermName.MODEL_PERFORMANCE: Decimal(family_rate),
-        TermName.TASK_SUCCESS_RATE: Decimal(facts.task.success_rate),
-        TermName.TIME_EFFICIENCY: time_efficiency,
-        TermName.SIZE_EFFICIENCY: Decimal(facts.size.size_efficiency),
-        TermName.BONUS: Decimal(1),
-    }

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
+
+from taskoffer.api.v1alpha1.queueing import NodeSelector
 
 Source = Literal["assumed", "admission", "job", "pod"]
 
@@ -25,6 +28,22 @@ class Claim:
     source: Source
     policy: str | None = None
     lane: str | None = None
+    namespace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """When a booking is predicted to end, so that its GPUs come free."""
+
+    holder: str
+    node: str
+    count: int
+    ends: datetime
+    policy: str | None = None
+    lane: str | None = None
+    namespace: str | None = None
+    name: str = ""
+    """Who that is, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +58,28 @@ class NodeView:
 
 @dataclass(slots=True)
 class Ledger:
-    """Booked GPUs by node, by lane and by policy. ``book`` adds to it while a cycle decides."""
+    """Booked GPUs by node, lane and namespace, and holders by policy. ``book`` adds to it while a cycle decides."""
 
     booked: dict[str, int]
     lanes: dict[tuple[str, str], int]
     holders: dict[str, set[str]]
+    namespaces: dict[tuple[str, str], int] = field(default_factory=dict)
+    """GPUs by policy and namespace."""
 
     def free(self, node: NodeView) -> int:
         """Return what may still be booked on a node; 0 on one that is not Ready, negative when it is overbooked."""
         return node.allocatable - self.booked.get(node.name, 0) if node.ready else 0
 
-    def book(self, holder: str, node: str, count: int, policy: str, lane: str | None) -> None:
+    def book(
+        self, holder: str, node: str, count: int, policy: str, lane: str | None, namespace: str | None = None
+    ) -> None:
         """Add a new booking of a holder that has none."""
         self.booked[node] = self.booked.get(node, 0) + count
         self.holders.setdefault(policy, set()).add(holder)
         if lane is not None:
             self.lanes[policy, lane] = self.lanes.get((policy, lane), 0) + count
+        if namespace is not None:
+            self.namespaces[policy, namespace] = self.namespaces.get((policy, namespace), 0) + count
 
     def lane_used(self, policy: str, lane: str) -> int:
         """Return the GPUs that are booked in a lane of a policy."""
@@ -64,11 +89,16 @@ class Ledger:
         """Return how many holders a policy has."""
         return len(self.holders.get(policy, ()))
 
+    def held_by(self, policy: str, namespace: str) -> int:
+        """Return the GPUs that offers of a namespace hold under a policy."""
+        return self.namespaces.get((policy, namespace), 0)
+
 
 def open_ledger(claims: Iterable[Claim]) -> Ledger:
     """Sum up claims: per holder and node the maximum over the sources, per source the sum."""
     amounts: dict[tuple[str, str], dict[Source, int]] = defaultdict(dict)
     lane_of: dict[tuple[str, str], tuple[str, str]] = {}
+    namespace_of: dict[tuple[str, str], tuple[str, str]] = {}
     holders: dict[str, set[str]] = defaultdict(set)
     for claim in claims:
         place = (claim.holder, claim.node)
@@ -76,20 +106,43 @@ def open_ledger(claims: Iterable[Claim]) -> Ledger:
         by_source[claim.source] = by_source.get(claim.source, 0) + claim.count
         if claim.policy is not None:
             holders[claim.policy].add(claim.holder)
+            if claim.namespace is not None:
+                namespace_of[place] = (claim.policy, claim.namespace)
             # Labels hold shortened names, so what an admission says of the lane counts before what a pod says.
             if claim.lane is not None and (place not in lane_of or claim.source in ("assumed", "admission")):
                 lane_of[place] = (claim.policy, claim.lane)
     booked: dict[str, int] = defaultdict(int)
     lanes: dict[tuple[str, str], int] = defaultdict(int)
+    namespaces: dict[tuple[str, str], int] = defaultdict(int)
     for place, by_source in amounts.items():
         charge = max(by_source.values())
         booked[place[1]] += charge
         if place in lane_of:
             lanes[lane_of[place]] += charge
-    return Ledger(dict(booked), dict(lanes), dict(holders))
+        if place in namespace_of:
+            namespaces[namespace_of[place]] += charge
+    return Ledger(dict(booked), dict(lanes), dict(holders), dict(namespaces))
 
 
-def best_fit(nodes: Iterable[NodeView], ledger: Ledger, count: int) -> NodeView | None:
-    """Return the node that fits ``count`` GPUs and keeps the least free, so that gaps stay whole; ties by name."""
-    fitting = [node for node in nodes if ledger.free(node) >= count]
-    return min(fitting, key=lambda node: (ledger.free(node), node.name), default=None)
+_BLOCK, _PAIR = 4, 2
+"""GPUs that the large tasks take, and that are joined where a node has its GPUs in pairs."""
+
+
+def best_fit(
+    nodes: Iterable[NodeView], ledger: Ledger, count: int, paired: NodeSelector | None = None
+) -> NodeView | None:
+    """Return the node that fits ``count`` GPUs and loses the fewest free blocks of four by it.
+
+    Of several it is the one that keeps the least free, so that gaps stay whole; ties go by name. On nodes whose GPUs
+    are joined in pairs, free pairs count next to the blocks.
+    """
+
+    def cost(node: NodeView) -> tuple[int, int, int, str]:
+        free = ledger.free(node)
+        blocks = free // _BLOCK - (free - count) // _BLOCK
+        joined = paired is not None and paired.matches(node.labels)
+        # A pair is lost when it is broken, or taken by a task that could have had it whole elsewhere.
+        broken = free // _PAIR - (free - count) // _PAIR - count // _PAIR if joined else 0
+        return blocks, broken, free, node.name
+
+    return min((node for node in nodes if ledger.free(node) >= count), key=cost, default=None)

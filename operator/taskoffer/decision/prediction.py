@@ -13,7 +13,7 @@ from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, ExplanationItem
 from taskoffer.decision.finish import Finish, duration_text, finish_of
 from taskoffer.decision.fit import Fit
 from taskoffer.decision.memory import GIB
-from taskoffer.decision.recipe import fit_of
+from taskoffer.decision.recipe import estimation_of, fit_of
 from taskoffer.decision.sizing import parameters_of
 from taskoffer.decision.verdict import Refusal
 
@@ -46,12 +46,21 @@ def predict(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Predi
     """
     fits = fit_of(spec, policy, gpus)
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
-    if fits is None or policy.estimation is None or parameters is None:
+    estimation = estimation_of(policy)
+    if fits is None or estimation is None or parameters is None:
         return None
-    duration, finish = policy.estimation.duration, None
+    duration, finish = estimation.duration, None
     if duration is not None and fits.fits and (spec.dataset.rows or fits.effective.train.max_steps > 0):
         finish = finish_of(spec, parameters, fits.effective, duration, gpus)
     return Prediction(fits, finish)
+
+
+def holding_counts(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Iterator[tuple[int, Prediction]]:
+    """Yield the counts that the policy hands out with which the task fits and ends in time, with the prediction."""
+    for gpus in policy.resources[0].counts:
+        found = predict(spec, policy, gpus)
+        if found is not None and found.finish is not None and found.holds:
+            yield gpus, found
 
 
 def fewest_gpu_hours(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> int | None:
@@ -59,13 +68,9 @@ def fewest_gpu_hours(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> int | N
 
     A pod's start takes as long on four GPUs as on one, so that as a rule it is the smallest count that holds.
     """
-    hours_of = {}
-    for gpus in policy.resources[0].counts:
-        found = predict(spec, policy, gpus)
-        if found is None or found.finish is None:
-            continue
-        if found.holds:
-            hours_of[gpus] = gpus * found.finish.seconds
+    hours_of = {
+        gpus: gpus * found.finish.seconds for gpus, found in holding_counts(spec, policy) if found.finish is not None
+    }
     return min(hours_of, key=lambda gpus: (hours_of[gpus], gpus), default=None)
 
 

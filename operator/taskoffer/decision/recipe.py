@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+from taskoffer.api.quantity import whole
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, scaled_lora, scaled_train
+from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.fit import Fit, Subject, fit
@@ -36,8 +40,29 @@ def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | 
         ValueError: as :func:`requested_settings`.
     """
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
-    if policy.estimation is None or parameters is None:
+    estimation = estimation_of(policy)
+    if estimation is None or parameters is None:
         return None
     resolution = spec.dataset.image.resolution if spec.dataset.image else None
     subject = Subject.of(spec.model, parameters, spec.task_type, resolution)
-    return fit(subject, requested_settings(spec, policy), policy.estimation, gpus)
+    return fit(subject, requested_settings(spec, policy), estimation, gpus)
+
+
+def estimation_of(policy: CapacityPolicySpec) -> Estimation | None:
+    """Return how memory and time of one unit of the policy's resource are predicted, or None where they are not.
+
+    A unit of a shared GPU is taken to be its share of memory and speed. With time-slicing nothing enforces that.
+    """
+    units = policy.resources[0].units_per_gpu
+    if policy.estimation is None or units is None:
+        return policy.estimation
+    return _shared(policy.estimation, units)
+
+
+@lru_cache(maxsize=32)
+def _shared(estimation: Estimation, units: int) -> Estimation:
+    duration = estimation.duration
+    if duration is not None:
+        duration = duration.model_copy(update={"peak_teraflops": max(1, duration.peak_teraflops // units)})
+    memory = str(whole(estimation.gpu_memory) // units)
+    return estimation.model_copy(update={"gpu_memory": memory, "duration": duration})

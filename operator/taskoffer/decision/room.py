@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 
+from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
+from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, FullMode
 from taskoffer.decision.evaluate import Evaluation
-from taskoffer.decision.ledger import Ledger, NodeView, open_ledger
-from taskoffer.decision.snapshot import PolicyView, Snapshot
+from taskoffer.decision.finish import duration_text
+from taskoffer.decision.ledger import NodeView, Release, best_fit, open_ledger
+from taskoffer.decision.moments import later
+from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot, Waiting
+from taskoffer.decision.timeline import Demand, Opening, Timeline
 
 CAPACITY_REASONS = frozenset(
     {
         Reason.INVENTORY_NOT_READY.value,
         Reason.WAITING_FOR_JOB_SLOT.value,
         Reason.WAITING_FOR_LANE.value,
+        Reason.WAITING_FOR_QUOTA.value,
         Reason.WAITING_FOR_CAPACITY.value,
+        Reason.WAITING_BEHIND_RESERVATION.value,
     }
 )
 """Reasons of a wait that capacity alone can end."""
@@ -29,25 +38,61 @@ class Obstacle:
     reason: Reason
     message: str
     counterfactual: str
+    unless_seconds: float = 0.0
+    """An offer that holds its GPUs for no longer than this may still be placed."""
 
 
+@dataclass(slots=True)
+class Reservation:
+    """A node that is kept for an offer that needs many of its GPUs at once."""
+
+    offer: str
+    uid: str
+    node: str
+    gpus: int
+    starts: datetime | None
+    """When they are predicted to be free together; None where nothing says so."""
+    extra: int
+    """GPUs of the node that the offer leaves free then."""
+
+    def admits(self, gpus: int, ends: datetime) -> bool:
+        """Tell whether so many of the node's GPUs can be lent until then without the offer starting later."""
+        return gpus <= self.extra or (self.starts is not None and ends <= self.starts)
+
+
+Kind = tuple[str, int, str | None, str | None]
+
+
+@dataclass(slots=True)
 class Room:
     """What is free while a cycle decides.
 
-    Offers of the same policy, GPU count and lane are alike: capacity only shrinks during a cycle, so what stops one
-    of them stops all that come after it. Only the first one of each kind pays for the search.
+    Offers of the same policy, GPU count, lane and limited namespace are alike: capacity only shrinks during a cycle,
+    so what stops one of them stops all that come after it. Only the first one of each kind pays for the search.
     """
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.ledger = open_ledger(snapshot.claims)
+    snapshot: Snapshot
+    timeline: Timeline = field(init=False)
+    reservations: dict[str, Reservation] = field(default_factory=dict)
+    """By node."""
+    admitted_today: Counter[tuple[str, TaskType]] = field(init=False)
+    lanes_wanted: set[tuple[str, str]] = field(default_factory=set)
+    """Lanes whose own offers wait: nobody borrows there."""
+    passed_over: int = 0
+    """Standing offers whose answer still holds."""
+    _nodes: dict[str, list[NodeView]] = field(init=False)
+    _stopped: dict[Kind, Obstacle] = field(default_factory=dict)
+    _openings: dict[Kind, Opening | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        snapshot = self.snapshot
+        self.timeline = Timeline(snapshot.now, open_ledger(snapshot.claims), snapshot.releases)
+        self.admitted_today = Counter(dict(snapshot.admitted_today))
         self._nodes = {
             name: [n for n in snapshot.nodes if policy.selects(n) and n.allocatable > 0]
             for name, policy in snapshot.policies.items()
             if policy.spec is not None
         }
-        self._stopped: dict[tuple[str, int, str | None], Obstacle] = {}
-        self.passed_over = 0
-        """Standing offers whose answer still holds."""
 
     def nodes(self, policy: str) -> list[NodeView]:
         """Return the nodes that a policy selects and that offer anything."""
@@ -55,18 +100,23 @@ class Room:
 
     def obstacle(self, policy: PolicyView, evaluation: Evaluation) -> Obstacle | None:
         """Return what stops an offer of this kind, or None when it can be placed."""
-        kind = (policy.name, evaluation.gpus, evaluation.lane)
+        kind = _kind(policy, evaluation)
         found = self._stopped.get(kind)
-        if found is None and policy.spec is not None:
-            found = _obstacle(policy.name, policy.spec, evaluation, self.ledger, self.nodes(policy.name))
-            if found is not None:
-                self._stopped[kind] = found
+        if found is not None and evaluation.occupies > found.unless_seconds:
+            return found
+        if policy.spec is None:
+            return None
+        found = self._limit(policy.name, policy.spec, evaluation) or self._shortage(policy, policy.spec, evaluation)
+        if found is not None:
+            self._stopped[kind] = found
         return found
 
-    def still_stops(self, policy: PolicyView, evaluation: Evaluation, reason: str) -> bool:
-        """Tell whether offers of this kind, which wait for this reason already, go on waiting for it."""
+    def still_stops(self, policy: PolicyView, evaluation: Evaluation, reason: str) -> Obstacle | None:
+        """Return what stops offers of this kind that wait for this reason already, if they go on waiting for it."""
         obstacle = self.obstacle(policy, evaluation)
-        return obstacle is not None and obstacle.reason.value == reason and not self.rejects(policy, obstacle)
+        if obstacle is None or obstacle.reason.value != reason or self.rejects(policy, obstacle):
+            return None
+        return obstacle
 
     @staticmethod
     def rejects(policy: PolicyView, obstacle: Obstacle) -> bool:
@@ -74,53 +124,173 @@ class Room:
         full = policy.spec is not None and policy.spec.filters.on_full is FullMode.REJECT
         return full and obstacle.reason is not Reason.INVENTORY_NOT_READY
 
+    def book(self, policy: PolicyView, offer: OfferView, evaluation: Evaluation) -> NodeView:
+        """Book an offer that nothing stops, and return its node."""
+        assert policy.spec is not None  # noqa: S101
+        ends = later(self.snapshot.now, evaluation.occupies)
+        nodes = [n for n in self.nodes(policy.name) if self._lends(n, evaluation.gpus, ends)]
+        pairs = policy.spec.placement.nvlink_pairs if policy.spec.placement is not None else None
+        node = best_fit(nodes, self.timeline.ledger, evaluation.gpus, pairs)
+        assert node is not None  # noqa: S101
+        kept = self.reservations.get(node.name)
+        if kept is not None and (kept.starts is None or ends > kept.starts):
+            kept.extra -= evaluation.gpus
+        quota, lane = evaluation.quota, evaluation.lane
+        self.timeline.ledger.book(offer.uid, node.name, evaluation.gpus, policy.name, lane, quota)
+        self.timeline.start(
+            Release(offer.uid, node.name, evaluation.gpus, ends, policy.name, lane, quota, str(offer.key))
+        )
+        self._openings.clear()
+        if offer.spec is not None:
+            self.admitted_today[policy.name, offer.spec.task_type] += 1
+        return node
 
-def _obstacle(
-    policy_name: str,
-    policy: CapacityPolicySpec,
-    evaluation: Evaluation,
-    ledger: Ledger,
-    eligible: Sequence[NodeView],
-) -> Obstacle | None:
-    """Return the first thing that stands in the way of such an offer, or None."""
-    resource, gpus = policy.resources[0].name, evaluation.gpus
-    usable = [n for n in eligible if n.ready]
-    if not usable:
-        return Obstacle(
-            Reason.INVENTORY_NOT_READY,
-            f"no Ready and schedulable node that the policy selects offers {resource}",
-            "admitted once such a node is Ready",
-        )
-    slots = policy.filters.max_concurrent_jobs
-    if slots is not None and ledger.running(policy_name) >= slots:
-        return Obstacle(
-            Reason.WAITING_FOR_JOB_SLOT,
-            f"{ledger.running(policy_name)} of {slots} concurrent jobs run",
-            "admitted once one of them has ended",
-        )
-    if evaluation.lane is not None:
-        size = next(lane.gpus for lane in policy.lanes if lane.name == evaluation.lane)
-        used = ledger.lane_used(policy_name, evaluation.lane)
-        if used + gpus > size:
+    def lender(self, policy: PolicyView, evaluation: Evaluation) -> Evaluation | None:
+        """Return the evaluation in the first lane that lends its GPUs to the offer's, or None."""
+        for lane in evaluation.borrows_from:
+            borrowed = evaluation.in_lane(lane)
+            if (policy.name, lane) not in self.lanes_wanted and self.obstacle(policy, borrowed) is None:
+                return borrowed
+        return None
+
+    def reserve(self, policy: PolicyView, offer: OfferView, evaluation: Evaluation) -> bool:
+        """Keep a node for an offer that waits for capacity. Tell whether there was one to keep."""
+        nodes = [
+            n
+            for n in self.nodes(policy.name)
+            if n.ready and n.allocatable >= evaluation.gpus and n.name not in self.reservations
+        ]
+        if not nodes:
+            return False
+        found = self.timeline.opening(Demand(evaluation.gpus, policy.name), nodes)
+        if found is not None:
+            kept = Reservation(str(offer.key), offer.uid, found.node, evaluation.gpus, found.at, found.left)
+        else:
+            freest = max(nodes, key=lambda n: (self.timeline.ledger.free(n), n.name))
+            kept = Reservation(str(offer.key), offer.uid, freest.name, evaluation.gpus, None, 0)
+        self.reservations[kept.node] = kept
+        self._openings.clear()
+        return True
+
+    def can_reserve(self, policy: PolicyView, found: Waiting) -> bool:
+        """Tell whether there is another node to keep for offers of this size."""
+        large = [n for n in self.nodes(policy.name) if n.ready and n.allocatable >= found.evaluation.gpus]
+        return any(n.name not in self.reservations for n in large)
+
+    def opening(self, policy: PolicyView, evaluation: Evaluation) -> Opening | None:
+        """Return when an offer of this kind can start first on the predicted timeline, or None where nothing says."""
+        kind = _kind(policy, evaluation)
+        if kind not in self._openings:
+            nodes = [n for n in self.nodes(policy.name) if n.name not in self.reservations]
+            demand = demand_of(policy, evaluation)
+            self._openings[kind] = self.timeline.opening(demand, nodes) if demand is not None else None
+        return self._openings[kind]
+
+    def _lends(self, node: NodeView, gpus: int, ends: datetime) -> bool:
+        kept = self.reservations.get(node.name)
+        return kept is None or kept.admits(gpus, ends)
+
+    def _limit(self, policy_name: str, policy: CapacityPolicySpec, evaluation: Evaluation) -> Obstacle | None:
+        """Return the first limit of the policy that is reached, or None."""
+        resource, gpus, ledger = policy.resources[0].name, evaluation.gpus, self.timeline.ledger
+        if not any(n.ready for n in self.nodes(policy_name)):
             return Obstacle(
-                Reason.WAITING_FOR_LANE,
-                f"needs {gpus} x {resource} in lane {evaluation.lane}, where {used} of {size} are booked",
-                f"admitted once {used + gpus - size} more are free in lane {evaluation.lane}",
+                Reason.INVENTORY_NOT_READY,
+                f"no Ready and schedulable node that the policy selects offers {resource}",
+                "admitted once such a node is Ready",
             )
-    large = [n for n in usable if n.allocatable >= gpus]
-    if not large:
-        largest = max(usable, key=lambda n: (n.allocatable, n.name))
+        slots = policy.filters.max_concurrent_jobs
+        if slots is not None and ledger.running(policy_name) >= slots:
+            return Obstacle(
+                Reason.WAITING_FOR_JOB_SLOT,
+                f"{ledger.running(policy_name)} of {slots} concurrent jobs run",
+                "admitted once one of them has ended",
+            )
+        if evaluation.lane is not None:
+            size = next((lane.gpus for lane in policy.lanes if lane.name == evaluation.lane), 0)
+            used = ledger.lane_used(policy_name, evaluation.lane)
+            if used + gpus > size:
+                return Obstacle(
+                    Reason.WAITING_FOR_LANE,
+                    f"needs {gpus} x {resource} in lane {evaluation.lane}, where {used} of {size} are booked",
+                    f"admitted once {used + gpus - size} more are free in lane {evaluation.lane}",
+                )
+        if evaluation.quota is not None:
+            size = _quota(policy, evaluation.quota)
+            used = ledger.held_by(policy_name, evaluation.quota)
+            if used + gpus > size:
+                return Obstacle(
+                    Reason.WAITING_FOR_QUOTA,
+                    f"needs {gpus} x {resource}, and namespace {evaluation.quota} holds {used} of its {size}",
+                    f"admitted once its offers hold at most {size - gpus}",
+                )
+        return None
+
+    def _shortage(self, policy: PolicyView, spec: CapacityPolicySpec, evaluation: Evaluation) -> Obstacle | None:
+        """Return what is missing on the nodes, or None."""
+        resource, gpus, ledger = spec.resources[0].name, evaluation.gpus, self.timeline.ledger
+        usable = [n for n in self.nodes(policy.name) if n.ready]
+        large = [n for n in usable if n.allocatable >= gpus]
+        if not large:
+            largest = max(usable, key=lambda n: (n.allocatable, n.name))
+            return Obstacle(
+                Reason.WAITING_FOR_CAPACITY,
+                f"needs {gpus} x {resource} on one node; the largest Ready node, {largest.name}, has "
+                f"{largest.allocatable}",
+                f"admitted once a node with {gpus} x {resource} is Ready",
+            )
+        fitting = [n for n in large if ledger.free(n) >= gpus]
+        if not fitting:
+            freest = max(large, key=lambda n: (ledger.free(n), n.name))
+            free = max(0, ledger.free(freest))
+            return Obstacle(
+                Reason.WAITING_FOR_CAPACITY,
+                f"needs {gpus} x {resource} on one node; {freest.name} has the most free, {free} of "
+                f"{freest.allocatable}",
+                f"admitted once {gpus - free} more are free on {freest.name}",
+            )
+        ends = later(self.snapshot.now, evaluation.occupies)
+        if any(self._lends(n, gpus, ends) for n in fitting):
+            return None
+        return self._kept(resource, gpus, [self.reservations[n.name] for n in fitting])
+
+    def _kept(self, resource: str, gpus: int, kept: Sequence[Reservation]) -> Obstacle:
+        """Return the obstacle that all nodes with enough free GPUs are kept for other offers."""
+        now, first = self.snapshot.now, min(kept, key=lambda r: r.node)
+        starts = [r.starts for r in kept if r.starts is not None]
+        window = max(((start - now).total_seconds() for start in starts), default=0.0)
+        when = f" from about {rfc3339(first.starts)} on" if first.starts is not None else ""
         return Obstacle(
-            Reason.WAITING_FOR_CAPACITY,
-            f"needs {gpus} x {resource} on one node; the largest Ready node, {largest.name}, has {largest.allocatable}",
-            f"admitted once a node with {gpus} x {resource} is Ready",
+            Reason.WAITING_BEHIND_RESERVATION,
+            f"needs {gpus} x {resource}; {first.node} has them free and is kept for {first.offer}, which needs "
+            f"{first.gpus}{when}",
+            f"admitted once {first.offer} has started"
+            + (f", or with a task of at most {duration_text(window)}" if window > 0 else ""),
+            unless_seconds=max(0.0, window),
         )
-    freest = max(large, key=lambda n: (ledger.free(n), n.name))
-    if ledger.free(freest) < gpus:
-        free = max(0, ledger.free(freest))
-        return Obstacle(
-            Reason.WAITING_FOR_CAPACITY,
-            f"needs {gpus} x {resource} on one node; {freest.name} has the most free, {free} of {freest.allocatable}",
-            f"admitted once {gpus - free} more are free on {freest.name}",
-        )
-    return None
+
+
+def demand_of(policy: PolicyView, evaluation: Evaluation) -> Demand | None:
+    """Return what an offer of this kind needs to be free together, or None where the policy is not usable."""
+    spec = policy.spec
+    if spec is None:
+        return None
+    lane_gpus = next((lane.gpus for lane in spec.lanes if lane.name == evaluation.lane), 0)
+    return Demand(
+        gpus=evaluation.gpus,
+        policy=policy.name,
+        lane=evaluation.lane,
+        lane_gpus=lane_gpus,
+        namespace=evaluation.quota,
+        namespace_gpus=_quota(spec, evaluation.quota) if evaluation.quota is not None else 0,
+        slots=spec.filters.max_concurrent_jobs,
+    )
+
+
+def _quota(policy: CapacityPolicySpec, namespace: str) -> int:
+    limit = next((n.gpus for n in policy.namespaces if n.name == namespace), None)
+    return limit if limit is not None else 0
+
+
+def _kind(policy: PolicyView, evaluation: Evaluation) -> Kind:
+    return policy.name, evaluation.gpus, evaluation.lane, evaluation.quota

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -13,8 +14,8 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Condition, PolicyRef
 from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.decision.conditions import condition_of
-from taskoffer.decision.evaluate import Evaluation
-from taskoffer.decision.ledger import Claim, NodeView
+from taskoffer.decision.evaluate import Evaluation, Priority
+from taskoffer.decision.ledger import Claim, NodeView, Release
 from taskoffer.decision.moments import later
 
 
@@ -110,8 +111,7 @@ class PolicyView:
         """Tell whether the policy hands out this node."""
         if self.spec is None:
             return False
-        wanted = self.spec.node_selector.match_labels
-        return all(node.labels.get(key) == value for key, value in wanted.items())
+        return self.spec.node_selector.matches(node.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,23 @@ class Shape(NamedTuple):
     lane: str | None
     reason: str
     """The reason that their status gives."""
+    quota: str | None = None
+    """Their namespace, where the policy limits its GPUs."""
+    borrows_from: tuple[str, ...] = ()
+    reserves: bool = False
+
+
+def shape_of(policy: str, evaluation: Evaluation, reason: str) -> Shape:
+    """Return what an offer has in common with others that wait for the same reason."""
+    return Shape(
+        policy,
+        evaluation.gpus,
+        evaluation.lane,
+        reason,
+        evaluation.quota,
+        evaluation.borrows_from,
+        evaluation.reserves,
+    )
 
 
 def end_of(offer: OfferView, evaluation: Evaluation | None) -> datetime | None:
@@ -153,8 +170,48 @@ def ttl_end(offer: OfferView, evaluation: Evaluation | None) -> datetime | None:
     return later(offer.created, ttl) if ttl is not None else None
 
 
-Waiting = tuple[int, datetime, str, OfferView, Evaluation]
-"""An offer in the order of admission: negative rank, creation time, UID, the offer and its evaluation."""
+Order = tuple[int, float, int, datetime, str]
+"""Where an offer stands among those that wait: negative priority, deadline, negative score, creation time, UID."""
+
+
+class Waiting(NamedTuple):
+    """An offer in the order of admission. Orders differ in the UID at last, so that nothing else is compared."""
+
+    order: Order
+    offer: OfferView
+    evaluation: Evaluation
+
+
+def waiting(offer: OfferView, evaluation: Evaluation, now: datetime) -> Waiting:
+    """Return an offer with its place in the order: priority, then the earliest deadline, then score, then age.
+
+    Where the policy knows no priorities its offers have the lowest one, and deadlines do not count.
+    """
+    level, deadline = 0, math.inf
+    if evaluation.priority is not None:
+        level = evaluation.priority.level + raises(offer, evaluation.priority, now)
+        if offer.spec is not None and offer.spec.deadline is not None:
+            deadline = offer.spec.deadline.timestamp()
+    return Waiting((-level, deadline, -evaluation.rank, offer.created, offer.uid), offer, evaluation)
+
+
+def raises(offer: OfferView, priority: Priority, now: datetime) -> int:
+    """Return by how many priorities an offer's waiting has raised it: one per interval, up to the highest."""
+    if priority.raise_after is None:
+        return 0
+    waited = (now - offer.created).total_seconds()
+    return max(0, min(priority.highest - priority.level, int(waited // priority.raise_after)))
+
+
+def next_raise(offer: OfferView, evaluation: Evaluation, now: datetime) -> datetime | None:
+    """Return when waiting raises an offer next, or None when it does not any more."""
+    priority = evaluation.priority
+    if priority is None or priority.raise_after is None:
+        return None
+    done = raises(offer, priority, now)
+    if priority.level + done >= priority.highest:
+        return None
+    return later(offer.created, (done + 1) * priority.raise_after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +232,10 @@ class Snapshot:
     policy in force, are refused by nothing in it, are active, are no duplicates and have not expired. In order."""
     standing_end: datetime | None = None
     """No standing offer expires before."""
+    releases: Sequence[Release] = ()
+    """When what is booked is predicted to come free; what nothing is known of is not in it."""
+    admitted_today: Mapping[tuple[str, TaskType], int] = field(default_factory=dict)
+    """Offers that were admitted within the last 24 hours, by policy and task type, where a policy counts them."""
 
     def policy_for(self, spec: TaskOfferSpec | OfferTerms) -> tuple[PolicyView | None, Reason | None, str]:
         """Return the policy that decides an offer, or the reason and message why there is none.

@@ -25,7 +25,8 @@ from taskoffer.adapters.kube import (
 from taskoffer.adapters.metrics import CYCLE_SECONDS, DECISIONS, PENDING, WRITE_RETRIES
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION, PolicyRef
-from taskoffer.decision.cycle import Decision, Plan, first_of_task, plan
+from taskoffer.decision.answers import first_of_task
+from taskoffer.decision.cycle import Decision, Plan, plan
 from taskoffer.decision.ledger import open_ledger
 from taskoffer.decision.snapshot import OfferKey, OfferView
 from taskoffer.decision.verdict import Verdict

@@ -30,16 +30,18 @@ class Charges:
         for pod in pods:
             self.pod(pod)
 
-    def offer(self, uid: str, assignments: Iterable[Assignment], policy: str | None) -> None:
+    def offer(self, uid: str, assignments: Iterable[Assignment], policy: str | None, namespace: str) -> None:
         """Take in where an admitted offer's booking is now."""
-        self._claims["admission", uid] = tuple(claim_of(uid, part, "admission", policy) for part in assignments)
+        made = (claim_of(uid, part, "admission", policy, namespace) for part in assignments)
+        self._claims["admission", uid] = tuple(made)
 
     def job(self, job: BatchJobEntry) -> None:
         """Take in a Job: it claims its GPUs as long as it may make a pod."""
         count = job.requests.get(self.resource, 0)
         over = job.view.finished or job.view.suspended or (job.once and job.uid in self._spent)
         if count and job.node is not None and not over:
-            self._claims["job", job.uid] = (Claim(job.offer_uid, job.node, count, "job", job.policy, job.lane),)
+            made = Claim(job.offer_uid, job.node, count, "job", job.policy, job.lane, job.namespace)
+            self._claims["job", job.uid] = (made,)
         else:
             self.drop("job", job.uid)
 
@@ -48,7 +50,8 @@ class Charges:
         count = pod.requests.get(self.resource, 0)
         if count and pod.node is not None and not pod.view.terminal:
             holder = pod.offer_uid or f"pod:{pod.uid}"
-            self._claims["pod", pod.uid] = (Claim(holder, pod.node, count, "pod", pod.policy, pod.lane),)
+            made = Claim(holder, pod.node, count, "pod", pod.policy, pod.lane, pod.namespace)
+            self._claims["pod", pod.uid] = (made,)
         else:
             self.drop("pod", pod.uid)
 
@@ -74,6 +77,8 @@ class Charges:
         return tuple(uid for uid in (was, now) if uid is not None)
 
 
-def claim_of(holder: str, assignment: Assignment, source: Source, policy: str | None) -> Claim:
+def claim_of(
+    holder: str, assignment: Assignment, source: Source, policy: str | None, namespace: str | None = None
+) -> Claim:
     """Return the claim of an assignment."""
-    return Claim(holder, assignment.node_name, assignment.count, source, policy, assignment.lane)
+    return Claim(holder, assignment.node_name, assignment.count, source, policy, assignment.lane, namespace)

@@ -29,7 +29,6 @@ from taskoffer.api.contract import ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION
 from taskoffer.decision.conditions import is_true
-from taskoffer.decision.cycle import Move
 from taskoffer.decision.job_facts import (
     Action,
     EnsureAttempt,
@@ -39,6 +38,7 @@ from taskoffer.decision.job_facts import (
     Refusal,
 )
 from taskoffer.decision.lifecycle import step
+from taskoffer.decision.moves import Move
 from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.attempts import NameTakenError, carry_out, name_taken, owned_by
 from taskoffer.reconcile.leftovers import offer_is_there, read_job_again, stop_strays

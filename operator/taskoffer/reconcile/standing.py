@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from datetime import datetime
 
 from taskoffer.decision.evaluate import Evaluation
-from taskoffer.decision.snapshot import OfferView, Shape, Waiting, end_of
+from taskoffer.decision.snapshot import OfferView, Shape, Waiting, end_of, next_raise, waiting
 
 
 class Standing:
@@ -19,8 +19,9 @@ class Standing:
 
     def __init__(self) -> None:
         self.groups: dict[Shape, list[Waiting]] = {}
-        self._place: dict[str, tuple[Shape, Waiting]] = {}
+        self._place: dict[str, tuple[Shape, Waiting, datetime | None, datetime | None]] = {}
         self._ends: list[tuple[datetime, str]] = []
+        self._raises: list[tuple[datetime, str]] = []
 
     def __len__(self) -> int:
         return len(self._place)
@@ -28,23 +29,25 @@ class Standing:
     def __contains__(self, uid: str) -> bool:
         return uid in self._place
 
-    def add(self, shape: Shape, offer: OfferView, evaluation: Evaluation) -> None:
-        """Add an offer that is in no group."""
-        waiting = (-evaluation.rank, offer.created, offer.uid, offer, evaluation)
-        insort(self.groups.setdefault(shape, []), waiting)
-        self._place[offer.uid] = shape, waiting
-        ends = end_of(offer, evaluation)
+    def add(self, shape: Shape, offer: OfferView, evaluation: Evaluation, now: datetime) -> None:
+        """Add an offer that is in no group. It stays until it ends, or until its waiting raises its priority."""
+        place = waiting(offer, evaluation, now)
+        insort(self.groups.setdefault(shape, []), place)
+        ends, rises = end_of(offer, evaluation), next_raise(offer, evaluation, now)
+        self._place[offer.uid] = shape, place, ends, rises
         if ends is not None:
             heapq.heappush(self._ends, (ends, offer.uid))
+        if rises is not None:
+            heapq.heappush(self._raises, (rises, offer.uid))
 
     def drop(self, uid: str) -> bool:
         """Take an offer out. Tell whether it was there."""
         found = self._place.pop(uid, None)
         if found is None:
             return False
-        shape, waiting = found
+        shape, place, _, _ = found
         group = self.groups[shape]
-        del group[bisect_left(group, waiting)]
+        del group[bisect_left(group, place)]
         if not group:
             del self.groups[shape]
         return True
@@ -55,15 +58,17 @@ class Standing:
         self.groups.clear()
         self._place.clear()
         self._ends.clear()
+        self._raises.clear()
         return uids
 
     def drop_ended(self, now: datetime) -> list[str]:
-        """Take out the offers whose time has come, and return their UIDs."""
+        """Take out the offers whose time has come, or that count more by now, and return their UIDs."""
         ended = []
-        while self._ends and (self._ends[0][0] <= now or self._stale(*self._ends[0])):
-            _, uid = heapq.heappop(self._ends)
-            if self.drop(uid):
-                ended.append(uid)
+        for moments, which in ((self._ends, 2), (self._raises, 3)):
+            while moments and (moments[0][0] <= now or self._stale(moments[0], which)):
+                moment = heapq.heappop(moments)
+                if not self._stale(moment, which) and self.drop(moment[1]):
+                    ended.append(moment[1])
         return ended
 
     @property
@@ -71,7 +76,7 @@ class Standing:
         """The next end of a standing offer, as far as ``drop_ended`` has left one."""
         return self._ends[0][0] if self._ends else None
 
-    def _stale(self, ends: datetime, uid: str) -> bool:
-        """Tell whether an offer has left, or came back with another end."""
-        found = self._place.get(uid)
-        return found is None or end_of(found[1][3], found[1][4]) != ends
+    def _stale(self, moment: tuple[datetime, str], which: int) -> bool:
+        """Tell whether an offer has left, or came back with another moment."""
+        found = self._place.get(moment[1])
+        return found is None or found[which] != moment[0]

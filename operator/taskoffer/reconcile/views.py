@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from taskoffer.adapters.clock import utcnow
 from taskoffer.adapters.metrics import UNREADABLE
 from taskoffer.api.quantity import whole
+from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import DEFAULT_POLICY_ANNOTATION, CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Assignment, Condition
 from taskoffer.api.v1alpha1.taskoffer import MAX_OFFER_NAME, Admission, TaskOfferSpec
@@ -82,6 +83,10 @@ class OfferEntry:
     """Where the admission books GPUs, as far as that can be read. It counts until it is known that nothing is there."""
     evaluation: tuple[str, int, Evaluation] | None = None
     terms: tuple[OfferTerms | None, str | None] | None = None
+    admitted_as: tuple[str, TaskType, datetime] | None = None
+    """Policy, task type and moment of its admission, if it was admitted."""
+    predicted_end: datetime | None = None
+    """When its GPUs are predicted to come free, once somebody has asked."""
     fresh_spec: TaskOfferSpec | None = None
     """The spec as read for the terms, until it has been evaluated."""
 
@@ -164,6 +169,7 @@ def offer_entry(raw: Raw) -> OfferEntry:
         spec=json.dumps(spec, separators=(",", ":")).encode() if keep else None,
         stored_conditions=stored if keep and isinstance(stored, list) else (),
         observed_generation=count(status.get("observedGeneration")),
+        admitted_as=_admitted_as(mapping(status.get("admission")), spec.get("taskType")),
         admission=admission,
         admission_problem=problem,
         booked=booked,
@@ -171,6 +177,22 @@ def offer_entry(raw: Raw) -> OfferEntry:
 
 
 _NONE: tuple[None, None, tuple[Assignment, ...]] = (None, None, ())
+
+
+_TASK_TYPES = {kind.value: kind for kind in TaskType}
+
+
+def _admitted_as(admission: Raw, task_type: object) -> tuple[str, TaskType, datetime] | None:
+    """Return policy, task type and moment of an admission, or None where there is none that says so."""
+    policy, kind = mapping(admission.get("policyRef")).get("name"), _TASK_TYPES.get(str(task_type))
+    decided_at = admission.get("decidedAt")
+    if not isinstance(policy, str) or kind is None or not isinstance(decided_at, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(decided_at)
+    except ValueError:
+        return None
+    return policy, kind, moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def _booking(key: OfferKey, uid: str, raw: object) -> tuple[Admission | None, str | None, tuple[Assignment, ...]]:

@@ -5,30 +5,32 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
-from taskoffer.decision.cycle import Move
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.ledger import Claim, NodeView, open_ledger
+from taskoffer.decision.moves import Move
 from taskoffer.decision.room import CAPACITY_REASONS
 from taskoffer.decision.snapshot import (
     MoveRequest,
     OfferKey,
     OfferView,
     PolicyView,
-    Shape,
     Sibling,
     Snapshot,
     end_of,
+    shape_of,
 )
+from taskoffer.reconcile.admitted import Admitted
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.charges import Charges, claim_of
 from taskoffer.reconcile.pod_views import BatchJobEntry, PodEntry, batch_job_entry, pod_entry
+from taskoffer.reconcile.releases import releases
 from taskoffer.reconcile.standing import Standing
 from taskoffer.reconcile.views import (
     NodeEntry,
@@ -89,6 +91,7 @@ class World:
     pods_of: dict[OfferKey, dict[str, PodEntry]] = field(default_factory=lambda: defaultdict(dict))
     batch_of: dict[OfferKey, dict[str, BatchJobEntry]] = field(default_factory=lambda: defaultdict(dict))
     charges: Charges = field(default_factory=Charges)
+    admitted: Admitted = field(default_factory=Admitted)
 
     def __post_init__(self) -> None:
         self.nodes.on_change = _keep_health
@@ -120,6 +123,7 @@ class World:
             self.undecided.pop(before.uid, None)
             self.standing.drop(before.uid)
             self._leave_siblings(before)
+            self.admitted.drop(before.uid)
             if before.state is OfferState.HOLDING:
                 self.holding_by_job.pop(before.job_key, None)
             self.charges.drop("admission", before.uid)
@@ -129,6 +133,8 @@ class World:
             if after.state is OfferState.HOLDING:
                 self.holding_by_job[after.job_key] = after
             self.by_state[after.state][after.uid] = after
+            if after.admitted_as is not None:
+                self.admitted.add(after.uid, *after.admitted_as)
             self._charge(after)
             self._join_siblings(after)
             if after.state is OfferState.PENDING:
@@ -204,7 +210,7 @@ class World:
     def _charge(self, entry: OfferEntry) -> None:
         if entry.state is OfferState.HOLDING:
             policy = entry.admission.policy_ref.name if entry.admission is not None else None
-            self.charges.offer(entry.uid, self._current_assignments(entry), policy)
+            self.charges.offer(entry.uid, self._current_assignments(entry), policy, entry.key.namespace)
 
     # The snapshot
 
@@ -221,6 +227,8 @@ class World:
             claims=list(self.claims(resource)),
             siblings={place: tuple(self.siblings_now(place)) for place in self.shared},
             moves=tuple(self.moves.values()),
+            releases=releases(self, policies),
+            admitted_today=self.admitted.since(now - timedelta(days=1)) if _counts_days(policies) else {},
         )
         evaluations = self._settle(snapshot)
         return replace(
@@ -261,10 +269,10 @@ class World:
             policy, _, _ = snapshot.policy_for(view.spec)
             if policy is None or policy.spec is None:
                 continue
-            evaluation = _evaluation(entry, policy, policy.spec)
+            evaluation = evaluation_of(entry, policy, policy.spec)
             if self._stands(entry, view, evaluation, snapshot.now):
-                shape = Shape(policy.name, evaluation.gpus, evaluation.lane, view.reason or "")
-                self.standing.add(shape, view, evaluation)
+                shape = shape_of(policy.name, evaluation, view.reason or "")
+                self.standing.add(shape, view, evaluation, snapshot.now)
                 settled.append(entry.uid)
             else:
                 evaluations[entry.uid, policy.name] = evaluation
@@ -304,7 +312,9 @@ class World:
         yield from self.charges
         for assumed in self.assumed.values():
             for assignment in assumed.admission.assignments:
-                yield claim_of(assumed.uid, assignment, "assumed", assumed.admission.policy_ref.name)
+                entry = self.offers.get(assumed.uid)
+                namespace = entry.key.namespace if entry is not None else None
+                yield claim_of(assumed.uid, assignment, "assumed", assumed.admission.policy_ref.name, namespace)
         for move in self.moved.values():
             for assignment in move.assignments:
                 yield Claim(move.offer_uid, assignment.node_name, assignment.count, "assumed")
@@ -329,13 +339,19 @@ class World:
         return job.job.status.attempts[-1].assignments
 
 
-def _evaluation(entry: OfferEntry, policy: PolicyView, spec: CapacityPolicySpec) -> Evaluation:
+def _counts_days(policies: dict[str, PolicyView]) -> bool:
+    """Tell whether some policy asks how many offers were admitted within a day."""
+    specs = (view.spec for view in policies.values())
+    return any(task.daily_floor is not None for spec in specs if spec is not None for task in spec.task_types)
+
+
+def evaluation_of(entry: OfferEntry, policy: PolicyView, spec: CapacityPolicySpec) -> Evaluation:
     """Return an offer's evaluation under a policy; made once for each generation of both."""
     kept = entry.evaluation
     if kept is None or kept[0] != policy.uid or kept[1] != policy.generation:
         offered = entry.fresh_spec or entry.read_spec()[0]
         assert offered is not None  # noqa: S101 - its terms were read
-        kept = entry.evaluation = (policy.uid, policy.generation, evaluate(offered, spec))
+        kept = entry.evaluation = (policy.uid, policy.generation, evaluate(offered, spec, entry.key.namespace))
     entry.fresh_spec = None
     return kept[2]
 

@@ -8,8 +8,10 @@ really ends. The shell around the cycle takes no time here: no pod is late, noth
 from __future__ import annotations
 
 import heapq
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
 
 from taskoffer.api.reasons import Reason
@@ -18,16 +20,18 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Condition, ConditionStatus
 from taskoffer.decision.cycle import Decision, plan
 from taskoffer.decision.evaluate import Evaluation, evaluate
-from taskoffer.decision.ledger import Claim, NodeView
+from taskoffer.decision.ledger import Claim, NodeView, Release
+from taskoffer.decision.moments import later
 from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView, Sibling, Snapshot
 from taskoffer.decision.verdict import Verdict
 from taskoffer.simulation.run import Run
 from taskoffer.simulation.trace import Trace
-from taskoffer.simulation.truth import START, course_of, expiry_of, moment, seconds_at, settings_under
+from taskoffer.simulation.truth import START, course_of, expiry_of, hardware_of, moment, seconds_at, settings_under
 
 SERVED = frozenset(TaskType)
 """The simulator takes every task type as served, so that policies can be compared before a trainer is there."""
 
+_DAY = 86_400.0
 _END, _ARRIVAL = 0, 1
 """What happens. At the same moment jobs end first."""
 
@@ -59,11 +63,13 @@ class Result:
     """Offers that still wait, and for what, although nothing is to happen any more."""
     seconds: float
     """From the start of the trace until its end or that of the last job, whichever is later."""
+    units: int = 1
+    """Units that the policy shares a GPU out as; a run's GPUs are such units."""
 
     @property
     def busy(self) -> float:
         """GPU-seconds that jobs held, whatever came of them."""
-        return sum(run.gpus * (run.end - run.start) for run in self.runs)
+        return sum(run.gpus * (run.end - run.start) for run in self.runs) / self.units
 
     @property
     def idle(self) -> float:
@@ -94,6 +100,10 @@ class _Job:
     node: str
     gpus: int
     lane: str | None
+    namespace: str
+    name: str
+    predicted_end: datetime
+    """What was predicted at the admission, at the latest the deadline, as the operator takes it."""
 
 
 class _World:
@@ -105,7 +115,11 @@ class _World:
         self._title = name
         self._policy = PolicyView("policy", "policy-uid", 1, policy, is_default=True, created=START)
         self._spec = policy
-        self._nodes = [NodeView(f"node-{number + 1}", fleet.gpus, True, labels) for number in range(fleet.nodes)]
+        self._units = policy.resources[0].units_per_gpu or 1
+        names = (f"node-{number + 1}" for number in range(fleet.nodes))
+        self._nodes = [NodeView(name, fleet.gpus * self._units, True, labels) for name in names]
+        self._hardware = hardware_of(policy)
+        self._counts_days = any(task.daily_floor is not None for task in policy.task_types)
         self._trace, self._fleet = trace, fleet
         self._offers = {_uid(number): offer for number, offer in enumerate(trace.offers)}
         self._events = [(offer.at, _ARRIVAL, uid) for uid, offer in self._offers.items()]
@@ -115,6 +129,7 @@ class _World:
         self._waits_for: dict[str, Reason] = {}
         self._evaluations: dict[tuple[str, str], Evaluation] = {}
         self._running: dict[str, _Job] = {}
+        self._admitted: deque[tuple[float, TaskType]] = deque()
         self._siblings: dict[tuple[str, str], dict[str, Sibling]] = {}
         self._shared: set[tuple[str, str]] = set()
         """Where several offers have one task id."""
@@ -154,20 +169,31 @@ class _World:
             refusals=self._refusals,
             waiting={self._offers[uid].name: self._waits_for[uid] for uid in self._pending},
             seconds=max([self._trace.seconds, *(run.end for run in self._runs)]),
+            units=self._units,
         )
 
     def _snapshot(self, now: float) -> Snapshot:
         """Build what a cycle decides on. Whatever the cycle comes to look at beside this is to be added here."""
-        name = self._policy.name
+        policy, jobs = self._policy.name, self._running.items()
         return Snapshot(
             now=moment(now),
             offers=tuple(self._pending.values()),
-            policies={name: self._policy},
+            policies={policy: self._policy},
             nodes=self._nodes,
-            claims=[Claim(uid, job.node, job.gpus, "job", name, job.lane) for uid, job in self._running.items()],
+            claims=[Claim(uid, job.node, job.gpus, "job", policy, job.lane, job.namespace) for uid, job in jobs],
             siblings={place: tuple(self._siblings[place].values()) for place in self._shared},
             evaluations=self._evaluations,
+            releases=[
+                Release(uid, job.node, job.gpus, job.predicted_end, policy, job.lane, job.namespace, job.name)
+                for uid, job in jobs
+            ],
+            admitted_today=self._admitted_since(now - _DAY) if self._counts_days else {},
         )
+
+    def _admitted_since(self, since: float) -> dict[tuple[str, TaskType], int]:
+        while self._admitted and self._admitted[0][0] < since:
+            self._admitted.popleft()
+        return Counter((self._policy.name, task) for _, task in self._admitted)
 
     def _arrive(self, uid: str) -> None:
         offer = self._offers[uid]
@@ -176,7 +202,7 @@ class _World:
         ends = expiry_of(offer)
         spec = offer.spec.model_copy(update={"policy_name": None, "expires_at": None if ends is None else moment(ends)})
         self._pending[uid] = OfferView(key, uid, "1", 1, created, spec)
-        self._evaluations[uid, self._policy.name] = evaluate(spec, self._spec, served=SERVED)
+        self._evaluations[uid, self._policy.name] = evaluate(spec, self._spec, key.namespace, served=SERVED)
         place = (key.namespace, spec.task_id)
         same = self._siblings.setdefault(place, {})
         same[uid] = Sibling(created, uid, name, "undecided")
@@ -198,11 +224,25 @@ class _World:
             self._refusals[offer.name] = answer.reason
             return
         (given,) = answer.admission.assignments
-        self._start(view.uid, _Job(given.node_name, given.count, given.lane), now)
+        self._admitted.append((now, view.spec.task_type))
+        counted = offer.spec.model_copy(update={"gpu_count": given.count})
+        seconds = evaluate(counted, self._spec, view.key.namespace, served=SERVED).occupies
+        ends = later(moment(now), seconds)
+        due = answer.admission.deadline
+        job = _Job(
+            node=given.node_name,
+            gpus=given.count,
+            lane=given.lane,
+            namespace=view.key.namespace,
+            name=str(view.key),
+            predicted_end=ends if due is None else min(ends, due),
+        )
+        self._start(view.uid, job, now)
 
     def _start(self, uid: str, job: _Job, now: float) -> None:
         offer = self._offers[uid]
-        course = course_of(offer, settings_under(self._spec, offer.spec, job.gpus), job.gpus, now)
+        settings = settings_under(self._spec, offer.spec, job.gpus)
+        course = course_of(offer, settings, job.gpus, now, self._hardware)
         end, earned = now + course.seconds, offer.worth if course.outcome == "in-time" else 0.0
         self._running[uid] = job
         self._runs.append(Run(offer.name, now, end, job.gpus, job.node, course.outcome, earned))

@@ -21,7 +21,7 @@ from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.finish import finish_of
 from taskoffer.decision.fit import Subject, fit
 from taskoffer.decision.moments import later
-from taskoffer.decision.recipe import fit_of, requested_settings
+from taskoffer.decision.recipe import estimation_of, fit_of, requested_settings
 from taskoffer.decision.sizing import parameters_of
 from taskoffer.simulation.run import Outcome
 from taskoffer.simulation.task import Task
@@ -70,25 +70,32 @@ def settings_under(policy: CapacityPolicySpec | None, spec: TaskOfferSpec, gpus:
     return fits.effective if fits is not None else requested_settings(spec, policy)
 
 
-def duration_of(offer: TraceOffer, settings: Settings, gpus: int) -> float:
+def hardware_of(policy: CapacityPolicySpec) -> Estimation:
+    """Return what one unit of a policy's resource really is: a whole GPU, or its share of a GPU that is shared."""
+    return estimation_of(policy.model_copy(update={"estimation": REFERENCE})) or REFERENCE
+
+
+def duration_of(offer: TraceOffer, settings: Settings, gpus: int, hardware: Estimation = REFERENCE) -> float:
     """Return the seconds from the admission to the result, when nothing goes wrong."""
-    finish = finish_of(offer.spec, _parameters(offer.spec), settings, _DURATION, gpus)
+    finish = finish_of(offer.spec, _parameters(offer.spec), settings, hardware.duration or _DURATION, gpus)
     return finish.seconds * offer.truth.factor
 
 
-def course_of(offer: TraceOffer, settings: Settings, gpus: int, admitted: float) -> Course:
+def course_of(
+    offer: TraceOffer, settings: Settings, gpus: int, admitted: float, hardware: Estimation = REFERENCE
+) -> Course:
     """Return how a job goes that is admitted at a second of the trace.
 
     A job that is not done when its clock has run out is stopped then. One attempt is all that it has.
     """
     allowed = seconds_allowed(offer, admitted)
-    fitting, share = _fitting(offer.spec, settings, gpus), offer.truth.fails_after
+    fitting, share = _fitting(offer.spec, settings, gpus, hardware), offer.truth.fails_after
     if fitting is None:
         course = Course(_DURATION.start_seconds * offer.truth.factor, "failed")
     elif share is not None:
-        course = Course(duration_of(offer, fitting, gpus) * share, "failed")
+        course = Course(duration_of(offer, fitting, gpus, hardware) * share, "failed")
     else:
-        course = Course(duration_of(offer, fitting, gpus), "in-time")
+        course = Course(duration_of(offer, fitting, gpus, hardware), "in-time")
     return course if course.seconds <= allowed else Course(allowed, "late")
 
 
@@ -116,8 +123,8 @@ def tasks_of(trace: Trace, policy: CapacityPolicySpec | None = None) -> list[Tas
 
     Args:
         trace: The offers.
-        policy: Its training settings are used, its rules and GPU counts are not; absent uses the reference settings.
-            Offers that it has no settings for are left out.
+        policy: Its training settings are used, its rules and GPU counts are not, nor that it shares GPUs; absent uses
+            the reference settings. Offers that it has no settings for are left out.
 
     Returns:
         Offers that can be finished in time if they start as soon as they arrive, with every GPU count that does it.
@@ -151,11 +158,11 @@ def _seconds_in_time(offer: TraceOffer, policy: CapacityPolicySpec | None, gpus:
     return course.seconds if course.outcome == "in-time" else None
 
 
-def _fitting(spec: TaskOfferSpec, settings: Settings, gpus: int) -> Settings | None:
+def _fitting(spec: TaskOfferSpec, settings: Settings, gpus: int, hardware: Estimation) -> Settings | None:
     """Return the settings with which a job fits the memory there is, or None where not even one row does."""
     resolution = spec.dataset.image.resolution if spec.dataset.image else None
     subject = Subject.of(spec.model, _parameters(spec), spec.task_type, resolution)
-    found = fit(subject, settings, REFERENCE, gpus)
+    found = fit(subject, settings, hardware, gpus)
     return found.effective if found.fits else None
 
 

@@ -28,6 +28,8 @@ from taskoffer.api.v1alpha1.meta import (
     rule,
     rules,
 )
+from taskoffer.api.v1alpha1.queueing import NamespaceLimit, NodeSelector, Placement, Queue
+from taskoffer.api.v1alpha1.scoring import FIXED_TERMS, Scoring
 from taskoffer.api.v1alpha1.taskoffer import Architecture
 from taskoffer.api.v1alpha1.trainingjob import AttemptLimits, PodSettings
 
@@ -36,14 +38,6 @@ DEFAULT_POLICY_ANNOTATION = "taskoffer.dev/is-default-policy"
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 Parameters = Annotated[int, Field(ge=0, le=10**15, json_schema_extra={"format": "int64"})]
-
-
-class NodeSelector(WireModel):
-    """Which nodes the policy hands out: all whose labels match."""
-
-    match_labels: Annotated[dict[str, Annotated[str, StringConstraints(max_length=63)]], Field(max_length=16)] = Field(
-        default_factory=dict, description="Labels that a node must carry with these values."
-    )
 
 
 class ResourcePool(WireModel):
@@ -55,6 +49,20 @@ class ResourcePool(WireModel):
     counts: Annotated[tuple[GpuCount, ...], Field(min_length=1, max_length=4)] = Field(
         description="Counts that a task may get.", json_schema_extra={"x-kubernetes-list-type": "set"}
     )
+    units_per_gpu: Annotated[int, Field(ge=2, le=64)] | None = Field(
+        None,
+        description="Units that one GPU is shared out as (time-slicing replicas, MIG instances); a task then gets one "
+        "unit, and its share of memory and speed. Absent means whole GPUs.",
+    )
+
+    @model_validator(mode="after")
+    def _check_shared(self) -> ResourcePool:
+        if self.units_per_gpu is not None and self.counts != (1,):
+            raise ValueError(
+                f"resources[{self.name}].counts must be [1] with unitsPerGpu {self.units_per_gpu}: several units can "
+                "be parts of one GPU"
+            )
+        return self
 
 
 class FullMode(StrEnum):
@@ -77,6 +85,11 @@ class TaskTypeRule(WireModel):
     )
     lora_rank_factor: DecimalString | None = Field(None, description="Factor on the LoRA rank; default 1.")
     learning_rate_factor: DecimalString | None = Field(None, description="Factor on the learning rate; default 1.")
+    daily_floor: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        None,
+        description="Offers of this type that are to be admitted within 24 hours: while there are fewer, "
+        "filters.floorMinScore counts instead of minScore.",
+    )
 
 
 class FamilyRule(WireModel):
@@ -139,40 +152,21 @@ class Lane(WireModel):
     rules: Annotated[tuple[LaneRule, ...], Field(min_length=1, max_length=16)] = Field(
         description="What the lane takes; the first rule that matches counts.", json_schema_extra=ATOMIC_LIST
     )
-
-
-class TermName(StrEnum):
-    """The terms of a score. Each is a value from 0 to 1 that its weight scales."""
-
-    TASK_WEIGHT = "TaskWeight"
-    MODEL_PERFORMANCE = "ModelPerformance"
-    TASK_SUCCESS_RATE = "TaskSuccessRate"
-    TIME_EFFICIENCY = "TimeEfficiency"
-    SIZE_EFFICIENCY = "SizeEfficiency"
-    BONUS = "Bonus"
-
-
-class TermWeight(WireModel):
-    """The weight of a term, and for Bonus its value."""
-
-    name: TermName = Field(description="The term.")
-    weight: DecimalString = Field(description="Its weight.")
-    value: DecimalString | None = Field(None, description="Fixed value; only for Bonus, default 1.")
-
-
-class Scoring(WireModel):
-    """The score: the weighted sum of the terms, capped."""
-
-    terms: Annotated[tuple[TermWeight, ...], Field(min_length=1, max_length=6)] = Field(
-        description="The terms and their weights.", json_schema_extra=list_map("name")
+    borrow_from: Annotated[tuple[Label, ...], Field(max_length=15)] = Field(
+        (),
+        description="Lanes whose free GPUs its tasks may take when this one is booked and nobody waits there, in order "
+        "of preference.",
+        json_schema_extra=ATOMIC_LIST,
     )
-    cap: DecimalString | None = Field(None, description="Highest score; what is above it shows as a negative Cap term.")
 
 
 class Filters(WireModel):
     """Bounds that an offer must keep. A bound that is absent does not bind."""
 
     min_score: DecimalString | None = Field(None, description="The score must be greater than this.")
+    floor_min_score: DecimalString | None = Field(
+        None, description="minScore of task types below their dailyFloor; absent asks for no score then."
+    )
     max_time_limit_seconds: Annotated[int, Field(ge=1, json_schema_extra={"format": "int64"})] | None = Field(
         None, description="The time limit must be shorter than this."
     )
@@ -196,6 +190,8 @@ class GpuChoice(StrEnum):
 
     SIZE_CLASS = "SizeClass"
     FEWEST_GPU_HOURS = "FewestGpuHours"
+    EARLIEST_END = "EarliestEnd"
+    MOST_VALUE = "MostValue"
 
 
 class Retention(WireModel):
@@ -213,8 +209,9 @@ class CapacityPolicySpec(WireModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "self.scoring.terms.all(t, !has(t.value) || t.name == 'Bonus')",
-                "scoring.terms[].value is only for the term Bonus: remove it from the others",
+                "!has(self.scoring.terms) || self.scoring.terms.all(t, !has(t.value) || t.name in "
+                f"{sorted(term.value for term in FIXED_TERMS)})",
+                "scoring.terms[].value is only for the terms Bonus and AccuracyBonus: remove it from the others",
                 field_path=".scoring.terms",
             ),
             rule(
@@ -247,9 +244,16 @@ class CapacityPolicySpec(WireModel):
     )
     gpu_choice: GpuChoice | None = Field(
         None,
-        description="SizeClass (default), or FewestGpuHours: of the counts with which the task is predicted to fit and "
-        "to end in time the one that takes the fewest GPU-hours; the size class's count where nothing is predicted.",
+        description="SizeClass (default); or of the counts with which the task is predicted to fit and to end in time "
+        "FewestGpuHours, the one that takes the fewest GPU-hours, EarliestEnd, the one that ends first, now or after "
+        "running jobs have ended, or MostValue, the one of the highest expected value for each GPU-hour. Where "
+        "nothing is predicted it is the size class's count.",
     )
+    queue: Queue | None = Field(None, description="In which order offers are admitted; absent goes by score and age.")
+    namespaces: Annotated[tuple[NamespaceLimit, ...], Field(max_length=256)] = Field(
+        (), description="Limits of namespaces; one that is not listed has none.", json_schema_extra=list_map("name")
+    )
+    placement: Placement | None = Field(None, description="Which of the nodes that fit is taken.")
     estimation: Estimation | None = Field(
         None, description="How memory is predicted; absent takes every offer to fit, with the settings as they stand."
     )
@@ -288,6 +292,26 @@ class CapacityPolicySpec(WireModel):
                         f"lanes[{lane.name}] gives {item.gpus_per_task} GPUs per task but has only "
                         f"{lane.gpus}: raise gpus or lower gpusPerTask"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_references(self) -> CapacityPolicySpec:
+        lanes = {lane.name for lane in self.lanes}
+        for lane in self.lanes:
+            for other in lane.borrow_from:
+                if other not in lanes or other == lane.name:
+                    raise ValueError(f"lanes[{lane.name}].borrowFrom names {other}: name another lane of the policy")
+        known = self.queue.priorities if self.queue is not None else ()
+        for limit in self.namespaces:
+            if limit.highest_priority is not None and limit.highest_priority not in known:
+                raise ValueError(
+                    f"namespaces[{limit.name}].highestPriority {limit.highest_priority} is not one of "
+                    f"queue.priorities {list(known)}"
+                )
+        if self.gpu_choice is GpuChoice.MOST_VALUE and self.scoring.expected_value is None:
+            raise ValueError("gpuChoice MostValue needs scoring.expectedValue: set it or choose FewestGpuHours")
+        if self.scoring.expected_value is not None and (self.estimation is None or self.estimation.duration is None):
+            raise ValueError("scoring.expectedValue needs predicted times: set estimation.duration")
         return self
 
     @model_validator(mode="after")
@@ -369,7 +393,7 @@ class CapacityPolicyStatus(WireModel):
     conditions: Conditions = Field((), description="Ready and Linted.")
     active_spec: CapacityPolicySpec | None = Field(None, description="The last valid spec: the one in force.")
     active_generation: Annotated[int, Field(ge=0)] | None = Field(None, description="Generation of activeSpec.")
-    findings: Annotated[tuple[LintFinding, ...], Field(max_length=32)] = Field(
+    lint: Annotated[tuple[LintFinding, ...], Field(max_length=32)] = Field(
         (), description="Lint findings.", json_schema_extra=ATOMIC_LIST
     )
     capacity: Capacity | None = Field(None, description="GPUs and offers.")

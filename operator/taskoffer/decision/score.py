@@ -1,0 +1,101 @@
+"""The score of an offer: the weighted sum of a policy's terms, or the expected value for each GPU-hour."""
+
+from __future__ import annotations
+
+from decimal import ROUND_HALF_UP, Decimal
+from functools import lru_cache
+
+from taskoffer.api.v1alpha1.scoring import TermName
+from taskoffer.api.v1alpha1.taskoffer import ExplanationItem
+from taskoffer.decision.facts import Facts
+from taskoffer.decision.value import expectation_of
+from taskoffer.decision.verdict import Score
+
+PLACES = Decimal("0.0001")
+"""Scores have four decimal places."""
+_HIGHEST = Decimal("99999999.9999")
+"""The most that status.score can hold."""
+
+
+def score_of(facts: Facts) -> Score | None:
+    """Return the offer's score and its terms, which sum to it; None when the offer lacks what a term needs."""
+    items = _expected_terms(facts) if facts.policy.scoring.expected_value is not None else _weighted_terms(facts)
+    if items is None:
+        return None
+    total = sum((Decimal(item.value) for item in items), Decimal(0))
+    cap = facts.policy.scoring.cap
+    highest = min(Decimal(cap), _HIGHEST) if cap is not None else _HIGHEST
+    if total > highest:
+        excess = (highest - total).quantize(PLACES)
+        message = f"the policy caps scores at {cap}" if highest < _HIGHEST else f"no score can be above {_HIGHEST}"
+        items.append(ExplanationItem(type="Term", name="Cap", value=str(excess), message=message))
+        total += excess
+    elif total < 0:
+        items.append(ExplanationItem(type="Term", name="Floor", value=str(-total), message="no score is below 0"))
+        total = Decimal(0)
+    return Score(total.quantize(PLACES), tuple(items))
+
+
+def _weighted_terms(facts: Facts) -> list[ExplanationItem] | None:
+    values = _term_values(facts)
+    if values is None:
+        return None
+    items: list[ExplanationItem] = []
+    for term in facts.policy.scoring.terms:
+        value = values[term.name]
+        if term.table:
+            value = term.at(_input_of(term.name, facts))
+        elif term.value is not None:
+            value = Decimal(term.value)
+        part = (Decimal(term.weight) * value).quantize(PLACES, ROUND_HALF_UP)
+        items.append(_term(term.name.value, str(part), f"{term.weight} x {value.normalize():f}"))
+    return items
+
+
+def _expected_terms(facts: Facts) -> list[ExplanationItem] | None:
+    scoring, finish = facts.policy.scoring.expected_value, facts.prediction.finish if facts.prediction else None
+    if scoring is None or finish is None or facts.task is None or facts.parameters is None:
+        return None
+    success = Decimal(facts.task.success_rate)
+    expected = expectation_of(facts.spec, facts.task, facts.parameters, finish, scoring, success)
+    odds = f"{expected.in_time:.2f} in time x {expected.success:.2f} success"
+    hours = f"{expected.gpu_hours:.3g} GPU-hours"
+    return [
+        _term("ExpectedGain", str(expected.gain), f"{odds} x value {expected.value:.3g} / {hours}"),
+        _term("ExpectedLoss", str(expected.loss), f"-(1 - {expected.probability:.2f}) x {scoring.penalty} / {hours}"),
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _term(name: str, value: str, message: str) -> ExplanationItem:
+    """Return a term of a score. Offers of a queue share most of theirs, and the values are immutable."""
+    return ExplanationItem(type="Term", name=name, value=value, message=message)
+
+
+def _input_of(term: TermName, facts: Facts) -> Decimal:
+    """Return what a term's table goes over."""
+    if term is TermName.TIME_EFFICIENCY:
+        return Decimal(facts.spec.time_limit_seconds) / 3600
+    if term is TermName.SIZE_EFFICIENCY:
+        return Decimal(facts.parameters or 0) / 10**9
+    return Decimal(facts.gpus or 0)
+
+
+def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:
+    family_rate = facts.family.success_rate if facts.family else facts.policy.filters.unknown_family
+    if facts.task is None or facts.size is None or family_rate is None:
+        return None
+    longest = facts.policy.filters.max_time_limit_seconds
+    if longest is None:
+        time_efficiency = Decimal(1)
+    else:
+        time_efficiency = max(Decimal(0), 1 - Decimal(facts.spec.time_limit_seconds) / longest).quantize(PLACES)
+    return {
+        TermName.TASK_WEIGHT: Decimal(facts.task.weight),
+        TermName.MODEL_PERFORMANCE: Decimal(family_rate),
+        TermName.TASK_SUCCESS_RATE: Decimal(facts.task.success_rate),
+        TermName.TIME_EFFICIENCY: time_efficiency,
+        TermName.SIZE_EFFICIENCY: Decimal(facts.size.size_efficiency),
+        TermName.BONUS: Decimal(1),
+        TermName.ACCURACY_BONUS: Decimal(1),
+    }

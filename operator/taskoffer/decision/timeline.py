@@ -1,0 +1,101 @@
+"""The predicted timeline: when so many GPUs are free together, from when running jobs are predicted to end.
+
+It knows nothing of offers that will come, nor of a lower one that is admitted in between, so that what it says is the
+earliest start as things stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from taskoffer.decision.ledger import Ledger, NodeView, Release
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is to be free together: GPUs on one node, and room within the limits of the policy."""
+
+    gpus: int
+    policy: str
+    lane: str | None = None
+    lane_gpus: int = 0
+    """GPUs of the lane."""
+    namespace: str | None = None
+    namespace_gpus: int = 0
+    """GPUs that the namespace may hold."""
+    slots: int | None = None
+    """Jobs that the policy lets run at a time; None does not bind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """When and where something can start."""
+
+    at: datetime
+    node: str
+    left: int
+    """GPUs that stay free on the node then."""
+    after: str = ""
+    """Whose end it waits for."""
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Bookings as they are now and as they are predicted to end, in order."""
+
+    now: datetime
+    ledger: Ledger
+    releases: Sequence[Release]
+    started: list[Release] = field(default_factory=list)
+    """What the cycle has admitted so far."""
+
+    def start(self, release: Release) -> None:
+        """Take in a booking that has been made just now."""
+        self.started.append(release)
+
+    def opening(self, demand: Demand, nodes: Sequence[NodeView]) -> Opening | None:
+        """Return when the demand can be met first, or None where no prediction says so."""
+        ledger, fitting = self.ledger, {n.name: n for n in nodes if n.ready and n.allocatable >= demand.gpus}
+        free = {name: ledger.free(node) for name, node in fitting.items()}
+        lane = demand.lane_gpus - ledger.lane_used(demand.policy, demand.lane) if demand.lane is not None else None
+        quota = (
+            demand.namespace_gpus - ledger.held_by(demand.policy, demand.namespace)
+            if demand.namespace is not None
+            else None
+        )
+        slots = demand.slots - ledger.running(demand.policy) if demand.slots is not None else None
+        moment, after = self.now, ""
+        pending = iter(sorted((*self.releases, *self.started), key=lambda r: (self._end_of(r), r.holder, r.node)))
+        while True:
+            if (
+                (lane is None or lane >= demand.gpus)
+                and (quota is None or quota >= demand.gpus)
+                and (slots is None or slots > 0)
+            ):
+                best = min((n for n in free if free[n] >= demand.gpus), key=lambda n: (free[n], n), default=None)
+                if best is not None:
+                    return Opening(moment, best, free[best] - demand.gpus, after)
+            release = next(pending, None)
+            if release is None:
+                return None
+            moment, after = self._end_of(release), release.name
+            if release.node in free:
+                free[release.node] += release.count
+            if release.policy == demand.policy:
+                if lane is not None and release.lane == demand.lane:
+                    lane += release.count
+                if quota is not None and release.namespace == demand.namespace:
+                    quota += release.count
+                if slots is not None:
+                    slots += 1
+
+    def _end_of(self, release: Release) -> datetime:
+        """Return when a booking ends: as predicted, and once that is past, in as long again as it is overdue."""
+        if release.ends > self.now:
+            return release.ends
+        return self.now + max(_SOON, self.now - release.ends)
+
+
+_SOON = timedelta(minutes=1)

@@ -1,0 +1,61 @@
+"""When running jobs are predicted to end: what their trainers say, else what was predicted at the admission."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from taskoffer.api.v1alpha1.taskoffer import Admission
+from taskoffer.decision.evaluate import evaluate
+from taskoffer.decision.ledger import Release
+from taskoffer.decision.moments import later
+from taskoffer.decision.snapshot import PolicyView
+from taskoffer.reconcile.views import OfferEntry, OfferState
+
+if TYPE_CHECKING:
+    from taskoffer.reconcile.world import World
+
+
+def releases(world: World, policies: Mapping[str, PolicyView]) -> tuple[Release, ...]:
+    """Return the predicted end of every booking of an offer; foreign pods end nobody knows when."""
+    found: list[Release] = []
+    for entry in world.by_state[OfferState.HOLDING].values():
+        if entry.admission is not None:
+            ends = _end_of(world, entry, entry.admission, policies)
+            found.extend(_of(entry, entry.admission, ends))
+    for uid, assumed in world.assumed.items():
+        pending = world.offers.get(uid)
+        if pending is not None:
+            found.extend(_of(pending, assumed.admission, _predicted(pending, assumed.admission, policies)))
+    return tuple(found)
+
+
+def _of(entry: OfferEntry, admission: Admission, ends: datetime) -> list[Release]:
+    policy, namespace = admission.policy_ref.name, entry.key.namespace
+    return [
+        Release(entry.uid, part.node_name, part.count, ends, policy, part.lane, namespace, str(entry.key))
+        for part in admission.assignments
+    ]
+
+
+def _end_of(world: World, entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]) -> datetime:
+    """Return what the trainer says is left, from when it said so; else what was predicted."""
+    job = world.jobs_by_key.get(entry.job_key)
+    told = job.job.status.trainer_status if job is not None and job.job is not None else None
+    if told is not None and told.estimated_remaining_seconds is not None and told.last_updated_time is not None:
+        return later(told.last_updated_time, told.estimated_remaining_seconds)
+    return _predicted(entry, admission, policies)
+
+
+def _predicted(entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]) -> datetime:
+    """Return the end that was predicted at the admission, at the latest the deadline. Computed once."""
+    if entry.predicted_end is None:
+        policy, spec = policies.get(admission.policy_ref.name), entry.read_spec()[0]
+        seconds = float(spec.time_limit_seconds) if spec is not None else 0.0
+        if policy is not None and policy.spec is not None and spec is not None:
+            counted = spec.model_copy(update={"gpu_count": admission.assignments[0].count})
+            seconds = evaluate(counted, policy.spec, entry.key.namespace).occupies
+        ends = admission.decided_at + timedelta(seconds=seconds)
+        entry.predicted_end = min(ends, admission.deadline) if admission.deadline is not None else ends
+    return entry.predicted_end
