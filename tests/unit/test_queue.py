@@ -332,6 +332,28 @@ def test_what_the_owner_says_an_offer_is_worth_counts_before_the_formula() -> No
     assert set(places(made)) == {"dear"}
 
 
+@pytest.mark.parametrize(("urgency", "wanted"), [(None, "dear"), (1, "soon"), (1800, "soon"), (100_000, "dear")])
+def test_with_an_urgency_an_offer_whose_wait_ends_soon_goes_before_a_dearer_one_that_can_wait(
+    urgency: int | None, wanted: str
+) -> None:
+    pending = [
+        offer("dear", **TASK, spec={"value": "20"}, expires_at=rfc3339(at(7200))),
+        offer("soon", **TASK, spec={"value": "10"}, expires_at=rfc3339(at(60))),
+    ]
+    rules = earning(scoring={"terms": None, "expectedValue": {"urgencySeconds": urgency}})
+    assert set(places(cycle(pending, policies=[rules], claims=[claim("x", count=7)]))) == {wanted}
+
+
+def test_an_offer_without_an_end_goes_before_those_whose_wait_ends_later_than_eight_urgencies_after_it_came() -> None:
+    rules = earning(scoring={"terms": None, "expectedValue": {"urgencySeconds": 1800}})
+    for waited, wanted in ((0, "next"), (4 * 3600, "calm")):
+        pending = [
+            offer("calm", **TASK, created=at(-waited)),
+            offer("next", **TASK, created=at(0), expires_at=rfc3339(at(3600))),
+        ]
+        assert set(places(cycle(pending, policies=[rules], claims=[claim("x", count=7)]))) == {wanted}
+
+
 def test_an_expected_loss_is_shown_as_a_floor_so_that_the_terms_sum_to_the_score() -> None:
     answer = decide(offer(**TASK, spec={"value": "0.01"}), policies=[earning()]).answer
     terms = {item.name: Decimal(item.value) for item in answer.explanation if item.type == "Term"}

@@ -63,6 +63,8 @@ class Evaluation:
     """Seconds for which its GPUs are held: as predicted, else as long as its time limit."""
     priority: Priority | None = None
     """None where the policy knows no priorities: then deadlines do not order its offers either."""
+    urgency: int | None = None
+    """Seconds left to an offer that discount its score by e in the order; None where the order goes by the score."""
     quota: str | None = None
     """The offer's namespace, where the policy limits its GPUs."""
     borrows_from: tuple[str, ...] = ()
@@ -116,6 +118,7 @@ def evaluate(
         seconds=facts.prediction.seconds if facts.prediction is not None else 0.0,
         occupies=finish.seconds if finish is not None else float(spec.time_limit_seconds),
         priority=_priority(facts),
+        urgency=policy.scoring.expected_value.urgency_seconds if policy.scoring.expected_value else None,
         quota=namespace if facts.limit is not None and facts.limit.gpus is not None else None,
         borrows_from=facts.lane.borrow_from if facts.lane else (),
         options=tuple(

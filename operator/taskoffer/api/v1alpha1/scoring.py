@@ -98,10 +98,10 @@ class ExpectedValue(WireModel):
         "0.15",
         description="Standard deviation of the logarithm of measured over predicted time: how sure a prediction is.",
     )
-    horizon_seconds: Annotated[int, Field(ge=0, le=604_800)] = Field(
-        0,
-        description="How far ahead orders of the waiting offers are tried out on the predicted timeline; "
-        "0 takes them by value for each GPU-hour.",
+    urgency_seconds: Annotated[int, Field(ge=1, le=604_800)] | None = Field(
+        None,
+        description="How soon the end of an offer's wait counts: of two offers the one goes first whose value for each "
+        "GPU-hour is higher, discounted by e for each such time that is left to it. Absent goes by value alone.",
     )
 
     @model_validator(mode="after")
