@@ -177,6 +177,14 @@ def test_the_seven_families_are_taken_at_their_success_rates(preset: str, model:
     assert Reason.MODEL_FAMILY_NOT_ACCEPTED not in reasons(preset, model=model)
 
 
+@pytest.mark.parametrize(
+    ("model", "architecture"), [("stabilityai/stable-diffusion-xl-base-1.0", "sdxl"), ("x/FLUX.1-dev", "flux")]
+)
+def test_every_preset_takes_the_image_models_once_their_size_is_given(model: str, architecture: str) -> None:
+    fields = {"task_type": "Image", "model": model, "architecture": architecture, "parameters": 3 * BILLION}
+    assert {preset: reasons(preset, **fields) for preset in WRITTEN} == {preset: set() for preset in WRITTEN}
+
+
 def test_the_first_document_refuses_other_families() -> None:
     assert reasons(H100, model="tiiuae/falcon-7b") == {Reason.MODEL_FAMILY_NOT_ACCEPTED}
 
