@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -88,3 +89,44 @@ def test_what_is_expected_to_cost_more_than_it_earns_is_refused() -> None:
 def test_the_gpus_by_size_count_where_nothing_is_predicted() -> None:
     found = {b: judged(model="x/llama", parameters=b * BILLION).gpus for b in (4, 12, 40, 41)}
     assert found == {4: 1, 12: 2, 40: 4, 41: 8}
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "explanation" / "expected-value.md"
+
+
+def example_rows() -> list[str]:
+    """Return the rows of the page's example, from the formulas that stand above it there."""
+    rows = []
+    for gpus in (1, 2, 4, 8):
+        hours = seconds_of(300_000, gpus) / 3600
+        in_time = NormalDist().cdf(math.log(6 / hours) / 0.15)
+        chance, taken = 0.95 * in_time, gpus * hours
+        gain, loss = chance * 2 * math.sqrt(6 * 8.03) * 0.35 / taken, -(1 - chance) / taken
+        rows.append(
+            f"| {gpus} | {hours:.2f} h | {in_time:.3f} | {chance:.3f} | {taken:.2f} | {gain:.4f} | {loss:.4f} | "
+            f"{gain + loss:.4f} |"
+        )
+    return rows
+
+
+def test_the_pages_example_follows_from_its_formulas_and_is_what_the_program_says() -> None:
+    shown = [
+        line
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if line.startswith(("| 1 |", "| 2 |", "| 4 |", "| 8 |"))
+    ]
+    assert shown == example_rows()
+    for row in shown:
+        gpus, *_, gain, loss, total = row.strip("| ").split(" | ")
+        score = judged(**LLAMA, rows=300_000, hours=6, gpus=int(gpus)).score
+        assert score is not None
+        assert [float(term.value) for term in score.terms] == pytest.approx([float(gain), float(loss)], abs=1.01e-4)
+        assert float(score.total) == pytest.approx(float(total), abs=1.01e-4)
+    assert judged(**LLAMA, rows=300_000, hours=6).gpus == 2
+
+
+def test_what_nothing_is_predicted_of_has_no_score_and_is_not_refused_for_it() -> None:
+    found = judged(**LLAMA, hours=6)
+    assert found.score is None
+    assert found.rank == 0
+    assert found.refusals == ()
