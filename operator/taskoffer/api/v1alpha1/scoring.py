@@ -68,6 +68,10 @@ class TermWeight(WireModel):
     def _check_table(self) -> TermWeight:
         if self.table and self.name not in TABLE_TERMS:
             raise ValueError(f"scoring.terms[{self.name.value}].table: this term has no table; remove it")
+        if self.value is not None and self.name not in FIXED_TERMS:
+            raise ValueError(
+                f"scoring.terms[{self.name.value}].value: only Bonus and AccuracyBonus have one; remove it"
+            )
         if self.table and self.value is not None:
             raise ValueError(f"scoring.terms[{self.name.value}]: set either value or table")
         bounds = [step.below for step in self.table]
@@ -108,7 +112,8 @@ class ExpectedValue(WireModel):
     def _check(self) -> ExpectedValue:
         if Decimal(self.min_billions) > Decimal(self.max_billions):
             raise ValueError(
-                f"scoring.expectedValue: minBillions {self.min_billions} is above maxBillions {self.max_billions}"
+                f"scoring.expectedValue: minBillions {self.min_billions} is above maxBillions {self.max_billions}: "
+                "lower the one or raise the other"
             )
         if not 0 < Decimal(self.duration_spread) <= 2:
             raise ValueError(
