@@ -25,6 +25,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import (
 )
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
 from taskoffer.decision.finish import duration_text
+from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Group, Learned, group_of
 from taskoffer.decision.prediction import Prediction, estimates_of, fewest_gpu_hours, predict, refusals_of
 from taskoffer.decision.sizing import billions, family_of, parameters_of, size_class_of
 from taskoffer.decision.verdict import Refusal, Score
@@ -49,6 +50,9 @@ class Facts:
     chosen: int | None = None
     """The count with the fewest GPU-hours, where the policy wants that one."""
     prediction: Prediction | None = None
+    learned: Learned = NOTHING
+    known: Estimate = UNKNOWN
+    """What outcomes have shown of tasks like this one."""
 
     @property
     def gpus(self) -> int | None:
@@ -86,11 +90,13 @@ class Evaluation:
     """What the task is predicted to take, with the reserve; 0 where nothing is predicted."""
     ttl: int | None = None
     """Seconds after its creation in which the offer is to be admitted."""
+    group: Group | None = None
+    """Whose outcomes it rests on; None where the policy does not learn."""
 
 
-def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Evaluation:
-    """Filter and score an offer under a policy."""
-    facts = _gather(spec, policy)
+def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec, learned: Learned = NOTHING) -> Evaluation:
+    """Filter and score an offer under a policy and what that has learned."""
+    facts = _gather(spec, policy, learned)
     refusals = [refusal for check in _FILTERS for refusal in check(facts)]
     score = score_of(facts)
     if score is not None:
@@ -105,10 +111,11 @@ def evaluate(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Evaluation:
         estimates=estimates_of(facts.prediction),
         ttl=policy.filters.offer_ttl_seconds,
         seconds=facts.prediction.seconds if facts.prediction is not None else 0.0,
+        group=group_of(spec, policy) if policy.learning is not None else None,
     )
 
 
-def _gather(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Facts:
+def _gather(spec: TaskOfferSpec, policy: CapacityPolicySpec, learned: Learned) -> Facts:
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
     size = size_class_of(parameters, policy.size_classes) if parameters is not None else None
     lane, lane_rule = _lane_of(spec, size, policy)
@@ -121,14 +128,16 @@ def _gather(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Facts:
         size=size,
         lane=lane,
         lane_rule=lane_rule,
+        learned=learned,
     )
     if facts.size is None or facts.task is None:
         return facts
     if policy.gpu_choice is GpuChoice.FEWEST_GPU_HOURS and spec.gpu_count is None and lane_rule is None:
-        facts = replace(facts, chosen=fewest_gpu_hours(spec, policy))
+        facts = replace(facts, chosen=fewest_gpu_hours(spec, policy, learned))
     if facts.gpus is None:
         return facts
-    return replace(facts, prediction=predict(spec, policy, facts.gpus))
+    known = learned.about(spec, policy, facts.gpus)
+    return replace(facts, prediction=predict(spec, policy, facts.gpus, learned), known=known)
 
 
 def _lane_of(
@@ -256,7 +265,7 @@ def _check_gpus(facts: Facts) -> Iterator[Refusal]:
 def _check_prediction(facts: Facts) -> Iterator[Refusal]:
     lane_gpus = facts.lane.gpus if facts.lane is not None else None
     if facts.prediction is not None and facts.gpus is not None:
-        yield from refusals_of(facts.prediction, facts.spec, facts.policy, facts.gpus, lane_gpus)
+        yield from refusals_of(facts.prediction, facts.spec, facts.policy, facts.gpus, lane_gpus, facts.learned)
 
 
 def _check_score(facts: Facts, score: Score) -> Iterator[Refusal]:
@@ -290,7 +299,8 @@ def score_of(facts: Facts) -> Score | None:
         value = Decimal(term.value) if term.value is not None else values[term.name]
         part = (Decimal(term.weight) * value).quantize(_PLACES, ROUND_HALF_UP)
         total += part
-        items.append(_term(term.name.value, str(part), f"{term.weight} x {value.normalize():f}"))
+        basis = _success_basis(facts) if term.name is TermName.TASK_SUCCESS_RATE else ""
+        items.append(_term(term.name.value, str(part), f"{term.weight} x {value.normalize():f}{basis}"))
     cap = facts.policy.scoring.cap
     highest = min(Decimal(cap), _HIGHEST) if cap is not None else _HIGHEST
     if total > highest:
@@ -299,6 +309,13 @@ def score_of(facts: Facts) -> Score | None:
         items.append(ExplanationItem(type="Term", name="Cap", value=str(excess), message=message))
         total += excess
     return Score(total.quantize(_PLACES), tuple(items))
+
+
+def _success_basis(facts: Facts) -> str:
+    """Say what a success rate was made of, where outcomes have changed it."""
+    if facts.known.judged == 0 or facts.task is None:
+        return ""
+    return f" (policy {facts.task.success_rate}, {facts.known.successes} of {facts.known.judged} succeeded)"
 
 
 @lru_cache(maxsize=4096)
@@ -319,7 +336,7 @@ def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:
     return {
         TermName.TASK_WEIGHT: Decimal(facts.task.weight),
         TermName.MODEL_PERFORMANCE: Decimal(family_rate),
-        TermName.TASK_SUCCESS_RATE: Decimal(facts.task.success_rate),
+        TermName.TASK_SUCCESS_RATE: facts.learned.success_rate(facts.known, Decimal(facts.task.success_rate)),
         TermName.TIME_EFFICIENCY: time_efficiency,
         TermName.SIZE_EFFICIENCY: Decimal(facts.size.size_efficiency),
         TermName.BONUS: Decimal(1),

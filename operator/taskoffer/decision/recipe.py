@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, scaled_lora, scaled_train
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
@@ -29,8 +31,12 @@ def requested_settings(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Setti
     )
 
 
-def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | None:
+def fit_of(
+    spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, memory_factor: Decimal = Decimal(1)
+) -> Fit | None:
     """Return how the offer fits so many GPUs of one node, or None where the policy does not estimate.
+
+    ``memory_factor`` is what outcomes have shown every need to be a multiple of.
 
     Raises:
         ValueError: as :func:`requested_settings`.
@@ -40,4 +46,4 @@ def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | 
         return None
     resolution = spec.dataset.image.resolution if spec.dataset.image else None
     subject = Subject.of(spec.model, parameters, spec.task_type, resolution)
-    return fit(subject, requested_settings(spec, policy), policy.estimation, gpus)
+    return fit(subject, requested_settings(spec, policy), policy.estimation, gpus, memory_factor)
