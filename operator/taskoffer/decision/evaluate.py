@@ -18,6 +18,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
 from taskoffer.decision.facts import Facts, gather
 from taskoffer.decision.finish import duration_text
+from taskoffer.decision.outcomes import NOTHING, Group, Learned, group_of
 from taskoffer.decision.prediction import estimates_of, refusals_of
 from taskoffer.decision.score import PLACES, score_of
 from taskoffer.decision.sizing import billions
@@ -76,6 +77,9 @@ class Evaluation:
     floor: tuple[int, Decimal | None] | None = None
     """Admissions of its task type within a day below which another score suffices, and that score."""
 
+    group: Group | None = None
+    """Whose outcomes it rests on; None where the policy does not learn."""
+
     def in_lane(self, lane: str) -> Evaluation:
         """Return the same for another lane."""
         return replace(self, lane=lane)
@@ -89,6 +93,7 @@ def evaluate(
     spec: TaskOfferSpec,
     policy: CapacityPolicySpec,
     namespace: str = "",
+    learned: Learned = NOTHING,
     *,
     served: frozenset[TaskType] = SERVED_TASK_TYPES,
 ) -> Evaluation:
@@ -98,9 +103,10 @@ def evaluate(
         spec: The offer.
         policy: The policy.
         namespace: The offer's namespace, which the policy may limit.
+        learned: What the policy has learned from finished jobs.
         served: Task types that a trainer has a method for; a simulation may ask what if there were more.
     """
-    facts = replace(gather(spec, policy, namespace), served=served)
+    facts = replace(gather(spec, policy, namespace, learned), served=served)
     refusals = [refusal for check in _FILTERS for refusal in check(facts)]
     score = score_of(facts)
     if score is not None:
@@ -128,6 +134,7 @@ def evaluate(
         ),
         reserves=_reserves(facts),
         floor=_floor(facts),
+        group=group_of(spec, policy) if policy.learning is not None else None,
     )
 
 
@@ -287,7 +294,7 @@ def _check_gpus(facts: Facts) -> Iterator[Refusal]:
 def _check_prediction(facts: Facts) -> Iterator[Refusal]:
     lane_gpus = facts.lane.gpus if facts.lane is not None else None
     if facts.prediction is not None and facts.gpus is not None:
-        yield from refusals_of(facts.prediction, facts.spec, facts.policy, facts.gpus, lane_gpus)
+        yield from refusals_of(facts.prediction, facts.spec, facts.policy, facts.gpus, lane_gpus, facts.learned)
 
 
 def _check_score(facts: Facts, score: Score) -> Iterator[Refusal]:

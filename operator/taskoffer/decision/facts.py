@@ -18,6 +18,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import (
 )
 from taskoffer.api.v1alpha1.queueing import NamespaceLimit
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
+from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Learned
 from taskoffer.decision.prediction import Prediction, fewest_gpu_hours, holding_counts, predict
 from taskoffer.decision.sizing import family_of, parameters_of, size_class_of
 from taskoffer.decision.value import most_valuable
@@ -42,6 +43,9 @@ class Facts:
     options: tuple[tuple[int, Prediction], ...] = ()
     """Counts among which the cycle may choose, with what is predicted on them."""
     prediction: Prediction | None = None
+    learned: Learned = NOTHING
+    known: Estimate = UNKNOWN
+    """What outcomes have shown of tasks like this one."""
     served: frozenset[TaskType] = SERVED_TASK_TYPES
     """Task types that a trainer has a method for."""
 
@@ -65,8 +69,8 @@ class Facts:
         return size_class_of(effective, self.policy.size_classes) or self.size
 
 
-def gather(spec: TaskOfferSpec, policy: CapacityPolicySpec, namespace: str) -> Facts:
-    """Find out what the policy knows about an offer of a namespace."""
+def gather(spec: TaskOfferSpec, policy: CapacityPolicySpec, namespace: str, learned: Learned) -> Facts:
+    """Find out what the policy knows, and has learned, about an offer of a namespace."""
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
     size = size_class_of(parameters, policy.size_classes) if parameters is not None else None
     lane, lane_rule = _lane_of(spec, size, policy)
@@ -79,6 +83,7 @@ def gather(spec: TaskOfferSpec, policy: CapacityPolicySpec, namespace: str) -> F
         size=size,
         lane=lane,
         lane_rule=lane_rule,
+        learned=learned,
         limit=next((n for n in policy.namespaces if n.name == namespace), None),
     )
     if facts.size is None or facts.task is None:
@@ -87,19 +92,22 @@ def gather(spec: TaskOfferSpec, policy: CapacityPolicySpec, namespace: str) -> F
         facts = _choose(facts)
     if facts.gpus is None:
         return facts
-    return replace(facts, prediction=predict(spec, policy, facts.gpus))
+    known = learned.about(spec, policy, facts.gpus)
+    return replace(facts, prediction=predict(spec, policy, facts.gpus, learned), known=known)
 
 
 def _choose(facts: Facts) -> Facts:
     """Choose the number of GPUs where neither the offer nor a lane says it."""
     spec, policy = facts.spec, facts.policy
     if policy.gpu_choice is GpuChoice.FEWEST_GPU_HOURS:
-        return replace(facts, chosen=fewest_gpu_hours(spec, policy))
+        return replace(facts, chosen=fewest_gpu_hours(spec, policy, facts.learned))
     if policy.gpu_choice is GpuChoice.MOST_VALUE:
-        return replace(facts, chosen=most_valuable(spec, policy))
+        return replace(facts, chosen=most_valuable(spec, policy, facts.learned))
     if policy.gpu_choice is GpuChoice.EARLIEST_END:
         most = facts.limit.gpus if facts.limit is not None else None
-        found = tuple((gpus, it) for gpus, it in holding_counts(spec, policy) if most is None or gpus <= most)
+        found = tuple(
+            (gpus, it) for gpus, it in holding_counts(spec, policy, facts.learned) if most is None or gpus <= most
+        )
         # The smallest count stands for the offer as long as nothing is free for it.
         return replace(facts, chosen=min((gpus for gpus, _ in found), default=None), options=found)
     return facts

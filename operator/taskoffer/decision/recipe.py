@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from functools import lru_cache
 
 from taskoffer.api.quantity import whole
@@ -33,8 +34,12 @@ def requested_settings(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Setti
     )
 
 
-def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | None:
+def fit_of(
+    spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, memory_factor: Decimal = Decimal(1)
+) -> Fit | None:
     """Return how the offer fits so many GPUs of one node, or None where the policy does not estimate.
+
+    ``memory_factor`` is what outcomes have shown every need to be a multiple of.
 
     Raises:
         ValueError: as :func:`requested_settings`.
@@ -45,7 +50,7 @@ def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | 
         return None
     resolution = spec.dataset.image.resolution if spec.dataset.image else None
     subject = Subject.of(spec.model, parameters, spec.task_type, resolution)
-    return fit(subject, requested_settings(spec, policy), estimation, gpus)
+    return fit(subject, requested_settings(spec, policy), estimation, gpus, memory_factor)
 
 
 def estimation_of(policy: CapacityPolicySpec) -> Estimation | None:

@@ -48,7 +48,8 @@ def _weighted_terms(facts: Facts) -> list[ExplanationItem] | None:
         elif term.value is not None:
             value = Decimal(term.value)
         part = (Decimal(term.weight) * value).quantize(PLACES, ROUND_HALF_UP)
-        items.append(_term(term.name.value, str(part), f"{term.weight} x {value.normalize():f}"))
+        basis = _success_basis(facts) if term.name is TermName.TASK_SUCCESS_RATE else ""
+        items.append(_term(term.name.value, str(part), f"{term.weight} x {value.normalize():f}{basis}"))
     return items
 
 
@@ -56,14 +57,21 @@ def _expected_terms(facts: Facts) -> list[ExplanationItem] | None:
     scoring, finish = facts.policy.scoring.expected_value, facts.prediction.finish if facts.prediction else None
     if scoring is None or finish is None or facts.task is None or facts.parameters is None:
         return None
-    success = Decimal(facts.task.success_rate)
+    success = facts.learned.success_rate(facts.known, Decimal(facts.task.success_rate))
     expected = expectation_of(facts.spec, facts.task, facts.parameters, finish, scoring, success)
-    odds = f"{expected.in_time:.2f} in time x {expected.success:.2f} success"
+    odds = f"{expected.in_time:.2f} in time x {expected.success:.2f} success{_success_basis(facts)}"
     hours = f"{expected.gpu_hours:.3g} GPU-hours"
     return [
         _term("ExpectedGain", str(expected.gain), f"{odds} x value {expected.value:.3g} / {hours}"),
         _term("ExpectedLoss", str(expected.loss), f"-(1 - {expected.probability:.2f}) x {scoring.penalty} / {hours}"),
     ]
+
+
+def _success_basis(facts: Facts) -> str:
+    """Say what a success rate was made of, where outcomes have changed it."""
+    if facts.known.judged == 0 or facts.task is None:
+        return ""
+    return f" (policy {facts.task.success_rate}, {facts.known.successes} of {facts.known.judged} succeeded)"
 
 
 @lru_cache(maxsize=4096)
@@ -93,7 +101,7 @@ def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:
     return {
         TermName.TASK_WEIGHT: Decimal(facts.task.weight),
         TermName.MODEL_PERFORMANCE: Decimal(family_rate),
-        TermName.TASK_SUCCESS_RATE: Decimal(facts.task.success_rate),
+        TermName.TASK_SUCCESS_RATE: facts.learned.success_rate(facts.known, Decimal(facts.task.success_rate)),
         TermName.TIME_EFFICIENCY: time_efficiency,
         TermName.SIZE_EFFICIENCY: Decimal(facts.size.size_efficiency),
         TermName.BONUS: Decimal(1),

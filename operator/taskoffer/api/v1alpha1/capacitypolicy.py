@@ -16,6 +16,7 @@ from taskoffer.api.base import WireModel, spelled
 from taskoffer.api.contract import LoraSettings, TrainSettings
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
+from taskoffer.api.v1alpha1.learning import Learning
 from taskoffer.api.v1alpha1.meta import (
     ATOMIC_LIST,
     ApiVersion,
@@ -256,6 +257,9 @@ class CapacityPolicySpec(WireModel):
     placement: Placement | None = Field(None, description="Which of the nodes that fit is taken.")
     estimation: Estimation | None = Field(
         None, description="How memory is predicted; absent takes every offer to fit, with the settings as they stand."
+    )
+    learning: Learning | None = Field(
+        None, description="How outcomes correct success rates and predictions; absent takes the policy at its word."
     )
     pod_template: PodSettings = Field(description="What training pods get beside their GPUs.")
     attempts: AttemptLimits = Field(default_factory=AttemptLimits, description="How often a job is tried.")
