@@ -66,6 +66,15 @@ def test_waiting_raises_nobody_above_the_highest_priority() -> None:
     assert set(places(cycle([old, good], policies=[rules], claims=[claim("x", count=7)]))) == {"good"}
 
 
+def test_the_default_priority_gives_way_to_what_a_namespace_may_ask_for() -> None:
+    rules = policy(queue=PRIORITIES, namespaces=[{"name": "guests", "highestPriority": "benchmark"}])
+    pending = [
+        offer("gues", model="x/llama", namespace="guests", created=at(-60)),
+        offer("host", model="x/phi-4"),
+    ]
+    assert set(places(cycle(pending, policies=[rules], claims=[claim("x", count=7)]))) == {"host"}
+
+
 def test_a_namespace_gets_no_more_gpus_than_its_quota_and_others_are_not_held_up() -> None:
     rules = policy(namespaces=[{"name": "team-a", "gpus": 3}])
     pending = [offer(f"a{i}", namespace="team-a", parameters=TWO_GPUS, created=at(i)) for i in range(3)]

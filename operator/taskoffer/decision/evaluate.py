@@ -145,6 +145,10 @@ def _priority(facts: Facts) -> Priority | None:
     names = queue.priorities
     name = facts.spec.priority_class_name or queue.default_priority
     level = names.index(name) if name in names else 0
+    highest = facts.limit.highest_priority if facts.limit is not None else None
+    if highest in names:
+        # Nobody has asked for the default, so it gives way to the namespace's limit instead of being refused.
+        level = min(level, names.index(highest))
     return Priority(level, max(0, len(names) - 1), queue.raise_after_seconds)
 
 
