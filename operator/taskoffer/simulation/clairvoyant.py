@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 
 from taskoffer.simulation.extras import load
 from taskoffer.simulation.groups import GroupBound, cut
+from taskoffer.simulation.guide import Guide
 from taskoffer.simulation.plan import Plan, by_density, gpu_time
 from taskoffer.simulation.prices import Prices, PriceSearch, for_seconds
 from taskoffer.simulation.run import Run
 from taskoffer.simulation.schedule_check import InfeasibleScheduleError, check_schedule
 from taskoffer.simulation.task import Task
 from taskoffer.simulation.ticks import PER_SECOND, Choice, Place, reachable, relaxed
-from taskoffer.simulation.window import Effort, Solved, Stop, WindowModel, whole
+from taskoffer.simulation.window import Effort, Option, Solved, Stop, WindowModel, whole
 
 __all__ = ["Best", "best_schedule", "check_schedule"]
 
@@ -36,21 +37,25 @@ _FINEST_CELL = 60.0
 """The grid of prices has about so many cells, each of at least so many seconds."""
 _SHARE_OF_BOUND = 0.4
 """The share of the time that goes into the bound, while that helps."""
-_FIRST_GROUP = 24
-_MOST_SOLVED = 0.5
-"""The bound is first proven for groups of up to so many tasks; twice as many follow if this share was solved."""
+_FIRST_GROUP = 12
+_TRIED, _MOST_SOLVED = 4, 0.5
+"""The bound is first proven for groups of up to so many tasks, then for twice as many, and so on. It is given up when,
+after so many groups, less than this share was solved: then larger groups would only take time."""
 _SHORTEST_SOLVE = 2.0
 _WINDOW_SECONDS = 2.0
-_SMALLEST_WINDOW, _LARGEST_WINDOW = 8.0, 80.0
+_SMALLEST_WINDOW, _FIRST_WINDOW, _LARGEST_WINDOW = 8.0, 24.0, 80.0
 """Windows shrink when they cannot be solved in their seconds, and grow when they are solved in a quarter of them."""
+_SLACKS = (0.05, 0.15, 1.0)
+"""What an option may lose at the prices to be looked at, as a share of its task's worth: in turn, from the left end of
+the trace to the right."""
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
     """The best schedule that was found, by start, and the least bound that was proven.
 
-    ``worth`` is what the schedule earns, ``bound`` what no schedule can exceed, ``proven`` whether they are the same (to
-    a hundred-thousandth), and ``seconds`` how long the search took.
+    ``worth`` is what the schedule earns, ``bound`` what no schedule can exceed, ``proven`` whether they are the same
+    (to a hundred-thousandth), and ``seconds`` how long the search took.
     """
 
     runs: tuple[Run, ...]
@@ -131,7 +136,8 @@ class _Search:
         self._plan = Plan(gpus, nodes)
         self._hinted: tuple[Run, ...] = ()
         self._bound = sum(choice.task.worth for choice in self._relaxed)
-        self._size, self._position = 24.0, 0
+        self._sizes = dict.fromkeys(_SLACKS, _FIRST_WINDOW)
+        self._sweep, self._position = 0, 0
 
     @property
     def _elapsed(self) -> float:
@@ -186,6 +192,9 @@ class _Search:
         if self._done:
             return
         prices = self._price()
+        guide = Guide(self._choices, prices)
+        self._plan = max(self._plan, guide.plan(self._gpus, self._nodes), key=lambda plan: plan.worth)
+        self._tell()
         rounds = self._tighten(prices)
         tightening, improving = 0.0, 0.0
         while not self._done:
@@ -193,14 +202,13 @@ class _Search:
             if tightening * (1 - _SHARE_OF_BOUND) <= improving * _SHARE_OF_BOUND and next(rounds, False):
                 tightening += self._elapsed - before
             else:
-                self._improve()
+                self._improve(guide)
                 improving += self._elapsed - before
 
     def _solve_whole(self) -> None:
         """Solve all tasks at once: for the schedule, and for the bound unless that is the same model."""
         effort = replace(self._effort, seconds=(self._effort.seconds - self._elapsed) / 3)
-        solved = self._solve(self._choices, (), effort)
-        self._accept(self._choices, solved)
+        solved = self._solve([(choice, whole(choice)) for choice in self._choices], effort)
         if self._choices != self._relaxed:
             model = WindowModel(self._gpus, self._nodes)
             for choice in self._relaxed:
@@ -219,10 +227,9 @@ class _Search:
         return prices
 
     def _tighten(self, prices: Prices) -> Iterator[bool]:
-        """Lower the bound group by group, in rounds of ever larger groups while most of them are solved."""
-        most, solved_share = _FIRST_GROUP, 1.0
-        while solved_share >= _MOST_SOLVED:
-            groups = cut(self._relaxed, prices, (most + 1) // 2, most)
+        """Lower the bound group by group, in rounds of ever larger groups as long as most of them are solved."""
+        most, groups = _FIRST_GROUP, cut(self._relaxed, prices, _FIRST_GROUP // 2, _FIRST_GROUP)
+        while True:
             bound, solved = GroupBound(groups, prices, self._gpus * self._nodes), 0
             self._lower(bound.total)
             for index in range(len(groups)):
@@ -231,54 +238,69 @@ class _Search:
                 solved += bound.solve(index, self._within_time(effort), self.stop).optimal
                 self._lower(bound.total)
                 yield True
+                if index >= _TRIED and solved < _MOST_SOLVED * index:
+                    return
             if len(groups) == 1:
                 return
-            most, solved_share = most * 2, solved / len(groups)
+            most *= 2
+            groups = cut(self._relaxed, prices, most // 2, most)
 
-    def _improve(self) -> None:
+    def _improve(self, guide: Guide) -> None:
         """Solve one window of neighbouring tasks anew, among what else is placed."""
-        size = round(self._size)
-        if self._position >= len(self._choices):
-            self._position = -self._random.randrange(size)
-        free = self._choices[max(0, self._position) : max(1, self._position + size)]
-        self._position += max(1, size // 2)
-        names = {choice.task.name for choice in free}
-        start, end = min(c.first for c in free), max(c.last + c.longest for c in free)
-        near = [place for node in range(self._nodes) for place in self._plan.touching(node, start, end)]
+        slack = _SLACKS[self._sweep % len(_SLACKS)]
+        size = round(self._sizes[slack])
+        free: list[tuple[Choice, list[Option]]] = []
+        while len(free) < size and self._position < len(self._choices):
+            choice = self._choices[self._position]
+            options = guide.options(choice, slack, self._plan.places.get(choice.task.name))
+            if options:
+                free.append((choice, options))
+            self._position += 1
+        if self._position < len(self._choices):
+            # Windows overlap by half.
+            self._position = self._choices.index(free[len(free) // 2][0])
+        else:
+            self._sweep += 1
+            self._position = self._random.randrange(max(1, min(size, len(self._choices)) // 2))
         effort = replace(self._effort, seconds=_WINDOW_SECONDS, seed=self._random.randrange(1 << 30))
         began = self._elapsed
-        solved = self._solve(free, [place for place in near if place.choice.task.name not in names], effort)
-        self._accept(free, solved)
+        solved = self._solve(free, effort)
         if not solved.optimal:
-            self._size = max(_SMALLEST_WINDOW, self._size * 0.9)
+            self._sizes[slack] = max(_SMALLEST_WINDOW, self._sizes[slack] * 0.9)
         elif self._elapsed - began < _WINDOW_SECONDS / 4:
-            self._size = min(_LARGEST_WINDOW, self._size * 1.03)
+            self._sizes[slack] = min(_LARGEST_WINDOW, self._sizes[slack] * 1.03)
 
-    def _solve(self, free: Sequence[Choice], kept: Iterable[Place], effort: Effort) -> Solved:
+    def _solve(self, free: Sequence[tuple[Choice, Sequence[Option]]], effort: Effort) -> Solved:
+        """Place the free tasks anew beside all others, if that earns no less."""
         model = WindowModel(self._gpus, self._nodes)
-        for choice in free:
-            model.add(choice, whole(choice))
-        for place in kept:
-            model.keep(place)
-        return model.solve(self._plan.places, self._within_time(effort), self.stop)
+        for choice, options in free:
+            model.add(choice, options)
+        names = {choice.task.name for choice, _ in free}
+        start = min((choice.first for choice, _ in free), default=0)
+        end = max((choice.last + choice.longest for choice, _ in free), default=0)
+        for node in range(self._nodes):
+            for place in self._plan.touching(node, start, end):
+                if place.choice.task.name not in names:
+                    model.keep(place)
+        solved = model.solve(self._plan.places, self._within_time(effort), self.stop)
+        if solved.places is not None:
+            self._accept(names, solved.places)
+        return solved
 
     def _within_time(self, effort: Effort) -> Effort:
         return replace(effort, seconds=max(0.0, min(effort.seconds, self._effort.seconds - self._elapsed)))
 
-    def _accept(self, free: Sequence[Choice], solved: Solved) -> None:
+    def _accept(self, names: Iterable[str], places: Sequence[Place]) -> None:
         """Take the free tasks' new places over unless they earn less than the ones before."""
-        if solved.places is None:
+        before = [self._plan.places[name] for name in names if name in self._plan.places]
+        gain = _earned(places) - _earned(before)
+        if gain < 0:
             return
-        placed = [choice.task for choice in free if choice.task.name in self._plan.places]
-        before = math.fsum(task.worth for task in placed)
-        after = math.fsum(place.choice.task.worth for place in solved.places)
-        if after < before:
-            return
-        for task in placed:
-            self._plan.remove(task.name)
-        for place in solved.places:
+        for place in before:
+            self._plan.remove(place.choice.task.name)
+        for place in places:
             self._plan.add(place)
-        if after > before:
+        if gain > 0:
             self._tell()
 
     def _lower(self, bound: float) -> None:
@@ -306,6 +328,10 @@ class _Search:
             raise InfeasibleScheduleError(f"the schedule earns {worth}, more than the bound {bound}")
         ordered = tuple(sorted(runs, key=lambda run: (run.start, run.name)))
         return Best(ordered, worth, bound, bound - worth <= _PROVEN * bound, self._elapsed)
+
+
+def _earned(places: Iterable[Place]) -> float:
+    return math.fsum(place.choice.task.worth for place in places)
 
 
 def _worth(runs: Iterable[Run]) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from taskoffer.simulation.prices import Prices
 from taskoffer.simulation.ticks import PER_SECOND, Choice
@@ -134,7 +135,7 @@ def _options(choice: Choice, prices: Prices) -> Iterator[Option]:
             continue
         pieces = max(1, min(_PIECES, int((task.last_start - task.arrival) / _SHORTEST_PIECE)))
         edges = [choice.first + (choice.last + 1 - choice.first) * n // pieces for n in range(pieces + 1)]
-        for first, after in zip(edges, edges[1:], strict=False):
+        for first, after in pairwise(edges):
             if first >= after:
                 continue
             # A real start in ((first - 1), after - 1] ticks is rounded up to a tick of the piece.

@@ -14,22 +14,16 @@ _SLICE = 3600 * PER_SECOND
 class Plan:
     """Places that do not get in each other's way."""
 
-    def __init__(self, gpus: int, nodes: int, places: Iterable[Place] = ()) -> None:
+    def __init__(self, gpus: int, nodes: int) -> None:
         self.gpus = gpus
         self.nodes = nodes
         self.places: dict[str, Place] = {}
         self._slices: defaultdict[tuple[int, int], dict[str, Place]] = defaultdict(dict)
-        for place in places:
-            self.add(place)
 
     @property
     def worth(self) -> float:
         """What the placed tasks earn."""
         return sum(place.choice.task.worth for place in self.places.values())
-
-    def copy(self) -> Plan:
-        """Return a plan of its own with the same places."""
-        return Plan(self.gpus, self.nodes, self.places.values())
 
     def add(self, place: Place) -> None:
         """Add a place, of which the caller knows that it fits."""
@@ -65,7 +59,7 @@ class Plan:
                 return Place(choice, mode, start, node)
         return None
 
-    def fill(self, choices: Iterable[Choice], cost: Callable[[Place], float]) -> None:
+    def fill(self, choices: Iterable[Choice], cost: Callable[[Place], tuple[float, ...]]) -> None:
         """Give each task, in the order given, the place with the least cost among the earliest ones, if it has any."""
         for choice in choices:
             if choice.task.name in self.places:
@@ -92,7 +86,7 @@ def _slices(node: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield node, hour
 
 
-def gpu_time(place: Place) -> tuple[int, int]:
+def gpu_time(place: Place) -> tuple[float, ...]:
     """Return what a place costs where nothing prices the GPUs: GPU-ticks first, then its start."""
     return place.mode.gpus * place.mode.ticks, place.start
 

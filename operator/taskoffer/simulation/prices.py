@@ -1,14 +1,16 @@
 """Prices on GPU time, and the upper bound on a schedule's worth that follows from them.
 
-Let the GPUs cost p(t) per GPU and second at time t, with any p >= 0. A schedule never uses more than all C GPUs, so that
+Let the GPUs cost p(t) per GPU and second at time t, with any p >= 0. A schedule never uses more than all C GPUs, so
+that
 
     worth <= worth - paid + C * integral of p
           <= sum over tasks of max(0, worth - its cheapest run's price) + C * integral of p
 
-(Lagrangian relaxation of the capacity, as in Fisher, "The Lagrangian relaxation method for solving integer programming
-problems", Management Science 27, 1981). This holds for all prices; the search only looks for good ones. With prices that
-are constant in each cell of a grid, the price of a run is piecewise linear in its start, so that the cheapest one starts
-or ends on the grid, or starts at an end of its window: the minimum over real starts is exact, and no time is rounded.
+(Lagrangian relaxation of the capacity, as in Fisher, "The Lagrangian relaxation method for solving integer
+programming problems", Management Science 27, 1981). This holds for all prices; the search only looks for good ones.
+With prices that are constant in each cell of a grid, the price of a run is piecewise linear in its start, so that the
+cheapest one starts or ends on the grid, or starts at an end of its window: the minimum over real starts is exact, and
+no time is rounded.
 
 The least such bound is that of the linear relaxation with one capacity constraint per cell, in which each task is a
 mixture of its starts. It is found by the subgradient method with Polyak's step.
@@ -89,7 +91,11 @@ class PriceSearch:
         self._np = numpy = load("numpy")
         self._capacity = capacity
         self._step = step
-        starts, ends, counts, owners, worths = [], [], [], [], []
+        starts: list[Any] = []
+        ends: list[Any] = []
+        counts: list[Any] = []
+        owners: list[Any] = []
+        worths: list[float] = []
         for task in tasks:
             usable = {count: seconds for count, seconds in task.seconds_by_gpus.items() if count <= gpus}
             if not usable or task.last_start < task.arrival or task.worth <= 0:
