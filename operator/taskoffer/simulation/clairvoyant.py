@@ -187,8 +187,8 @@ class _Search:
 
     def run(self) -> None:
         """Search until it is proven, stopped, or out of time."""
-        if len(self._relaxed) <= _WHOLE:
-            self._solve_whole()
+        if len(self._relaxed) <= _WHOLE and self._solve_whole():
+            return
         if self._done:
             return
         prices = self._price()
@@ -205,16 +205,22 @@ class _Search:
                 self._improve(guide)
                 improving += self._elapsed - before
 
-    def _solve_whole(self) -> None:
-        """Solve all tasks at once: for the schedule, and for the bound unless that is the same model."""
+    def _solve_whole(self) -> bool:
+        """Solve all tasks at once, for the schedule and for the bound; tell whether nothing is left to be found.
+
+        Both are one model where all times are whole ticks. Where they are not, the two may end apart: a schedule that
+        needs a start in the very moment of an end can be lost to rounding, as ``proven`` then says.
+        """
         effort = replace(self._effort, seconds=(self._effort.seconds - self._elapsed) / 3)
         solved = self._solve([(choice, whole(choice)) for choice in self._choices], effort)
+        optimal = solved.optimal
         if self._choices != self._relaxed:
             model = WindowModel(self._gpus, self._nodes)
             for choice in self._relaxed:
                 model.add(choice, whole(choice))
-            solved = model.solve({}, effort, self.stop)
+            solved = model.solve({}, self._within_time(effort), self.stop)
         self._lower(solved.bound)
+        return optimal and solved.optimal
 
     def _price(self) -> Prices:
         """Bound the worth by prices."""

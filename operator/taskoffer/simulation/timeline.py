@@ -87,7 +87,8 @@ def draw(
 
     Raises:
         MissingExtraError: when matplotlib is not installed.
-        ValueError: when the suffix is another, there is no policy, the window is empty, or a node is over-booked.
+        ValueError: when the suffix is another, there is no policy, an outcome is unknown, the window is empty, or
+            a node is over-booked.
     """
     target = Path(path)
     kind = target.suffix.lower().removeprefix(".")
@@ -95,6 +96,9 @@ def draw(
         raise ValueError(f"{target.name} is neither .png nor .svg")
     if not runs_by_policy:
         raise ValueError("there is no policy to draw")
+    odd = {run.outcome for runs in runs_by_policy.values() for run in runs} - set(_COLOURS)
+    if odd:
+        raise ValueError(f"no colour for the outcome {', '.join(sorted(odd))}")
     last = max((run.end / _HOUR for runs in runs_by_policy.values() for run in runs), default=start_hours + 1.0)
     end = last if end_hours is None else end_hours
     if end <= start_hours:
