@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 from taskoffer.simulation.extras import load
@@ -114,7 +114,10 @@ def best_schedule(
         try:
             running.result()
         except KeyboardInterrupt:
-            search.stop.set()
+            while not running.done():
+                # Said again, because a solver that has not quite begun does not hear it.
+                search.stop.set()
+                wait([running], timeout=0.2)
             running.result()
     return search.result()
 
