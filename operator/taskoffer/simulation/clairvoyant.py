@@ -35,7 +35,7 @@ _PROVEN = 1e-5
 _CELLS = 8_000
 _FINEST_CELL = 60.0
 """The grid of prices has about so many cells, each of at least so many seconds."""
-_SHARE_OF_BOUND = 0.4
+_SHARE_OF_BOUND = 0.3
 """The share of the time that goes into the bound, while that helps."""
 _FIRST_GROUP = 12
 _TRIED, _MOST_SOLVED = 4, 0.5
@@ -202,7 +202,7 @@ class _Search:
         tightening, improving = 0.0, 0.0
         while not self._done:
             before = self._elapsed
-            if tightening * (1 - _SHARE_OF_BOUND) <= improving * _SHARE_OF_BOUND and next(rounds, False):
+            if tightening * (1 - _SHARE_OF_BOUND) < improving * _SHARE_OF_BOUND and next(rounds, False):
                 tightening += self._elapsed - before
             else:
                 self._improve(guide)
@@ -259,6 +259,7 @@ class _Search:
         slack = _SLACKS[self._sweep % len(_SLACKS)]
         size = round(self._sizes[slack])
         free: list[tuple[Choice, list[Option]]] = []
+        begin = self._position
         while len(free) < size and self._position < len(self._choices):
             choice = self._choices[self._position]
             options = guide.options(choice, slack, self._plan.places.get(choice.task.name))
@@ -267,7 +268,7 @@ class _Search:
             self._position += 1
         if self._position < len(self._choices):
             # Windows overlap by half.
-            self._position = self._choices.index(free[len(free) // 2][0])
+            self._position = (begin + self._position + 1) // 2
         else:
             self._sweep += 1
             self._position = self._random.randrange(max(1, min(size, len(self._choices)) // 2))
