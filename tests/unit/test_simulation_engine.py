@@ -29,7 +29,7 @@ def test_offers_queue_until_a_job_really_ends_and_expire_while_they_wait() -> No
         entry("second", at=10, gpus=4, seconds=500),
         entry("impatient", at=20, gpus=4, seconds=500, patience=900),
     )
-    assert timeline(result) == {"first": (0, 1000, "in-time"), "second": (1000, 1500, "in-time")}
+    assert timeline(result) == {"first": (0, 1000, "InTime"), "second": (1000, 1500, "InTime")}
     assert refusals(result) == {"impatient": "Expired"}
     assert (result.seconds, result.busy, result.idle) == pytest.approx((1500, 6000, 0))
 
@@ -58,9 +58,9 @@ def test_a_small_offer_runs_beside_the_one_that_waits_for_more() -> None:
         entry("half", gpus=2, seconds=1000), entry("whole", at=1, gpus=4), entry("rest", at=2, gpus=2, seconds=3000)
     )
     assert timeline(result) == {
-        "half": (0, 1000, "in-time"),
-        "rest": (2, 3002, "in-time"),
-        "whole": (3002, 4002, "in-time"),
+        "half": (0, 1000, "InTime"),
+        "rest": (2, 3002, "InTime"),
+        "whole": (3002, 4002, "InTime"),
     }
 
 
@@ -70,32 +70,32 @@ def test_a_job_that_is_not_done_at_its_limit_is_stopped_and_earns_nothing() -> N
         entry("next", at=5, gpus=4, seconds=3600, worth=3, hours=1),
     )
     # The clock of the second one begins with its admission, so that its queueing does not count.
-    assert timeline(result) == {"slow": (0, 3600, "late"), "next": (3600, 7200, "in-time")}
+    assert timeline(result) == {"slow": (0, 3600, "Late"), "next": (3600, 7200, "InTime")}
     assert [run.worth for run in result.runs] == [0, 3]
 
 
 def test_a_training_clock_does_not_count_the_start() -> None:
     training = {"hours": 1, "spec": {"clockMode": "Training"}}
     # Of a tiny model's time nearly all is the start.
-    assert timeline(run_of(entry("a", seconds=3700, **training))) == {"a": (0, 3700, "in-time")}
-    assert timeline(run_of(entry("a", seconds=3700, hours=1))) == {"a": (0, 3600, "late")}
+    assert timeline(run_of(entry("a", seconds=3700, **training))) == {"a": (0, 3700, "InTime")}
+    assert timeline(run_of(entry("a", seconds=3700, hours=1))) == {"a": (0, 3600, "Late")}
 
 
 def test_a_deadline_ends_a_job_before_its_limit_does() -> None:
     due = {"spec": {"deadline": "2026-01-01T00:20:00Z"}}
     result = run_of(entry("busy", gpus=4, seconds=600), entry("due", at=1, gpus=4, seconds=1000, **due))
-    assert timeline(result)["due"] == (600, 1200, "late")
+    assert timeline(result)["due"] == (600, 1200, "Late")
 
 
 def test_a_failed_job_frees_its_gpus_when_it_fails() -> None:
     result = run_of(entry("fails", gpus=4, seconds=1000, fails_after=0.25), entry("next", at=1, gpus=4, seconds=100))
-    assert timeline(result) == {"fails": (0, 250, "failed"), "next": (250, 350, "in-time")}
+    assert timeline(result) == {"fails": (0, 250, "Failed"), "next": (250, 350, "InTime")}
     assert result.runs[0].worth == 0
 
 
 def test_a_model_that_no_gpu_holds_fails_once_it_is_loaded() -> None:
     big = entry("big", gpus=4, seconds=1000, model="meta-llama/Llama-3.1-70B", parameters=70_554_000_000)
-    assert timeline(run_of(big)) == {"big": (0, round(300 * big.truth.factor), "failed")}
+    assert timeline(run_of(big)) == {"big": (0, round(300 * big.truth.factor), "Failed")}
 
 
 def test_a_refusal_is_counted_under_its_reason_and_holds_nothing() -> None:
@@ -106,7 +106,7 @@ def test_a_refusal_is_counted_under_its_reason_and_holds_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["InstructText", "Chat", "DPO", "GRPO", "Image"])
 def test_every_task_type_counts_as_served(kind: str) -> None:
-    assert [run.outcome for run in run_of(entry("a", task_type=kind)).runs] == ["in-time"]
+    assert [run.outcome for run in run_of(entry("a", task_type=kind)).runs] == ["InTime"]
 
 
 def test_what_never_fits_waits_for_ever_unless_it_expires() -> None:
@@ -135,7 +135,7 @@ def test_only_one_offer_of_a_task_is_accepted() -> None:
 def test_job_slots_hold_back_what_would_fit() -> None:
     policy = policy_spec(filters={"maxConcurrentJobs": 1})
     result = run_of(entry("a", seconds=100), entry("b", at=1, seconds=100), policy=policy)
-    assert timeline(result) == {"a": (0, 100, "in-time"), "b": (100, 200, "in-time")}
+    assert timeline(result) == {"a": (0, 100, "InTime"), "b": (100, 200, "InTime")}
 
 
 def test_the_end_of_a_policys_own_patience_wakes_the_cycle() -> None:
@@ -153,13 +153,13 @@ def test_nodes_fill_one_after_the_other_so_that_whole_ones_stay() -> None:
     ]
     result = run_of(*offers, nodes=2)
     assert {run.name: run.node for run in result.runs} == {"a": "node-1", "b": "node-1", "c": "node-2", "d": "node-1"}
-    assert timeline(result)["d"] == (1000, 1010, "in-time")
+    assert timeline(result)["d"] == (1000, 1010, "InTime")
 
 
 def test_the_nodes_carry_the_labels_that_the_policy_selects_by() -> None:
     assert H100.node_selector.match_labels
     result = simulate(trace_of(entry("a", policy=H100, gpus=2, **LLAMA)), H100)
-    assert [run.outcome for run in result.runs] == ["in-time"]
+    assert [run.outcome for run in result.runs] == ["InTime"]
 
 
 def test_the_higher_priority_class_goes_first() -> None:
@@ -183,10 +183,10 @@ def test_a_large_offer_keeps_its_node_from_what_would_end_after_it_could_start()
         entry("short", at=3, gpus=2, seconds=500, hours=0.5),
     ]
     assert timeline(run_of(*offers, policy=policy)) == {
-        "half": (0, 1000, "in-time"),
-        "short": (3, 503, "in-time"),
-        "whole": (1000, 2000, "in-time"),
-        "long": (2000, 5000, "in-time"),
+        "half": (0, 1000, "InTime"),
+        "short": (3, 503, "InTime"),
+        "whole": (1000, 2000, "InTime"),
+        "long": (2000, 5000, "InTime"),
     }
 
 
@@ -195,9 +195,9 @@ def test_a_namespace_holds_no_more_than_it_may() -> None:
     offers = [entry(f"team/{name}", task_id=name, gpus=2, seconds=100) for name in "ab"]
     result = run_of(*offers, entry("other", gpus=2, seconds=50), policy=policy)
     assert timeline(result) == {
-        "team/a": (0, 100, "in-time"),
-        "other": (0, 50, "in-time"),
-        "team/b": (100, 200, "in-time"),
+        "team/a": (0, 100, "InTime"),
+        "other": (0, 50, "InTime"),
+        "team/b": (100, 200, "InTime"),
     }
 
 
@@ -225,7 +225,7 @@ def test_a_shared_gpu_runs_several_tasks_each_at_its_share_of_the_speed() -> Non
 
 
 def test_the_policy_that_an_offer_names_does_not_count() -> None:
-    assert timeline(run_of(entry("a", policy=POLICY, spec={"policyName": "another"}))) == {"a": (0, 1000, "in-time")}
+    assert timeline(run_of(entry("a", policy=POLICY, spec={"policyName": "another"}))) == {"a": (0, 1000, "InTime")}
 
 
 def test_the_real_time_is_the_predicted_one_times_the_factor() -> None:
@@ -310,7 +310,7 @@ def check(trace: Trace, result: Result, fleet: Fleet) -> None:
         assert run.start >= offer.at
         assert expiry is None or run.start < expiry
         assert run.end - run.start <= offer.spec.time_limit_seconds + 1e-6
-        assert run.worth == (offer.worth if run.outcome == "in-time" else 0)
+        assert run.worth == (offer.worth if run.outcome == "InTime" else 0)
         if run.start < run.end:
             changes[run.node] += [(run.end, -run.gpus), (run.start, run.gpus)]
     for node in changes.values():
@@ -336,7 +336,7 @@ def test_a_drawn_trace_keeps_the_books_and_hindsight_knows_every_job_that_was_do
     result = simulate(trace, policy, fleet=fleet)
     check(trace, result, fleet)
     tasks = {task.name: task for task in tasks_of(trace, policy)}
-    done = [run for run in result.runs if run.outcome == "in-time"]
+    done = [run for run in result.runs if run.outcome == "InTime"]
     assert len(done) > 10
     for run in done:
         assert tasks[run.name].seconds_by_gpus[run.gpus] == pytest.approx(run.end - run.start)

@@ -243,7 +243,7 @@ class _World:
         offer = self._offers[uid]
         settings = settings_under(self._spec, offer.spec, job.gpus)
         course = course_of(offer, settings, job.gpus, now, self._hardware)
-        end, earned = now + course.seconds, offer.worth if course.outcome == "in-time" else 0.0
+        end, earned = now + course.seconds, offer.worth if course.outcome == "InTime" else 0.0
         self._running[uid] = job
         self._runs.append(Run(offer.name, now, end, job.gpus, job.node, course.outcome, earned))
         heapq.heappush(self._events, (end, _END, uid))

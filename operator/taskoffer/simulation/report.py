@@ -44,16 +44,16 @@ class Figures:
 def figures_of(trace: Trace, result: Result) -> Figures:
     """Count what came of a trace."""
     outcomes = Counter(run.outcome for run in result.runs)
-    accepted, done = len(result.runs), {run.name for run in result.runs if run.outcome == "in-time"}
+    accepted, done = len(result.runs), {run.name for run in result.runs if run.outcome == "InTime"}
     losses = [offer.losses for offer in trace.offers if offer.losses is not None and offer.name in done]
     capacity = result.busy + result.idle
     return Figures(
         offers=len(trace.offers),
         accepted=accepted,
-        in_time=outcomes["in-time"],
-        late=outcomes["late"],
-        failed=outcomes["failed"],
-        penalty_rate=(outcomes["late"] + outcomes["failed"]) / accepted if accepted else 0.0,
+        in_time=outcomes["InTime"],
+        late=outcomes["Late"],
+        failed=outcomes["Failed"],
+        penalty_rate=(outcomes["Late"] + outcomes["Failed"]) / accepted if accepted else 0.0,
         refused=len(result.refusals),
         waiting=len(result.waiting),
         busy_hours=result.busy / 3600,

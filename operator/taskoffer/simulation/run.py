@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["in-time", "late", "failed"]
+Outcome = Literal["InTime", "Late", "Failed"]
 """How a job ended: with a result in time, killed at its time limit, or with an error."""
 
 

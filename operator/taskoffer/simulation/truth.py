@@ -91,12 +91,12 @@ def course_of(
     allowed = seconds_allowed(offer, admitted)
     fitting, share = _fitting(offer.spec, settings, gpus, hardware), offer.truth.fails_after
     if fitting is None:
-        course = Course(_DURATION.start_seconds * offer.truth.factor, "failed")
+        course = Course(_DURATION.start_seconds * offer.truth.factor, "Failed")
     elif share is not None:
-        course = Course(duration_of(offer, fitting, gpus, hardware) * share, "failed")
+        course = Course(duration_of(offer, fitting, gpus, hardware) * share, "Failed")
     else:
-        course = Course(duration_of(offer, fitting, gpus, hardware), "in-time")
-    return course if course.seconds <= allowed else Course(allowed, "late")
+        course = Course(duration_of(offer, fitting, gpus, hardware), "InTime")
+    return course if course.seconds <= allowed else Course(allowed, "Late")
 
 
 def seconds_allowed(offer: TraceOffer, admitted: float) -> float:
@@ -155,7 +155,7 @@ def _seconds_in_time(offer: TraceOffer, policy: CapacityPolicySpec | None, gpus:
         # The policy has no settings for such an offer, so nobody can train it under them.
         return None
     course = course_of(offer, settings, gpus, offer.at)
-    return course.seconds if course.outcome == "in-time" else None
+    return course.seconds if course.outcome == "InTime" else None
 
 
 def _fitting(spec: TaskOfferSpec, settings: Settings, gpus: int, hardware: Estimation) -> Settings | None:
