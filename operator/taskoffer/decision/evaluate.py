@@ -141,8 +141,8 @@ def _floor(facts: Facts) -> tuple[int, Decimal | None] | None:
 
 
 def _check_task_type(facts: Facts) -> Iterator[Refusal]:
-    accepted = [t.name.value for t in facts.policy.task_types if t.accepted]
     if facts.task is None or not facts.task.accepted:
+        accepted = [t.name.value for t in facts.policy.task_types if t.accepted]
         yield Refusal(
             Reason.TASK_TYPE_NOT_ACCEPTED,
             f"taskType {facts.spec.task_type.value} is not accepted by the policy, which takes {', '.join(accepted)}",

@@ -12,6 +12,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, ExplanationItem, TaskOfferSpec
 from taskoffer.decision.finish import Finish, duration_text, finish_of
 from taskoffer.decision.fit import Fit
+from taskoffer.decision.identity import Itself
 from taskoffer.decision.memory import GIB
 from taskoffer.decision.recipe import fit_of
 from taskoffer.decision.sizing import parameters_of
@@ -44,6 +45,13 @@ def predict(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Predi
     Raises:
         ValueError: when the policy has no size class or task type for the offer.
     """
+    return _predict(Itself(spec), Itself(policy), gpus)
+
+
+@lru_cache(maxsize=32)
+def _predict(offered: Itself[TaskOfferSpec], under: Itself[CapacityPolicySpec], gpus: int) -> Prediction | None:
+    """Predict. One evaluation asks for the same counts again and again: to choose, to score, to name a remedy."""
+    spec, policy = offered.value, under.value
     fits = fit_of(spec, policy, gpus)
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
     if fits is None or policy.estimation is None or parameters is None:

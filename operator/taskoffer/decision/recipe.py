@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, scaled_lora, scaled_train
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.fit import Fit, Subject, fit
+from taskoffer.decision.identity import Itself
 from taskoffer.decision.sizing import parameters_of, size_class_of
 
 
@@ -19,10 +23,17 @@ def requested_settings(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Setti
         ValueError: when the policy has no size class or task type for the offer (such an offer is never admitted).
     """
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
-    size = size_class_of(parameters, policy.size_classes) if parameters is not None else None
-    task = next((t for t in policy.task_types if t.name is spec.task_type), None)
-    if size is None or task is None:
+    found = _settings_for(parameters, spec.task_type, policy) if parameters is not None else None
+    if found is None:
         raise ValueError(f"the policy has no settings for {spec.task_type.value} on {spec.model.name}")
+    return found
+
+
+def _settings_for(parameters: int, task_type: TaskType, policy: CapacityPolicySpec) -> Settings | None:
+    size = size_class_of(parameters, policy.size_classes)
+    task = next((t for t in policy.task_types if t.name is task_type), None)
+    if size is None or task is None:
+        return None
     return Settings(
         lora=size.lora.model_copy(update=scaled_lora(size, task)),
         train=size.train.model_copy(update=scaled_train(size, task)),
@@ -40,4 +51,16 @@ def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | 
         return None
     resolution = spec.dataset.image.resolution if spec.dataset.image else None
     subject = Subject.of(spec.model, parameters, spec.task_type, resolution)
-    return fit(subject, requested_settings(spec, policy), policy.estimation, gpus)
+    found = _fit_under(Itself(policy), subject, gpus)
+    if found is None:
+        raise ValueError(f"the policy has no settings for {spec.task_type.value} on {spec.model.name}")
+    return found
+
+
+@lru_cache(maxsize=16_384)
+def _fit_under(policy: Itself[CapacityPolicySpec], subject: Subject, gpus: int) -> Fit | None:
+    """Return the fit of all offers that train this under the policy, or None where it has no settings for them."""
+    asked = _settings_for(subject.parameters, subject.task, policy.value)
+    if asked is None or policy.value.estimation is None:
+        return None
+    return fit(subject, asked, policy.value.estimation, gpus)

@@ -47,9 +47,15 @@ def _weighted_terms(facts: Facts) -> list[ExplanationItem] | None:
             value = term.at(_input_of(term.name, facts))
         elif term.value is not None:
             value = Decimal(term.value)
-        part = (Decimal(term.weight) * value).quantize(PLACES, ROUND_HALF_UP)
-        items.append(_term(term.name.value, str(part), f"{term.weight} x {value.normalize():f}"))
+        items.append(_weighted(term.name.value, term.weight, value))
     return items
+
+
+@lru_cache(maxsize=4096)
+def _weighted(name: str, weight: str, value: Decimal) -> ExplanationItem:
+    """Return a term of a weighted sum. How many places the value is written with makes no difference to it."""
+    part = (Decimal(weight) * value).quantize(PLACES, ROUND_HALF_UP)
+    return _term(name, str(part), f"{weight} x {value.normalize():f}")
 
 
 def _expected_terms(facts: Facts) -> list[ExplanationItem] | None:
