@@ -182,7 +182,7 @@ def test_findings_of_a_policy_are_in_its_status(bench: Bench) -> None:
     bench.node(gpus=4)
     bench.policy(filters={"minScore": "0.99"})
     policy = bench.policy_condition("Linted", "LintFindings")
-    found = {f["field"]: f for f in policy["status"]["findings"]}
+    found = {f["field"]: f for f in policy["status"]["lint"]}
     assert found["filters.minScore"]["severity"] == "Error"
     assert "rejects everything" in found["filters.minScore"]["message"]
     bench.offer("hopeless")

@@ -69,7 +69,7 @@ GOOD: dict[str, Object] = {
         parameters=8_030_261_248,
         hours=12.5,
         gpus=4,
-        policy="8xh100",
+        policy="strategy-8xh100",
         active=False,
         expires_at="2027-01-31T12:00:00Z",
         priority_class="urgent",
@@ -105,7 +105,7 @@ GOOD: dict[str, Object] = {
     ),
     "a training job": make_training_job(),
     "the lab policy": policy(),
-    "the 8xH100 policy": policy(preset="8xh100"),
+    "the 8xH100 policy": policy(preset="strategy-8xh100"),
 }
 
 BAD: dict[str, tuple[Object, list[str]]] = {
@@ -566,7 +566,7 @@ def test_kubectl_get_shows_a_policy_at_a_glance(crds: LocalCluster) -> None:
 
 def test_the_last_valid_spec_of_a_policy_fits_into_its_status(crds: LocalCluster) -> None:
     path = collection("CapacityPolicy")
-    made = make_policy(name="remembered", preset="8xh100", default=False)
+    made = make_policy(name="remembered", preset="strategy-8xh100", default=False)
     crds.api.request("POST", path, made)
     try:
         status = {"activeSpec": made["spec"], "activeGeneration": 1}

@@ -106,7 +106,7 @@ def test_a_cycle_never_books_more_than_a_node_a_lane_or_the_job_slots_have(
 def test_a_score_is_the_sum_of_its_terms_and_never_above_its_cap(
     model: str, task: str, hours: float, parameters: int, cap: str | None
 ) -> None:
-    chosen = policy_spec(preset="8xh100", scoring={"cap": cap} if cap else {})
+    chosen = policy_spec(preset="strategy-8xh100", scoring={"cap": cap} if cap else {})
     score = evaluate(spec_of(model=model, task_type=task, hours=hours, parameters=parameters), chosen).score
     if score is None:
         return

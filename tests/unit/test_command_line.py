@@ -29,6 +29,16 @@ def test_every_command_explains_itself(arguments: list[str], capsys: pytest.Capt
     assert "usage: taskoffer" in capsys.readouterr().out
 
 
+PRESETS = [
+    "balanced-4",
+    "expected-value",
+    "lab",
+    "market-table",
+    "strategy-8xh100",
+    "strategy-maximum-accuracy",
+]
+
+
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
@@ -45,7 +55,7 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
 
 def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preset"]) == 0
-    assert capsys.readouterr().out.split() == ["8xh100", "lab"]
+    assert capsys.readouterr().out.split() == PRESETS
     assert main(["preset", "lab", "--image", "registry.test/trainer:9"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["kind"] == "CapacityPolicy"
@@ -54,7 +64,8 @@ def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_unknown_preset_is_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preset", "nope"]) == 2
-    assert "no preset 'nope'; there are 8xh100, lab" in capsys.readouterr().err
+    known = ", ".join(PRESETS)
+    assert f"no preset 'nope'; there are {known}" in capsys.readouterr().err
 
 
 def written(folder: Path, content: str | bytes) -> str:
@@ -156,7 +167,7 @@ def test_the_module_runs_as_a_program() -> None:
         check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT / "operator")},
     )
-    assert done.stdout.split() == ["8xh100", "lab"]
+    assert done.stdout.split() == PRESETS
 
 
 def test_the_contract_loads_without_any_of_the_operators_libraries() -> None:

@@ -122,7 +122,7 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
     (
         "its type is not accepted",
         offer(task_type="DPO"),
-        {"policies": [policy(preset="8xh100")]},
+        {"policies": [policy(preset="strategy-8xh100")]},
         Verdict.REJECT,
         Reason.TASK_TYPE_NOT_ACCEPTED,
         "taskType DPO is not accepted",

@@ -19,7 +19,7 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any], Reason, str]] = [
     (
         "a task type that the policy lists without accepting it",
         {"task_type": "DPO"},
-        {"preset": "8xh100"},
+        {"preset": "strategy-8xh100"},
         Reason.TASK_TYPE_NOT_ACCEPTED,
         "taskType DPO is not accepted by the policy, which takes InstructText, GRPO, Image",
     ),
@@ -169,7 +169,7 @@ def test_all_refusals_are_returned_and_each_says_what_would_change_it() -> None:
             "gpus": 8,
             "spec": {"klCoefficient": "1"},
         },
-        {"preset": "8xh100"},
+        {"preset": "strategy-8xh100"},
     )
     assert [r.reason for r in found.refusals] == [
         Reason.TASK_TYPE_NOT_ACCEPTED,
@@ -203,7 +203,7 @@ def test_a_policy_without_bounds_refuses_nothing_and_gives_full_time_efficiency(
 
 
 def test_the_h100_documents_score_of_a_ten_hour_instruct_task_on_an_8b_llama() -> None:
-    found = evaluate(spec_of(hours=10), policy_spec(preset="8xh100"))
+    found = evaluate(spec_of(hours=10), policy_spec(preset="strategy-8xh100"))
     assert found.score is not None
     # 0.35*0.35 + 0.25*0.95 + 0.20*0.90 + 0.10*0.5 + 0.05*0.8 + 0.05*1
     assert found.score.total == Decimal("0.6800")
@@ -260,7 +260,7 @@ def test_a_factor_that_leads_out_of_all_classes_keeps_the_models_own_class() -> 
     ],
 )
 def test_the_h100_documents_lanes(offer: dict[str, Any], lane: str, gpus: int) -> None:
-    found = evaluate(spec_of(**offer), policy_spec(preset="8xh100"))
+    found = evaluate(spec_of(**offer), policy_spec(preset="strategy-8xh100"))
     assert (found.lane, found.gpus) == (lane, gpus)
 
 

@@ -215,3 +215,33 @@ def test_the_share_of_the_peak_depends_on_the_size(parameters: int, mfu: str) ->
 )
 def test_times_are_written_for_people(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+@pytest.mark.parametrize("units", [2, 4])
+def test_a_unit_of_a_shared_gpu_has_its_share_of_memory_and_speed(units: int) -> None:
+    offered = spec_of(model="meta-llama/Meta-Llama-3-8B", parameters=8_030_000_000, rows=10_000, hours=19)
+    pool = {"name": "nvidia.com/gpu.shared", "counts": [1]}
+    sizes = [{"name": "All", "minParameters": 0, "gpus": 1, "sizeEfficiency": "1", "lora": {}, "train": {}}]
+    estimation = {"gpuMemory": "160G", "duration": {"peakTeraflops": 800}}
+    shared = policy_spec(resources=[{**pool, "unitsPerGpu": units}], size_classes=sizes, estimation=estimation)
+    smaller = {"gpuMemory": f"{160 // units}G", "duration": {"peakTeraflops": 800 // units}}
+    whole = policy_spec(resources=[pool], size_classes=sizes, estimation=smaller)
+    assert predict(offered, shared, 1) == predict(offered, whole, 1)
+
+
+def test_several_units_of_a_shared_gpu_are_refused_for_they_may_be_parts_of_one() -> None:
+    with pytest.raises(ValidationError, match="counts must be \\[1\\] with unitsPerGpu 2"):
+        policy_spec(resources=[{"name": "nvidia.com/gpu.shared", "counts": [1, 2], "unitsPerGpu": 2}])
+
+
+def test_fetching_before_and_uploading_after_count_on_the_absolute_clock_only() -> None:
+    around = {"prepareSeconds": 300, "submitSeconds": 120}
+    for mode, more in (("Absolute", 420), ("Training", 0)):
+        offered = spec_of(**LLAMA, rows=10_000, hours=2, spec={"clockMode": mode})
+        plain, stepped = predict(offered, estimating(), 1), predict(offered, estimating(**around), 1)
+        assert plain is not None
+        assert stepped is not None
+        assert plain.finish is not None
+        assert stepped.finish is not None
+        assert stepped.finish.counted - plain.finish.counted == more
+        assert stepped.finish.seconds - plain.finish.seconds == 420

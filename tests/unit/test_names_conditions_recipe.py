@@ -70,7 +70,7 @@ RECIPES = [
 def test_settings_are_the_size_classs_times_the_task_types_factors(
     task: str, model: str, rank: int, alpha: int, rate: float, dropout: float, batch: int, steps: int
 ) -> None:
-    made = requested_settings(spec_of(task_type=task, model=model), policy_spec(preset="8xh100"))
+    made = requested_settings(spec_of(task_type=task, model=model), policy_spec(preset="strategy-8xh100"))
     assert (made.lora.r, made.lora.lora_alpha, made.lora.lora_dropout) == (rank, alpha, dropout)
     assert made.train.learning_rate == pytest.approx(rate, rel=1e-12)
     assert made.train.per_device_train_batch_size == batch

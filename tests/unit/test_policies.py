@@ -67,7 +67,7 @@ def test_an_invalid_change_keeps_the_last_good_version_in_force() -> None:
 def test_a_policy_that_was_never_valid_says_what_to_do() -> None:
     made = status(PolicyView("lab", "u", 1, None, problem="filters: nonsense"), valid=False)
     assert said(made, "Ready")[2] == "filters: nonsense; no valid version is known: mend spec"
-    assert (made.active_spec, made.active_generation, made.findings) == (None, None, ())
+    assert (made.active_spec, made.active_generation, made.lint) == (None, None, ())
 
 
 def test_capacity_counts_ready_nodes_and_shows_all() -> None:
@@ -116,7 +116,7 @@ def test_a_status_that_is_right_stays_the_same() -> None:
 # Lint
 
 
-MIN_SCORE = "filters.minScore: 0.45 rejects nothing: scores of accepted offers start at "
+MIN_SCORE = "filters.minScore: 0.45 rejects nothing: scores of accepted offers run from "
 _ASKED_TOO_MUCH = [
     (
         "sizeClasses[Small].lora.r",
@@ -146,41 +146,49 @@ _ASKED_TOO_MUCH = [
         "no usual model of the class fits 2 GPU(s), not even with one row at a time and a small rank",
     ),
 ]
+PRESSURE = (
+    "estimation.memoryFraction",
+    "Warning",
+    "estimation.memoryFraction: 0.90 lets a job start at the mark of memory pressure, 0.90, at which a running job has "
+    "to give way: plan with less, as 0.85",
+)
 PROFILES = [(field, severity, f"{field}: {text}") for field, severity, text in _ASKED_TOO_MUCH]
 """What the profiles of the 8xH100 document ask for and no GPU can give."""
+NO_SCORE: dict[str, Any] = {"filters": {"minScore": None, "maxConcurrentJobs": None}}
 FINDINGS: list[tuple[str, dict[str, Any], tuple[NodeView, ...], list[tuple[str, str, str]]]] = [
     (
         "the 8xH100 preset on its machine",
-        {"preset": "8xh100"},
+        {"preset": "strategy-8xh100"},
         (node(),),
         [
-            ("filters.minScore", "Warning", MIN_SCORE + "0.5075"),
+            ("filters.minScore", "Warning", MIN_SCORE + "0.5075 to 0.7400"),
             (
                 "filters.maxConcurrentJobs",
                 "Warning",
                 "filters.maxConcurrentJobs: 12 never binds: with whole GPUs at most 5 jobs run at a time",
             ),
+            PRESSURE,
             *PROFILES,
         ],
     ),
     (
         "the 8xH100 preset on half a machine",
-        {"preset": "8xh100", "filters": {"minScore": "0.6", "maxConcurrentJobs": 5}},
+        {"preset": "strategy-8xh100", "filters": {"minScore": "0.6", "maxConcurrentJobs": 5}},
         (node(gpus=4),),
-        [("lanes", "Warning", "lanes: the lanes hand out 8 GPUs and the selected nodes offer 4"), *PROFILES],
+        [("lanes", "Warning", "lanes: the lanes hand out 8 GPUs and the selected nodes offer 4"), PRESSURE, *PROFILES],
     ),
     (
         "the lab preset without nodes",
         {"preset": "lab"},
         (),
-        [("filters.minScore", "Warning", MIN_SCORE + "0.5000")],
+        [("filters.minScore", "Warning", MIN_SCORE + "0.5000 to 0.7400")],
     ),
     (
         "the lab preset on one node",
         {"preset": "lab"},
         (node(),),
         [
-            ("filters.minScore", "Warning", MIN_SCORE + "0.5000"),
+            ("filters.minScore", "Warning", MIN_SCORE + "0.5000 to 0.7400"),
             (
                 "filters.maxConcurrentJobs",
                 "Warning",
@@ -200,6 +208,133 @@ FINDINGS: list[tuple[str, dict[str, Any], tuple[NodeView, ...], list[tuple[str, 
         (),
         [("filters.minScore", "Error", "filters.minScore: 0.6 rejects everything: scores end at 0.6")],
     ),
+    (
+        "a cap that all offers reach",
+        {"filters": {"minScore": "0.05"}, "scoring": {"cap": "0.1"}},
+        (),
+        [
+            (
+                "filters.minScore",
+                "Warning",
+                "filters.minScore: 0.05 rejects nothing: scores of accepted offers run from 0.1 to 0.1 (0.5000 to "
+                "0.7400 before the cap)",
+            ),
+            ("scoring", "Warning", "scoring: every accepted offer scores 0.1: the score orders nothing"),
+        ],
+    ),
+    (
+        "weights that do not sum to 1",
+        {
+            **NO_SCORE,
+            "scoring": {"terms": [{"name": "TaskWeight", "weight": "0.4"}, {"name": "Bonus", "weight": "0.7"}]},
+        },
+        (),
+        [("scoring.terms", "Info", "scoring.terms: the weights sum to 1.1, not to 1")],
+    ),
+    (
+        "a table whose lowest value is above the threshold",
+        {
+            "filters": {"minScore": "0.2"},
+            "scoring": {
+                "terms": [
+                    {"name": "TimeEfficiency", "weight": "1", "table": [{"below": "2", "value": "1"}, {"value": "0.3"}]}
+                ]
+            },
+        },
+        (),
+        [("filters.minScore", "Warning", MIN_SCORE.replace("0.45", "0.2") + "0.3 to 1")],
+    ),
+    (
+        "a table that ends",
+        {
+            "filters": {"minScore": "1"},
+            "scoring": {"terms": [{"name": "TimeEfficiency", "weight": "1", "table": [{"below": "2", "value": "1"}]}]},
+        },
+        (),
+        [("filters.minScore", "Error", "filters.minScore: 1 rejects everything: scores end at 1")],
+    ),
+    (
+        "lanes that overlap",
+        {
+            **NO_SCORE,
+            "lanes": [
+                {"name": "text", "gpus": 4, "rules": [{"sizeClasses": ["Small"], "gpusPerTask": 1}]},
+                {"name": "all", "gpus": 4, "rules": [{"gpusPerTask": 1}]},
+                {"name": "dpo", "gpus": 1, "rules": [{"taskTypes": ["DPO"], "gpusPerTask": 1}]},
+            ],
+        },
+        (),
+        [
+            (
+                "lanes[all]",
+                "Warning",
+                "lanes[all]: overlaps with text: 6 kind(s) of task fit both, the first lane counts",
+            ),
+            (
+                "lanes[dpo]",
+                "Error",
+                "lanes[dpo]: overlaps with text: 1 kind(s) of task fit both, so that nothing reaches it",
+            ),
+            (
+                "lanes[dpo]",
+                "Error",
+                "lanes[dpo]: overlaps with all: 2 kind(s) of task fit both, so that nothing reaches it",
+            ),
+        ],
+    ),
+    (
+        "lanes that leave GPUs over",
+        {**NO_SCORE, "lanes": [{"name": "all", "gpus": 6, "rules": [{"gpusPerTask": 1}]}]},
+        (node(),),
+        [("lanes", "Warning", "lanes: the lanes hand out 6 of the 8 GPUs that the selected nodes offer")],
+    ),
+    (
+        "limits that never bind",
+        {
+            "filters": {"minScore": None, "maxConcurrentJobs": None, "maxTimeLimitSeconds": 99_999_999},
+            "namespaces": [{"name": "a", "gpus": 8}, {"name": "b", "gpus": 7}],
+            "queue": {"raiseAfterSeconds": 60, "reserveFromGpus": 8},
+            "task_types": [
+                {"name": "InstructText", "accepted": True, "weight": "1", "successRate": "1", "dailyFloor": 2}
+            ],
+        },
+        (node(),),
+        [
+            (
+                "filters.maxTimeLimitSeconds",
+                "Warning",
+                "filters.maxTimeLimitSeconds: 99999999 never binds: no offer can ask for more than 31536000",
+            ),
+            ("namespaces[a].gpus", "Warning", "namespaces[a].gpus: 8 never binds: the nodes offer 8"),
+            (
+                "taskTypes[InstructText].dailyFloor",
+                "Warning",
+                "taskTypes[InstructText].dailyFloor: relaxes nothing: there is no filters.minScore to relax",
+            ),
+            (
+                "queue.raiseAfterSeconds",
+                "Warning",
+                "queue.raiseAfterSeconds: raises nothing: there are no two priorities",
+            ),
+            (
+                "queue.reserveFromGpus",
+                "Warning",
+                "queue.reserveFromGpus: 8 keeps no node: tasks get at most 4 GPUs",
+            ),
+        ],
+    ),
+    (
+        "a queue where nothing waits",
+        {"filters": {"minScore": None, "maxConcurrentJobs": None, "onFull": "Reject"}, "queue": {}},
+        (),
+        [("queue", "Info", "queue: orders nothing that waits: filters.onFull is Reject")],
+    ),
+    (
+        "more GPUs than any node has",
+        NO_SCORE,
+        (node(gpus=2),),
+        [("resources[0].counts", "Warning", "resources[0].counts: 4 GPUs are on no Ready node; the largest has 2")],
+    ),
     ("no bounds at all", {"filters": {"minScore": None, "maxConcurrentJobs": None}}, (node(),), []),
 ]
 
@@ -210,8 +345,8 @@ def test_lint(fields: dict[str, Any], nodes: tuple[NodeView, ...], wanted: list[
 
 
 def test_the_score_range_counts_unknown_families_and_the_cap() -> None:
-    assert score_range(policy_spec(preset="8xh100")) == (Decimal("0.5075"), Decimal("0.7400"))
-    low, _ = score_range(policy_spec(preset="8xh100", filters={"unknownFamily": "0"}))
+    assert score_range(policy_spec(preset="strategy-8xh100")) == (Decimal("0.5075"), Decimal("0.7400"))
+    low, _ = score_range(policy_spec(preset="strategy-8xh100", filters={"unknownFamily": "0"}))
     assert low == Decimal("0.5075") - Decimal("0.25") * Decimal("0.75")
     assert score_range(policy_spec(scoring={"cap": "0.1"})) == (Decimal("0.1"), Decimal("0.1"))
 
@@ -221,7 +356,7 @@ def test_the_score_range_counts_unknown_families_and_the_cap() -> None:
 
 @pytest.fixture(scope="module")
 def h100() -> CapacityPolicySpec:
-    return CapacityPolicySpec.model_validate(presets.load("8xh100")["spec"])
+    return CapacityPolicySpec.model_validate(presets.load("strategy-8xh100")["spec"])
 
 
 def test_the_h100_preset_scores_with_the_documents_weights(h100: CapacityPolicySpec) -> None:
@@ -327,6 +462,8 @@ def test_the_lab_preset_has_the_first_documents_weights_no_lanes_and_takes_every
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:
-    assert presets.names() == ["8xh100", "lab"]
-    with pytest.raises(KeyError, match="no preset 'nope'; there are 8xh100, lab"):
+    assert {"strategy-8xh100", "strategy-maximum-accuracy", "balanced-4", "market-table", "expected-value"} < set(
+        presets.names()
+    )
+    with pytest.raises(KeyError, match="no preset 'nope'; there are balanced-4, expected-value, lab, "):
         presets.load("nope")

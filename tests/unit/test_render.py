@@ -69,7 +69,7 @@ def attempt(*, lane: str | None = "small text", deadline: float | None = 3600, g
 
 def test_the_training_job_of_an_admission() -> None:
     admission = Admission.model_validate(make_admission(gpus=2, policy="h100x8", deadline=rfc3339(at(3600))))
-    chosen = policy("h100x8", preset="8xh100").spec
+    chosen = policy("h100x8", preset="strategy-8xh100").spec
     assert chosen is not None
     made = training_job(OfferKey("default", "offer"), UID, spec_of(priority_class="high"), admission, chosen)
     assert_golden("trainingjob", made)

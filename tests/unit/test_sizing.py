@@ -69,7 +69,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize(("name", "family"), FAMILIES)
 def test_the_family_with_the_longest_matching_pattern_wins(name: str, family: str | None) -> None:
-    found = family_of(name, policy_spec(preset="8xh100").families)
+    found = family_of(name, policy_spec(preset="strategy-8xh100").families)
     assert (found.name if found else None) == family
 
 
@@ -99,13 +99,13 @@ BORDERS = [
 
 @pytest.mark.parametrize(("parameters", "name"), BORDERS)
 def test_the_lower_border_of_a_size_class_is_inclusive(parameters: int, name: str) -> None:
-    found = size_class_of(parameters, policy_spec(preset="8xh100").size_classes)
+    found = size_class_of(parameters, policy_spec(preset="strategy-8xh100").size_classes)
     assert found is not None
     assert found.name == name
 
 
 def test_a_size_in_a_gap_between_classes_has_no_class() -> None:
-    small, medium, *_ = policy_spec(preset="8xh100").size_classes
+    small, medium, *_ = policy_spec(preset="strategy-8xh100").size_classes
     assert size_class_of(8_000_000_000, [small]) is None
     assert size_class_of(1, [medium]) is None
 

@@ -30,11 +30,13 @@ class Finish:
     """Whether the clock runs from the admission on, and not from the start of the container."""
     basis: str
     """What the prediction rests on."""
+    around: float = 0.0
+    """Fetching model and data before, verifying and uploading the result after."""
 
     @property
     def seconds(self) -> float:
         """Seconds from the admission to the result, when the pod starts at once."""
-        return self.start + self.training
+        return self.start + self.training + self.around
 
     @property
     def counted(self) -> float:
@@ -114,6 +116,7 @@ def finish_of(
         reserve=duration.reserve_seconds,
         start_counts=spec.clock_mode is not ClockMode.TRAINING,
         basis=f"{of_what}, MFU {mfu:g}",
+        around=duration.prepare_seconds + duration.submit_seconds,
     )
 
 

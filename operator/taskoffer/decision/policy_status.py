@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from taskoffer.api.reasons import Reason
@@ -30,12 +31,14 @@ class PolicyFacts:
     ledger: Ledger
     pending: int
     before: CapacityPolicyStatus
+    shared: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Names of other policies by the nodes of this one that they hand out too."""
 
 
 def policy_status(facts: PolicyFacts) -> CapacityPolicyStatus:
     """Return the status that the policy should have now."""
     spec = facts.policy.spec
-    findings = lint(spec, facts.nodes) if spec is not None else ()
+    findings = lint(spec, facts.nodes, facts.shared) if spec is not None else ()
     capacity = _capacity(facts)
     conditions = facts.before.conditions
 
@@ -73,7 +76,7 @@ def policy_status(facts: PolicyFacts) -> CapacityPolicyStatus:
         conditions=conditions,
         active_spec=spec,
         active_generation=facts.policy.generation if spec is not None else None,
-        findings=findings,
+        lint=findings,
         capacity=capacity,
     )
 

@@ -14,7 +14,7 @@ from taskoffer.decision.finish import Finish, duration_text, finish_of
 from taskoffer.decision.fit import Fit
 from taskoffer.decision.identity import Itself
 from taskoffer.decision.memory import GIB
-from taskoffer.decision.recipe import fit_of
+from taskoffer.decision.recipe import estimation_of, fit_of
 from taskoffer.decision.sizing import parameters_of
 from taskoffer.decision.verdict import Refusal
 
@@ -54,9 +54,10 @@ def _predict(offered: Itself[TaskOfferSpec], under: Itself[CapacityPolicySpec], 
     spec, policy = offered.value, under.value
     fits = fit_of(spec, policy, gpus)
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
-    if fits is None or policy.estimation is None or parameters is None:
+    estimation = estimation_of(policy)
+    if fits is None or estimation is None or parameters is None:
         return None
-    duration, finish = policy.estimation.duration, None
+    duration, finish = estimation.duration, None
     if duration is not None and fits.fits and (spec.dataset.rows or fits.effective.train.max_steps > 0):
         finish = finish_of(spec, parameters, fits.effective, duration, gpus)
     return Prediction(fits, finish)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from taskoffer.api.quantity import whole
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, scaled_lora, scaled_train
+from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.fit import Fit, Subject, fit
@@ -47,7 +49,8 @@ def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | 
         ValueError: as :func:`requested_settings`.
     """
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
-    if policy.estimation is None or parameters is None:
+    estimation = estimation_of(policy)
+    if estimation is None or parameters is None:
         return None
     resolution = spec.dataset.image.resolution if spec.dataset.image else None
     subject = Subject.of(spec.model, parameters, spec.task_type, resolution)
@@ -60,7 +63,27 @@ def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | 
 @lru_cache(maxsize=16_384)
 def _fit_under(policy: Itself[CapacityPolicySpec], subject: Subject, gpus: int) -> Fit | None:
     """Return the fit of all offers that train this under the policy, or None where it has no settings for them."""
+    estimation = estimation_of(policy.value)
     asked = _settings_for(subject.parameters, subject.task, policy.value)
-    if asked is None or policy.value.estimation is None:
-        return None
-    return fit(subject, asked, policy.value.estimation, gpus)
+    return fit(subject, asked, estimation, gpus) if asked is not None and estimation is not None else None
+
+
+def estimation_of(policy: CapacityPolicySpec) -> Estimation | None:
+    """Return how memory and time of one unit of the policy's resource are predicted, or None where they are not.
+
+    A unit of a shared GPU is taken to be its share of memory and speed. With time-slicing nothing enforces that.
+    """
+    units = policy.resources[0].units_per_gpu
+    if policy.estimation is None or units is None:
+        return policy.estimation
+    return _shared(Itself(policy.estimation), units)
+
+
+@lru_cache(maxsize=32)
+def _shared(whole_gpu: Itself[Estimation], units: int) -> Estimation:
+    estimation = whole_gpu.value
+    duration = estimation.duration
+    if duration is not None:
+        duration = duration.model_copy(update={"peak_teraflops": max(1, duration.peak_teraflops // units)})
+    memory = str(whole(estimation.gpu_memory) // units)
+    return estimation.model_copy(update={"gpu_memory": memory, "duration": duration})

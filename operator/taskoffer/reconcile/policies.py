@@ -21,7 +21,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicyStatus
 from taskoffer.api.v1alpha1.meta import API_VERSION
 from taskoffer.decision.ledger import open_ledger
 from taskoffer.decision.policy_status import PolicyFacts, policy_status
-from taskoffer.decision.snapshot import OfferKey, Snapshot
+from taskoffer.decision.snapshot import OfferKey, PolicyView, Snapshot
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import PolicyEntry, read
 from taskoffer.reconcile.world import node_views
@@ -70,6 +70,7 @@ class Policies:
                 ledger=open_ledger(snapshot.claims),
                 pending=_pending(snapshot, view.name),
                 before=before or CapacityPolicyStatus(),
+                shared=_shared(snapshot, view),
             )
         )
         if made.capacity is not None:
@@ -114,6 +115,17 @@ class Policies:
             if (condition.type, condition.reason) not in known and not good:
                 warning = condition.reason in (Reason.INVALID_POLICY, Reason.ALLOCATABLE_BELOW_BOOKED)
                 self._session.events.emit(subject, _reason(condition.reason), condition.message, warning=warning)
+
+
+def _shared(snapshot: Snapshot, policy: PolicyView) -> dict[str, list[str]]:
+    """Return the other policies by the nodes of this one that they hand out too."""
+    shared: dict[str, list[str]] = {}
+    for node in snapshot.nodes:
+        if node.allocatable > 0 and policy.selects(node):
+            others = [name for name, other in snapshot.policies.items() if name != policy.name and other.selects(node)]
+            if others:
+                shared[node.name] = others
+    return shared
 
 
 def _pending(snapshot: Snapshot, policy: str) -> int:

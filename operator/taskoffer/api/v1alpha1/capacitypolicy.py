@@ -393,7 +393,7 @@ class CapacityPolicyStatus(WireModel):
     conditions: Conditions = Field((), description="Ready and Linted.")
     active_spec: CapacityPolicySpec | None = Field(None, description="The last valid spec: the one in force.")
     active_generation: Annotated[int, Field(ge=0)] | None = Field(None, description="Generation of activeSpec.")
-    findings: Annotated[tuple[LintFinding, ...], Field(max_length=32)] = Field(
+    lint: Annotated[tuple[LintFinding, ...], Field(max_length=32)] = Field(
         (), description="Lint findings.", json_schema_extra=ATOMIC_LIST
     )
     capacity: Capacity | None = Field(None, description="GPUs and offers.")

@@ -46,6 +46,12 @@ class DurationEstimation(WireModel):
     start_seconds: Annotated[int, Field(ge=0, le=86400)] = Field(
         300, description="From the admission to the first step: pod, image, loading the model."
     )
+    prepare_seconds: Annotated[int, Field(ge=0, le=86400)] = Field(
+        0, description="From the admission to model and data lying there, before the GPUs are used."
+    )
+    submit_seconds: Annotated[int, Field(ge=0, le=86400)] = Field(
+        0, description="From the end of the training to the result being verified and uploaded."
+    )
     evaluation_share: DecimalString = Field(
         "0.10", description="Time of evaluating and saving, as a share of training."
     )
