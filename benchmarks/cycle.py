@@ -96,7 +96,7 @@ VARIANTS: dict[str, Object] = {
 
 def policy_of(variant: str) -> Object:
     """Return a policy, as stored."""
-    spec = dict(presets.load("8xh100")["spec"])
+    spec = dict(presets.load("strategy-8xh100")["spec"])
     for left_out in ("lanes", "estimation"):
         del spec[left_out]
     spec["nodeSelector"] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import DurationEstimation
@@ -11,6 +12,7 @@ from taskoffer.api.v1alpha1.taskoffer import Architecture, ClockMode, TaskOfferS
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.architecture import shape_of
 from taskoffer.decision.compute import Speed, Work, image_seconds, text_seconds
+from taskoffer.decision.identity import Itself
 from taskoffer.decision.memory import IMAGE_MODELS
 
 
@@ -84,9 +86,7 @@ def finish_of(
         of_what = f"{spec.dataset.rows} rows, {train.num_train_epochs:g} epoch(s)"
     else:
         raise ValueError("dataset.rows is not set: set it to have the time predicted")
-    mfu = float(duration.mfu_of(parameters))
-    # Without bfloat16 the matrix units take twice as long, at best.
-    speed = Speed(duration.peak_teraflops * 1e12 / (1 if train.bf16 else 2), mfu)
+    speed = _speed(Itself(duration), parameters, train.bf16)
     if spec.task_type is TaskType.IMAGE:
         model = IMAGE_MODELS[spec.model.architecture or Architecture.SDXL]
         resolution = spec.dataset.image.resolution if spec.dataset.image else 1024
@@ -115,9 +115,16 @@ def finish_of(
         limit=spec.time_limit_seconds,
         reserve=duration.reserve_seconds,
         start_counts=spec.clock_mode is not ClockMode.TRAINING,
-        basis=f"{of_what}, MFU {mfu:g}",
+        basis=f"{of_what}, MFU {speed.mfu:g}",
         around=duration.prepare_seconds + duration.submit_seconds,
     )
+
+
+@lru_cache(maxsize=4096)
+def _speed(duration: Itself[DurationEstimation], parameters: int, bf16: bool) -> Speed:
+    # Without bfloat16 the matrix units take twice as long, at best.
+    peak = duration.value.peak_teraflops * 1e12 / (1 if bf16 else 2)
+    return Speed(peak, float(duration.value.mfu_of(parameters)))
 
 
 def duration_text(seconds: float) -> str:

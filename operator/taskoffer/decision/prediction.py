@@ -67,7 +67,10 @@ def holding_counts(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Iterator[
     """Yield the counts that the policy hands out with which the task fits and ends in time, with the prediction."""
     for gpus in policy.resources[0].counts:
         found = predict(spec, policy, gpus)
-        if found is not None and found.finish is not None and found.holds:
+        if found is None or (found.fit.fits and found.finish is None):
+            # Nothing says how long the task takes, on whatever count.
+            return
+        if found.finish is not None and found.holds:
             yield gpus, found
 
 
