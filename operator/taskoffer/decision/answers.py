@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 
 from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
@@ -67,8 +68,7 @@ def rejection(evaluation: Evaluation) -> Answer:
     first = evaluation.refusals[0]
     more = len(evaluation.refusals) - 1
     constraints = [
-        ExplanationItem(type="Constraint", name=r.reason.value, message=r.message[:400])
-        for r in evaluation.refusals[:_TOLD_CONSTRAINTS]
+        _constraint(refusal.reason, refusal.message) for refusal in evaluation.refusals[:_TOLD_CONSTRAINTS]
     ]
     remedy = [_remedy(first.reason, first.counterfactual)] if first.counterfactual else []
     return Answer(
@@ -80,6 +80,13 @@ def rejection(evaluation: Evaluation) -> Answer:
     )
 
 
+@lru_cache(maxsize=4096)
+def _constraint(reason: Reason, message: str) -> ExplanationItem:
+    """Return a constraint. Offers of a queue share most of theirs, and the values are immutable."""
+    return ExplanationItem(type="Constraint", name=reason.value, message=message[:400])
+
+
+@lru_cache(maxsize=4096)
 def _remedy(reason: Reason, counterfactual: str) -> ExplanationItem:
     return ExplanationItem(type="Counterfactual", name=reason.value, message=counterfactual[:400])
 
@@ -94,7 +101,7 @@ def _explanation(evaluation: Evaluation, rest: Sequence[ExplanationItem]) -> tup
 def waits(evaluation: Evaluation, obstacle: Obstacle, *, rejects: bool) -> Answer:
     """Answer an offer that something stands in the way of; ``rejects`` where the policy does not queue."""
     reason = obstacle.reason
-    constraint = ExplanationItem(type="Constraint", name=reason.value, message=obstacle.message[:400])
+    constraint = _constraint(reason, obstacle.message)
     items = _explanation(evaluation, [constraint, _remedy(reason, obstacle.counterfactual)])
     return Answer(
         Verdict.REJECT if rejects else Verdict.WAIT,
@@ -112,7 +119,7 @@ def ends_earlier(evaluation: Evaluation, gpus: int, opening: Opening, ends: date
         f"{rfc3339(opening.at)}; {otherwise}"
     )
     reason = Reason.WAITING_FOR_EARLIER_END
-    constraint = ExplanationItem(type="Constraint", name=reason.value, message=message[:400])
+    constraint = _constraint(reason, message)
     items = _explanation(evaluation, [constraint, _remedy(reason, f"admitted once {gpus} are free on one node")])
     total = evaluation.score.total if evaluation.score else None
     return Answer(Verdict.WAIT, reason, message, total, items)

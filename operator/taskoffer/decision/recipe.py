@@ -52,12 +52,18 @@ def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | 
     estimation = estimation_of(policy)
     if estimation is None or parameters is None:
         return None
-    resolution = spec.dataset.image.resolution if spec.dataset.image else None
-    subject = Subject.of(spec.model, parameters, spec.task_type, resolution)
-    found = _fit_under(Itself(policy), subject, gpus)
+    found = _fit_under(Itself(policy), _subject_of(Itself(spec), parameters), gpus)
     if found is None:
         raise ValueError(f"the policy has no settings for {spec.task_type.value} on {spec.model.name}")
     return found
+
+
+@lru_cache(maxsize=32)
+def _subject_of(offered: Itself[TaskOfferSpec], parameters: int) -> Subject:
+    """Return what an offer has trained. One evaluation asks for it with each count of GPUs."""
+    spec = offered.value
+    resolution = spec.dataset.image.resolution if spec.dataset.image else None
+    return Subject.of(spec.model, parameters, spec.task_type, resolution)
 
 
 @lru_cache(maxsize=16_384)

@@ -92,16 +92,19 @@ def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:
     if facts.task is None or facts.size is None or family_rate is None:
         return None
     longest = facts.policy.filters.max_time_limit_seconds
-    if longest is None:
-        time_efficiency = Decimal(1)
-    else:
-        time_efficiency = max(Decimal(0), 1 - Decimal(facts.spec.time_limit_seconds) / longest).quantize(PLACES)
     return {
         TermName.TASK_WEIGHT: Decimal(facts.task.weight),
         TermName.MODEL_PERFORMANCE: Decimal(family_rate),
         TermName.TASK_SUCCESS_RATE: Decimal(facts.task.success_rate),
-        TermName.TIME_EFFICIENCY: time_efficiency,
+        TermName.TIME_EFFICIENCY: _time_efficiency(facts.spec.time_limit_seconds, longest),
         TermName.SIZE_EFFICIENCY: Decimal(facts.size.size_efficiency),
         TermName.BONUS: Decimal(1),
         TermName.ACCURACY_BONUS: Decimal(1),
     }
+
+
+@lru_cache(maxsize=4096)
+def _time_efficiency(seconds: int, longest: int | None) -> Decimal:
+    if longest is None:
+        return Decimal(1)
+    return max(Decimal(0), 1 - Decimal(seconds) / longest).quantize(PLACES)
