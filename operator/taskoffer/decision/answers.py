@@ -42,7 +42,8 @@ def too_late(spec: TaskOfferSpec | OfferTerms, evaluation: Evaluation, now: date
 
 def duplicate_of(offer: OfferView, spec: TaskOfferSpec | OfferTerms, snapshot: Snapshot) -> Answer | None:
     """Return the answer to an offer whose task id an older one has, or None."""
-    first = first_of_task(offer, snapshot.siblings.get((offer.key.namespace, spec.task_id), ()))
+    siblings = snapshot.siblings.get((offer.key.namespace, spec.task_id))
+    first = first_of_task(offer, siblings) if siblings else None
     if first is None:
         return None
     return Answer(
