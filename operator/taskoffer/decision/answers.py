@@ -68,9 +68,7 @@ def rejection(evaluation: Evaluation) -> Answer:
     """Answer an offer that the policy refuses, with all causes."""
     first = evaluation.refusals[0]
     more = len(evaluation.refusals) - 1
-    constraints = [
-        _constraint(refusal.reason, refusal.message) for refusal in evaluation.refusals[:_TOLD_CONSTRAINTS]
-    ]
+    constraints = [_constraint(refusal.reason, refusal.message) for refusal in evaluation.refusals[:_TOLD_CONSTRAINTS]]
     remedy = [_remedy(first.reason, first.counterfactual)] if first.counterfactual else []
     return Answer(
         verdict=Verdict.REJECT,

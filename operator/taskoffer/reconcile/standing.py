@@ -13,7 +13,6 @@ from datetime import datetime
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.snapshot import OfferView, Shape, Waiting, end_of, next_raise, waiting
 
-
 _FEW = 256
 """As long as changes are fewer than one in so many, they are made one by one; more are sorted in together."""
 
