@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import DurationEstimation
@@ -16,8 +16,7 @@ from taskoffer.decision.identity import Itself
 from taskoffer.decision.memory import IMAGE_MODELS
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(NamedTuple):
     """How long a task takes on its GPUs, and how long it may, in seconds."""
 
     gpus: int

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Itself(Generic[T]):
     """An immutable value as a key that equals no other value, not even one of the same content.
 
@@ -16,7 +14,10 @@ class Itself(Generic[T]):
     that the identity is not given to another one while the key is in use.
     """
 
-    value: T
+    __slots__ = ("value",)
+
+    def __init__(self, value: T) -> None:
+        self.value = value
 
     def __hash__(self) -> int:
         return id(self.value)

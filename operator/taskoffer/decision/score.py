@@ -44,18 +44,19 @@ def _weighted_terms(facts: Facts) -> list[ExplanationItem] | None:
     for term in facts.policy.scoring.terms:
         value = values[term.name]
         if term.table:
-            value = term.at(_input_of(term.name, facts))
+            value = str(term.at(_input_of(term.name, facts)))
         elif term.value is not None:
-            value = Decimal(term.value)
-        items.append(_weighted(term.name.value, term.weight, value))
+            value = term.value
+        items.append(_weighted(term.name, term.weight, value))
     return items
 
 
 @lru_cache(maxsize=4096)
-def _weighted(name: str, weight: str, value: Decimal) -> ExplanationItem:
-    """Return a term of a weighted sum. How many places the value is written with makes no difference to it."""
+def _weighted(name: TermName, weight: str, text: str) -> ExplanationItem:
+    """Return a term of a weighted sum. Numbers come as text: to hash a Decimal takes longer than to read it."""
+    value = Decimal(text)
     part = (Decimal(weight) * value).quantize(PLACES, ROUND_HALF_UP)
-    return _term(name, str(part), f"{weight} x {value.normalize():f}")
+    return _term(name.value, str(part), f"{weight} x {value.normalize():f}")
 
 
 def _expected_terms(facts: Facts) -> list[ExplanationItem] | None:
@@ -87,24 +88,25 @@ def _input_of(term: TermName, facts: Facts) -> Decimal:
     return Decimal(facts.gpus or 0)
 
 
-def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:
+def _term_values(facts: Facts) -> dict[TermName, str] | None:
+    """Return the values of the terms as text, or None when the offer lacks what one needs."""
     family_rate = facts.family.success_rate if facts.family else facts.policy.filters.unknown_family
     if facts.task is None or facts.size is None or family_rate is None:
         return None
     longest = facts.policy.filters.max_time_limit_seconds
     return {
-        TermName.TASK_WEIGHT: Decimal(facts.task.weight),
-        TermName.MODEL_PERFORMANCE: Decimal(family_rate),
-        TermName.TASK_SUCCESS_RATE: Decimal(facts.task.success_rate),
+        TermName.TASK_WEIGHT: facts.task.weight,
+        TermName.MODEL_PERFORMANCE: family_rate,
+        TermName.TASK_SUCCESS_RATE: facts.task.success_rate,
         TermName.TIME_EFFICIENCY: _time_efficiency(facts.spec.time_limit_seconds, longest),
-        TermName.SIZE_EFFICIENCY: Decimal(facts.size.size_efficiency),
-        TermName.BONUS: Decimal(1),
-        TermName.ACCURACY_BONUS: Decimal(1),
+        TermName.SIZE_EFFICIENCY: facts.size.size_efficiency,
+        TermName.BONUS: "1",
+        TermName.ACCURACY_BONUS: "1",
     }
 
 
 @lru_cache(maxsize=4096)
-def _time_efficiency(seconds: int, longest: int | None) -> Decimal:
+def _time_efficiency(seconds: int, longest: int | None) -> str:
     if longest is None:
-        return Decimal(1)
-    return max(Decimal(0), 1 - Decimal(seconds) / longest).quantize(PLACES)
+        return "1"
+    return str(max(Decimal(0), 1 - Decimal(seconds) / longest).quantize(PLACES))
