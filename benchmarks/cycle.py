@@ -3,12 +3,13 @@
 A world is built from raw objects as the API server would hand them out: N offers for nodes of 8 GPUs each, under one
 policy. Then the CPU time of this process is taken for gathering the snapshot and planning, one core, no IO:
 
+* **list**, **read**: reducing the listed objects, and validating their specs (both come before a cycle);
 * **cold**: offers have been read, nothing has been evaluated, and all GPUs are free;
 * **settled**: the answers to all of them have been written and are taken in, so that they are put aside;
 * **warm**: nothing has changed since;
 * **1 % changed**: one offer in a hundred was replaced by a new one: taking that in, reading and deciding the new
   ones, writing their answers, and the cycle that puts them aside;
-* **one GPU freed**: one running offer has ended.
+* **freed**: one running offer has ended, as small as the smallest that wait: as a rule one GPU.
 
 Each size runs in a process of its own. What is compared between sizes is compared within one run.
 
@@ -287,9 +288,10 @@ def _changed(cluster: Cluster, count: int, turn: int) -> float:
 
 
 def _freed(cluster: Cluster) -> float:
-    """Let an offer that holds one GPU end, and return the time until its GPU is given away."""
+    """Let an offer end that holds as many GPUs as the smallest wait for; return the time until they are given away."""
     world = cluster.world
-    holding = (e for e in world.by_state[OfferState.HOLDING].values() if e.booked[0].count == 1)
+    least = min(shape.gpus for shape in world.standing.groups)
+    holding = (e for e in world.by_state[OfferState.HOLDING].values() if e.booked[0].count == least)
     number = int(next(holding).key.name.removeprefix("o-"))
     raw = cluster.stored(number)
     moment = rfc3339(cluster.now)
