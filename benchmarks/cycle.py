@@ -98,8 +98,8 @@ VARIANTS: dict[str, Object] = {
 def policy_of(variant: str) -> Object:
     """Return a policy, as stored."""
     spec = dict(presets.load("strategy-8xh100")["spec"])
-    for left_out in ("lanes", "estimation"):
-        del spec[left_out]
+    for left_out in ("lanes", "estimation", "queue", "gpuChoice", "namespaces"):
+        spec.pop(left_out, None)
     spec["nodeSelector"] = {}
     spec["resources"] = [{"name": "nvidia.com/gpu", "counts": [1, 2, 4, 8]}]
     gpus = {"Small": 1, "Medium": 2, "Large": 4, "XLarge": 8}
