@@ -102,6 +102,30 @@ def test_a_pod_that_succeeds_finishes_the_offer_and_frees_its_gpus(bench: Bench)
     bench.booked(node, 0)
 
 
+def test_a_finished_training_job_says_what_it_took_beside_what_was_predicted(bench: Bench) -> None:
+    bench.node()
+    slow = {"peakTeraflops": 1, "mfu": [{"mfu": "0.01"}], "startSeconds": 0, "reserveSeconds": 0}
+    bench.policy(estimation={"gpuMemory": "80G", "duration": slow}, learning={"priorStrength": "5"})
+    bench.admitted("measured")
+    pod = bench.run("measured")
+    said = {"exitCode": 0, "reason": "Completed", "step": 40, "totalSteps": 40, "trainingSeconds": 0.6}
+    figures = {"tokensPerSecond": 1200.4, "peakGpuBytes": 2 * 10**9, "peakHostBytes": 10**9}
+    bench.end(pod, 0, json.dumps({**said, **figures}))
+    bench.finished("measured", "Succeeded")
+    job = bench.training_job("measured")
+    run, measured = job["spec"]["run"], job["status"]["measured"]
+    assert (run["family"], run["sizeClass"], run["gpus"]) == ("Llama", "Small", 1)
+    assert run["predicted"]["trainingSeconds"] == measured["predictedSeconds"] > 0
+    assert run["predicted"]["peakMemoryBytes"] == measured["predictedPeakBytes"] > 10**9
+    (attempt,) = job["status"]["attempts"]
+    ran = moment(attempt["finishedAt"]) - moment(attempt["startedAt"])
+    waited = moment(attempt["startedAt"]) - moment(attempt["createdAt"])
+    assert measured["containerSeconds"] == round(ran.total_seconds())
+    assert measured["startSeconds"] == round(waited.total_seconds())
+    told = ("trainingSeconds", "trainedShare", "tokensPerSecond", "peakMemoryBytes", "peakHostBytes")
+    assert [measured[name] for name in told] == [1, "1.000", 1200, 2 * 10**9, 10**9]
+
+
 def test_the_training_job_says_what_a_pending_pod_waits_for(bench: Bench) -> None:
     bench.node()
     bench.policy()

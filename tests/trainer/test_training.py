@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from .conftest import MakeTraining, Outcome, Training, side_by_side
 
@@ -60,6 +61,18 @@ def test_learning_lowers_the_held_out_loss(one_process: tuple[Training, Outcome]
     assert outcome.termination["reason"] == "Completed"
     assert outcome.termination["step"] == outcome.termination["totalSteps"] == 24
     assert outcome.termination["evalLossAfter"] < outcome.termination["evalLossBefore"] - 0.3
+
+
+def test_the_termination_says_what_the_training_took(one_process: tuple[Training, Outcome]) -> None:
+    _, outcome = one_process
+    said = outcome.termination
+    assert 0 < said["trainingSeconds"] < outcome.seconds
+    tokens = said["tokensPerSecond"]
+    assert tokens > 0
+    # At this rate the steps alone cannot have taken longer than the whole; a tiny row has at least one token.
+    assert said["totalSteps"] / tokens < said["trainingSeconds"]
+    assert said["peakHostBytes"] > 50 << 20
+    assert ("peakGpuBytes" in said) is torch.cuda.is_available()
 
 
 def test_the_manifest_names_every_file_with_its_hash(one_process: tuple[Training, Outcome]) -> None:

@@ -121,7 +121,7 @@ def test_a_score_is_never_more_than_a_status_can_hold() -> None:
 
 @pytest.mark.parametrize(
     ("factor", "what"),
-    [({"loraRankFactor": "99999999"}, "scales r of"), ({"learningRateFactor": "0"}, "scales learning_rate of")],
+    [({"loraRankFactor": "99999999"}, "scales r of"), ({"learningRateFactor": "0"}, "scales learningRate of")],
 )
 def test_a_policy_whose_factors_lead_to_impossible_settings_is_invalid(factor: dict[str, str], what: str) -> None:
     spec = make_policy()["spec"]

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
 from core_builders import at, claim, condition, cycle, node, offer, policy, policy_spec, snapshot, spec_of
+from taskoffer.api.tasks import TaskType
 from taskoffer.decision.cycle import Plan, plan
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.ledger import Claim, NodeView, open_ledger
-from taskoffer.decision.snapshot import OfferView
+from taskoffer.decision.snapshot import OfferView, PolicyView
 from taskoffer.decision.verdict import Verdict
 
 MODELS = ["x/llama", "x/mistral", "x/qwen", "x/gemma", "x/phi-4", "x/codellama", "x/deepseek", "x/falcon"]
@@ -24,6 +25,19 @@ LANES = [
     {"name": "rest", "gpus": 8, "rules": [{"gpusPerTask": 2}]},
 ]
 PLAIN, LANED, FEW = policy(), policy(lanes=LANES), policy(filters={"maxConcurrentJobs": 3})
+BORROWING = policy(lanes=[{**LANES[0], "borrowFrom": ["rest"]}, {**LANES[1], "gpus": 4}])
+QUOTA = policy(namespaces=[{"name": "default", "gpus": 3}])
+TYPE = {"name": "InstructText", "accepted": True, "weight": "0.35", "successRate": "0.9"}
+FLOORED = policy(filters={"minScore": "0.7", "floorMinScore": "0.5"}, task_types=[{**TYPE, "dailyFloor": 2}])
+PREDICTING = {"gpuMemory": "80G", "duration": {"startSeconds": 40, "reserveSeconds": 20}}
+KEEPING = policy(queue={"priorities": ["low", "high"], "reserveFromGpus": 4}, estimation=PREDICTING)
+FASTEST = policy(gpu_choice="EarliestEnd", estimation=PREDICTING)
+EARNING = policy(
+    gpu_choice="MostValue",
+    estimation=PREDICTING,
+    filters={"minScore": "0", "unknownFamily": "0.5"},
+    scoring={"terms": None, "expectedValue": {"urgencySeconds": 600}},
+)
 fast = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -35,6 +49,7 @@ def offers(draw: st.DrawFn, most: int = 12) -> list[OfferView]:
             created=at(draw(st.integers(0, 3))),
             hours=draw(st.sampled_from([0.5, 3.0, 19.0, 21.0])),
             parameters=draw(st.sampled_from([500_000, 2_000_000, 5_000_000])),
+            priority_class=draw(st.sampled_from([None, "low", "high"])),
             model=draw(st.sampled_from(MODELS)),
             task_id=f"t{draw(st.integers(0, 9))}",
             active=draw(st.sampled_from([None, None, None, False])),
@@ -64,7 +79,7 @@ claims = st.lists(
     ),
     max_size=6,
 )
-policies = st.sampled_from([PLAIN, LANED, FEW])
+policies = st.sampled_from([PLAIN, LANED, FEW, BORROWING, QUOTA, FLOORED, KEEPING, FASTEST, EARNING])
 
 
 def admissions(made: Plan) -> list[tuple[str, str, int, str | None]]:
@@ -79,9 +94,10 @@ def admissions(made: Plan) -> list[tuple[str, str, int, str | None]]:
 @fast
 @given(offers(), nodes, claims, policies)
 def test_a_cycle_never_books_more_than_a_node_a_lane_or_the_job_slots_have(
-    pending: list[OfferView], inventory: list[NodeView], booked: list[Claim], chosen: object
+    pending: list[OfferView], inventory: list[NodeView], booked: list[Claim], chosen: PolicyView
 ) -> None:
-    made = cycle(pending, nodes=inventory, claims=booked, policies=[chosen])  # type: ignore[list-item]
+    made = cycle(pending, nodes=inventory, claims=booked, policies=[chosen])
+    assert chosen.spec is not None
     before = open_ledger(booked)
     added: Counter[str] = Counter()
     lanes: Counter[str] = Counter()
@@ -93,11 +109,15 @@ def test_a_cycle_never_books_more_than_a_node_a_lane_or_the_job_slots_have(
             assert found.ready
             assert before.booked.get(found.name, 0) + added[found.name] <= found.allocatable
     assert not set(added) - {n.name for n in inventory}
-    if chosen is LANED:
-        for lane, size in (("one", 3), ("rest", 8)):
-            assert not lanes[lane] or before.lane_used("lab", lane) + lanes[lane] <= size
-    if chosen is FEW:
-        assert not added or before.running("lab") + len(admissions(made)) <= 3
+    for lane in chosen.spec.lanes:
+        assert not lanes[lane.name] or before.lane_used("lab", lane.name) + lanes[lane.name] <= lane.gpus
+    if chosen.spec.filters.max_concurrent_jobs is not None:
+        assert not added or before.running("lab") + len(admissions(made)) <= chosen.spec.filters.max_concurrent_jobs
+    if chosen is QUOTA:
+        assert added.total() <= 3
+    if chosen is FLOORED:
+        low = [d for d in made.decisions if d.answer.admission and d.answer.score and d.answer.score <= Decimal("0.7")]
+        assert len(low) <= 2
 
 
 @fast
@@ -115,12 +135,12 @@ def test_a_score_is_the_sum_of_its_terms_and_never_above_its_cap(
 
 
 @fast
-@given(offers(most=1), nodes, claims, st.integers(1, 8))
+@given(offers(most=1), nodes, claims, policies, st.integers(1, 8))
 def test_more_free_capacity_never_turns_an_admission_into_a_wait(
-    pending: list[OfferView], inventory: list[NodeView], booked: list[Claim], more: int
+    pending: list[OfferView], inventory: list[NodeView], booked: list[Claim], chosen: PolicyView, more: int
 ) -> None:
     def admitted(inventory: list[NodeView]) -> bool:
-        return bool(admissions(cycle(pending, nodes=inventory, claims=booked)))
+        return bool(admissions(cycle(pending, nodes=inventory, claims=booked, policies=[chosen])))
 
     if admitted(inventory):
         assert admitted([*inventory, node("extra", more)])
@@ -161,6 +181,7 @@ def test_a_plan_that_is_applied_leaves_nothing_to_decide(
             nodes=inventory,
             claims=now_booked,
             policies=[chosen],  # type: ignore[list-item]
+            admitted_today=Counter(("lab", TaskType.INSTRUCT_TEXT) for _ in admissions(made)),
             siblings=[o for o in gone if o.uid not in {x.uid for x in left}],
         )
     )

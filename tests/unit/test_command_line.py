@@ -21,7 +21,9 @@ from taskoffer.cli.main import main
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["preset", "--help"], ["lint", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([command, "--help"] for command in ("run", "preset", "lint", "simulate", "trace"))]
+)
 def test_every_command_explains_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)

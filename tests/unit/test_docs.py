@@ -17,7 +17,7 @@ import yaml
 
 from taskoffer import presets
 from taskoffer.api.reasons import Reason
-from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicy
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicy, CapacityPolicySpec
 from taskoffer.api.v1alpha1.taskoffer import TaskOffer
 from taskoffer.cli.main import _parser as taskoffer_parser
 from taskoffer.decision.lint import lint
@@ -139,6 +139,18 @@ def words_of_the_api() -> frozenset[str]:
     return frozenset(found)
 
 
+@cache
+def words_of_explanations() -> frozenset[str]:
+    """Return the names that items of an explanation are given in the decisions' sources."""
+    found: set[str] = set()
+    for path in (ROOT / "operator" / "taskoffer" / "decision").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("_term", "ExplanationItem"):
+                named = [*node.args[:1], *(keyword.value for keyword in node.keywords if keyword.arg == "name")]
+                found.update(str(arg.value) for arg in named if isinstance(arg, ast.Constant))
+    return frozenset(found)
+
+
 @pages
 def test_every_link_leads_somewhere(page: Path) -> None:
     text = _without_blocks(page.read_text(encoding="utf-8"))
@@ -158,7 +170,8 @@ def test_every_camel_case_word_in_code_type_is_a_reason_a_field_or_a_class(page:
     reasons = {reason.value for reason in Reason}
     for span in spans(page.read_text(encoding="utf-8")):
         if re.fullmatch(r"(?:[A-Z][a-z]+){2,}", span):
-            assert span in reasons | words_of_the_api() | names_in_code() | FOREIGN, f"nothing is called {span}"
+            known = reasons | words_of_the_api() | names_in_code() | words_of_explanations() | FOREIGN
+            assert span in known, f"nothing is called {span}"
 
 
 @pages
@@ -256,17 +269,20 @@ def test_every_preset_that_is_named_exists(page: Path) -> None:
         assert name in presets.names(), f"there is no preset {name}"
 
 
-def test_the_findings_of_the_h100_preset_are_the_ones_that_its_page_explains() -> None:
-    page = (ROOT / "docs" / "explanation" / "strategy-8xh100.md").read_text(encoding="utf-8")
-    manifest = presets.load("strategy-8xh100")
-    findings = lint(CapacityPolicy.model_validate({**manifest, "metadata": _any_metadata("h100x8")}).spec)
-    lines = [line for body in blocks(page, "console") for line in body.splitlines()]
-    shown = [line for line in lines if line.startswith(("Info: ", "Warning: ", "Error: "))]
-    assert shown == [f"{finding.severity}: {finding.message}" for finding in findings]
+PAGE_OF_FINDINGS = {"strategy-8xh100": "strategy-8xh100.md"}
+"""Where the findings of a preset are shown, if not on the page about all of them."""
 
 
-def _any_metadata(name: str) -> dict[str, str]:
-    return {"name": name, "uid": "1", "resourceVersion": "1", "creationTimestamp": "2026-01-01T00:00:00Z"}
+@pytest.mark.parametrize("name", presets.names())
+def test_the_findings_of_a_preset_are_the_ones_that_its_page_shows(name: str) -> None:
+    page = ROOT / "docs" / "explanation" / PAGE_OF_FINDINGS.get(name, "presets.md")
+    shown = [body for body in blocks(page.read_text(encoding="utf-8"), "console") if "$ taskoffer lint " in body]
+    body = next(body for body in shown if body.startswith(f"$ taskoffer preset {name} > policy.yaml\n"))
+    findings = lint(CapacityPolicySpec.model_validate(presets.load(name)["spec"]))
+    assert body.splitlines()[2:] == [
+        *(f"{finding.severity}: {finding.message}" for finding in findings),
+        f"{len(findings)} finding(s)",
+    ]
 
 
 @pages

@@ -7,6 +7,7 @@ import pytest
 
 from core_builders import ONE_GPU, policy_spec, spec_of
 from taskoffer.api.reasons import Reason
+from taskoffer.api.tasks import TaskType
 from taskoffer.decision.evaluate import Evaluation, evaluate
 
 ACCEPTING_NOTHING = [{"name": "InstructText", "accepted": False, "weight": "1", "successRate": "1"}]
@@ -267,3 +268,9 @@ def test_the_h100_documents_lanes(offer: dict[str, Any], lane: str, gpus: int) -
 def test_a_policy_that_accepts_nothing_says_so() -> None:
     refusals = evaluated(policy={"task_types": ACCEPTING_NOTHING}).refusals
     assert refusals[0].reason is Reason.TASK_TYPE_NOT_ACCEPTED
+
+
+def test_a_simulation_may_ask_as_if_every_task_type_were_served() -> None:
+    spec, policy = spec_of(task_type="GRPO", parameters=ONE_GPU), policy_spec()
+    assert [refusal.reason for refusal in evaluate(spec, policy).refusals] == [Reason.TASK_TYPE_NOT_SERVED]
+    assert evaluate(spec, policy, served=frozenset(TaskType)).refusals == ()

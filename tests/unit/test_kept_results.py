@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from hypothesis import strategies as st
 import taskoffer.decision
 from builders import make_node, make_offer, make_policy, merged, stored
 from core_builders import NOW, at, node, offer, policy_spec, spec_of
+from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.decision.cycle import plan
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.identity import Itself
 from taskoffer.decision.ledger import Ledger, Release
+from taskoffer.decision.outcomes import NOTHING, Estimate, Kind, Learned
 from taskoffer.decision.snapshot import Shape
 from taskoffer.decision.timeline import Demand, Opening, Timeline
 from taskoffer.reconcile import standing
@@ -59,6 +62,23 @@ OFFERS = st.fixed_dictionaries(
         "spec": st.sampled_from([{}, {"clockMode": "Training"}, {"value": "3.5"}]),
     }
 )
+LEARNED = [
+    NOTHING,
+    *(
+        Learned(
+            Decimal(10),
+            {
+                Kind(TaskType.INSTRUCT_TEXT, family, size, gpus): Estimate(
+                    judged, 2, 3, Decimal(factor), 4, Decimal("1.2")
+                )
+                for family in ("Llama", "Qwen")
+                for size in ("Small", "Medium", "XLarge")
+                for gpus in (1, 2)
+            },
+        )
+        for judged, factor in ((3, "1.5"), (9, "0.8"))
+    ),
+]
 CACHES = [
     found
     for module in pkgutil.iter_modules(taskoffer.decision.__path__)
@@ -67,25 +87,28 @@ CACHES = [
 ]
 
 
-def from_scratch(spec: Any, policy: CapacityPolicySpec) -> Evaluation:
+def from_scratch(spec: Any, policy: CapacityPolicySpec, learned: Learned) -> Evaluation:
     for cache in CACHES:
         cache.cache_clear()
-    return evaluate(spec, policy, "default")
+    return evaluate(spec, policy, "default", learned)
 
 
-@given(st.lists(st.tuples(st.sampled_from(POLICIES), OFFERS, st.booleans()), min_size=2, max_size=8))
+CASES = st.tuples(st.sampled_from(POLICIES), OFFERS, st.sampled_from(LEARNED), st.booleans())
+
+
+@given(st.lists(CASES, min_size=2, max_size=8))
 @settings(max_examples=120, deadline=None)
-def test_an_evaluation_is_the_same_whatever_was_evaluated_before(asked: list[tuple[Any, Any, bool]]) -> None:
+def test_an_evaluation_is_the_same_whatever_was_evaluated_before(asked: list[tuple[Any, Any, Learned, bool]]) -> None:
     made: dict[int, CapacityPolicySpec] = {}
     cases = []
-    for number, fields, anew in asked:
+    for number, fields, learned, anew in asked:
         # Now a policy that was asked before, now one that has just been read and says the same.
         known = made.get(id(number))
         policy = policy_spec(**number) if anew or known is None else known
         made[id(number)] = policy
-        cases.append((spec_of(**fields), policy))
-    warm = [evaluate(spec, policy, "default") for spec, policy in cases]
-    assert warm == [from_scratch(spec, policy) for spec, policy in cases]
+        cases.append((spec_of(**fields), policy, learned))
+    warm = [evaluate(spec, policy, "default", learned) for spec, policy, learned in cases]
+    assert warm == [from_scratch(*case) for case in cases]
 
 
 def test_a_value_as_a_key_equals_itself_only() -> None:

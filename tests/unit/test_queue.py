@@ -66,6 +66,15 @@ def test_waiting_raises_nobody_above_the_highest_priority() -> None:
     assert set(places(cycle([old, good], policies=[rules], claims=[claim("x", count=7)]))) == {"good"}
 
 
+def test_the_default_priority_gives_way_to_what_a_namespace_may_ask_for() -> None:
+    rules = policy(queue=PRIORITIES, namespaces=[{"name": "guests", "highestPriority": "benchmark"}])
+    pending = [
+        offer("gues", model="x/llama", namespace="guests", created=at(-60)),
+        offer("host", model="x/phi-4"),
+    ]
+    assert set(places(cycle(pending, policies=[rules], claims=[claim("x", count=7)]))) == {"host"}
+
+
 def test_a_namespace_gets_no_more_gpus_than_its_quota_and_others_are_not_held_up() -> None:
     rules = policy(namespaces=[{"name": "team-a", "gpus": 3}])
     pending = [offer(f"a{i}", namespace="team-a", parameters=TWO_GPUS, created=at(i)) for i in range(3)]
@@ -330,6 +339,28 @@ def test_what_the_owner_says_an_offer_is_worth_counts_before_the_formula() -> No
     pending = [offer("plain", **TASK), offer("dear", **TASK, spec={"value": "50"}, created=at(5))]
     made = cycle(pending, policies=[earning()], claims=[claim("x", count=7)])
     assert set(places(made)) == {"dear"}
+
+
+@pytest.mark.parametrize(("urgency", "wanted"), [(None, "dear"), (1, "soon"), (1800, "soon"), (100_000, "dear")])
+def test_with_an_urgency_an_offer_whose_wait_ends_soon_goes_before_a_dearer_one_that_can_wait(
+    urgency: int | None, wanted: str
+) -> None:
+    pending = [
+        offer("dear", **TASK, spec={"value": "20"}, expires_at=rfc3339(at(7200))),
+        offer("soon", **TASK, spec={"value": "10"}, expires_at=rfc3339(at(60))),
+    ]
+    rules = earning(scoring={"terms": None, "expectedValue": {"urgencySeconds": urgency}})
+    assert set(places(cycle(pending, policies=[rules], claims=[claim("x", count=7)]))) == {wanted}
+
+
+def test_an_offer_without_an_end_goes_before_those_whose_wait_ends_later_than_eight_urgencies_after_it_came() -> None:
+    rules = earning(scoring={"terms": None, "expectedValue": {"urgencySeconds": 1800}})
+    for waited, wanted in ((0, "next"), (4 * 3600, "calm")):
+        pending = [
+            offer("calm", **TASK, created=at(-waited)),
+            offer("next", **TASK, created=at(0), expires_at=rfc3339(at(3600))),
+        ]
+        assert set(places(cycle(pending, policies=[rules], claims=[claim("x", count=7)]))) == {wanted}
 
 
 def test_an_expected_loss_is_shown_as_a_floor_so_that_the_terms_sum_to_the_score() -> None:

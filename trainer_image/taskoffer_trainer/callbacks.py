@@ -63,6 +63,22 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.resumed_from: int | None = None
         self._step_began = self._tokens_at = self._said = self._written = 0.0
         self._tokens = 0.0
+        self._train_began: float | None = None
+        self._stepped = 0.0
+        self._first_tokens: tuple[float, float] | None = None
+        self._last_tokens: tuple[float, float] | None = None
+
+    def took(self) -> dict[str, float | None]:
+        """Return this attempt's time since its first step and its rate, by their names in a termination.
+
+        The rate is a mean over the time in steps; the first one, which warms up, is left out.
+        """
+        seconds = None if self._train_began is None else time.monotonic() - self._train_began
+        rate = None
+        if self._first_tokens is not None and self._last_tokens is not None:
+            tokens, stepped = (b - a for a, b in zip(self._first_tokens, self._last_tokens, strict=True))
+            rate = tokens / stepped if stepped > 0 else None
+        return {"training_seconds": seconds, "tokens_per_second": rate}
 
     def enter(self, state: RunState) -> None:
         """Report a new state at once."""
@@ -116,7 +132,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Learn how many steps there are."""
         self.total, self.step = state.max_steps, state.global_step
-        self._tokens_at = time.monotonic()
+        self._tokens_at = self._train_began = time.monotonic()
         self.enter(RunState.TRAINING)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -125,7 +141,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop the clock of a step."""
-        self.timings.steps.append(time.monotonic() - self._step_began)
+        took = time.monotonic() - self._step_began
+        self.timings.steps.append(took)
+        self._stepped += took
         self.step = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -138,6 +156,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             if here > self._tokens_at:
                 self.note(tokens_per_second=(logs["num_tokens"] - self._tokens) / (here - self._tokens_at))
             self._tokens, self._tokens_at = logs["num_tokens"], here
+            self._last_tokens = float(logs["num_tokens"]), self._stepped
+            self._first_tokens = self._first_tokens or self._last_tokens
         if time.monotonic() - self._written > 0.25:
             self.write()
         if self.path is not None and time.monotonic() - self._said > 5:

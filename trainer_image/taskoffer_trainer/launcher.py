@@ -27,6 +27,7 @@ from taskoffer.api.contract import ExitCode, RunConfig, Termination
 from taskoffer_trainer.checkpoints import check_identity, complete_checkpoints, finished_run
 from taskoffer_trainer.config import check_paths
 from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED, STOPPED, TrainerError
+from taskoffer_trainer.figures import largest_peaks
 from taskoffer_trainer.progress import ProgressServer, now, progress_port
 
 __all__ = ["RankEnd", "Ranks", "decide", "launch", "rank_environment"]
@@ -290,7 +291,8 @@ def launch(config: RunConfig) -> Termination:
         finally:
             server.close()
         end = decide(ranks.ends)
-        return _termination(end).model_copy(update={"exit_code": _exit_code(end)})
+        figures = largest_peaks(rank.said for rank in ranks.ends)
+        return _termination(end).model_copy(update={"exit_code": _exit_code(end), **figures})
 
 
 def _exit_code(end: RankEnd) -> int:

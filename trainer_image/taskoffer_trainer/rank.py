@@ -15,6 +15,7 @@ from pathlib import Path
 from taskoffer.api.contract import ExitCode, RunConfig, Termination
 from taskoffer_trainer.data import read_split
 from taskoffer_trainer.failures import INTERNAL_ERROR, STOPPED, StopRequestedError, TrainerError
+from taskoffer_trainer.figures import peaks
 from taskoffer_trainer.stop import Stop
 from taskoffer_trainer.termination import shorten
 
@@ -48,7 +49,8 @@ def run(config: RunConfig, run_dir: Path, rank: int, stop: Stop) -> Termination:
         traceback.print_exc()
         if _is_out_of_memory(error):
             hint = "a smaller train.perDeviceTrainBatchSize or train.maxLength needs less"
-            return _ended(ExitCode.OUT_OF_MEMORY, "OutOfMemory", f"rank {rank} ran out of memory; {hint}: {error}")
+            message = f"rank {rank} ran out of memory; {hint}: {error}"
+            return _ended(ExitCode.OUT_OF_MEMORY, "OutOfMemory", message).model_copy(update=peaks())
         return _ended(ExitCode.INTERNAL, INTERNAL_ERROR, f"rank {rank}: {type(error).__name__}: {error}")
 
 

@@ -32,6 +32,7 @@ from taskoffer_trainer.checkpoints import (
 from taskoffer_trainer.data import Split
 from taskoffer_trainer.export import Result, prepared, publish
 from taskoffer_trainer.failures import COMPLETED, DEADLINE_REACHED, STOPPED, StopRequestedError, TrainerError
+from taskoffer_trainer.figures import peaks
 from taskoffer_trainer.held_out import answers, held_out_loss
 from taskoffer_trainer.lora import lora_config
 from taskoffer_trainer.models import Device, choose_device, load_model, load_tokenizer
@@ -227,7 +228,7 @@ def _train_steps(run: _Run, trainer: Trainer, baseline: _Baseline) -> Terminatio
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         train_loss = losses[-1] if losses else output.training_loss
     stopped = stop.cause is StopCause.SIGNAL
-    return Termination(
+    summary = Termination(
         exit_code=ExitCode.STOPPED if stopped else ExitCode.DONE,
         reason=STOPPED if stopped else COMPLETED if step >= total else DEADLINE_REACHED,
         message=f"stopped by a signal with a checkpoint of step {step} of {total}" if stopped else "",
@@ -238,6 +239,7 @@ def _train_steps(run: _Run, trainer: Trainer, baseline: _Baseline) -> Terminatio
         resumed_from_step=progress.resumed_from,
         clamps=progress.clamps,
     )
+    return summary.model_copy(update={**progress.took(), **peaks()})
 
 
 def _finish(run: _Run, baseline: _Baseline, tensors: int, summary: Termination) -> Termination:
@@ -281,6 +283,8 @@ def _finish(run: _Run, baseline: _Baseline, tensors: int, summary: Termination) 
             "eval_loss_after": verified.eval_loss,
             "adapter_dir": str(final),
             "adapter_sha256": digest,
+            "training_seconds": progress.took()["training_seconds"],
+            **peaks(),
         }
     )
     mark_finished(config, done)

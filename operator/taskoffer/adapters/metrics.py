@@ -63,6 +63,26 @@ WRITE_RETRIES = Counter(
 )
 LEADER = Gauge("taskoffer_leader", "1 while this replica leads.", registry=REGISTRY)
 LEASE_TRANSITIONS = Gauge("taskoffer_lease_transitions", "leaseTransitions of the lease.", registry=REGISTRY)
+PREDICTION_RATIO = Histogram(
+    "taskoffer_prediction_error_ratio",
+    "Measured over predicted, once for each job that this replica saw end: above 1 it took more than was told.",
+    ["policy", "task_type", "quantity"],
+    buckets=(0.25, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4),
+    registry=REGISTRY,
+)
+_KIND = ["policy", "task_type", "family", "size_class", "gpus"]
+LEARNED_SUCCESS_RATE = Gauge(
+    "taskoffer_learned_success_rate",
+    "Success rate that the policy and the outcomes of a kind of task amount to.",
+    _KIND,
+    registry=REGISTRY,
+)
+LEARNED_DURATION_FACTOR = Gauge(
+    "taskoffer_learned_duration_factor",
+    "What predicted times of a kind of task are multiplied with.",
+    _KIND,
+    registry=REGISTRY,
+)
 UNREADABLE = Counter(
     "taskoffer_objects_unreadable_total",
     "Stored objects that could not be parsed, by kind.",

@@ -280,4 +280,8 @@ class Termination(WireModel):
     adapter_dir: str | None = None
     adapter_sha256: str | None = None
     resumed_from_step: int | None = None
+    training_seconds: float | None = Field(None, description="This attempt, from its first step to its end.")
+    tokens_per_second: float | None = Field(None, description="Mean over this attempt's steps, all processes together.")
+    peak_gpu_bytes: int | None = Field(None, description="Most memory in use on a GPU of this attempt.")
+    peak_host_bytes: int | None = Field(None, description="Largest resident set of a training process.")
     clamps: tuple[Clamp, ...] = ()

@@ -1,4 +1,4 @@
-"""``taskoffer``, also installed as ``kubectl-taskoffer``: run the operator, print presets, check policies."""
+"""``taskoffer``, also installed as ``kubectl-taskoffer``: run the operator, print, check and compare policies."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from taskoffer import __version__
+from taskoffer.cli import simulate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     lint = commands.add_parser("lint", help="check a CapacityPolicy file before it is applied")
     lint.add_argument("file", type=Path, help="YAML file of a CapacityPolicy")
     lint.set_defaults(command=_lint)
+
+    simulate.add_commands(commands)
     return parser
 
 
@@ -125,24 +128,15 @@ def _preset(args: argparse.Namespace) -> int:
 
 
 def _lint(args: argparse.Namespace) -> int:
-    import yaml
-    from pydantic import ValidationError
-
-    from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
+    from taskoffer.cli.errors import CommandError
+    from taskoffer.cli.policy_file import read_policy
     from taskoffer.decision.lint import lint
 
     try:
-        manifest = yaml.safe_load(args.file.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or manifest.get("kind") != "CapacityPolicy":
-            print(f"taskoffer: {args.file} holds no CapacityPolicy: give a manifest of this kind", file=sys.stderr)
-            return 2
-        spec = CapacityPolicySpec.model_validate(manifest.get("spec") or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        print(f"taskoffer: {args.file} cannot be read: {error}", file=sys.stderr)
-        return 2
-    except ValidationError as error:
-        print(f"taskoffer: {args.file} is not a valid CapacityPolicy:\n{error}", file=sys.stderr)
-        return 1
+        spec = read_policy(args.file)
+    except CommandError as error:
+        print(f"taskoffer: {error}", file=sys.stderr)
+        return error.code
     findings = lint(spec)
     for finding in findings:
         print(f"{finding.severity}: {finding.message}")

@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 from taskoffer.api.contract import SERVED_TASK_TYPES
 from taskoffer.api.reasons import Reason
+from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
 from taskoffer.decision.facts import Facts, gather
 from taskoffer.decision.finish import duration_text
+from taskoffer.decision.outcomes import NOTHING, Group, Learned, group_of
 from taskoffer.decision.prediction import estimates_of, refusals_of
 from taskoffer.decision.score import PLACES, score_of
 from taskoffer.decision.sizing import billions
@@ -62,6 +64,8 @@ class Evaluation:
     """Seconds for which its GPUs are held: as predicted, else as long as its time limit."""
     priority: Priority | None = None
     """None where the policy knows no priorities: then deadlines do not order its offers either."""
+    urgency: int | None = None
+    """Seconds left to an offer that discount its score by e in the order; None where the order goes by the score."""
     quota: str | None = None
     """The offer's namespace, where the policy limits its GPUs."""
     borrows_from: tuple[str, ...] = ()
@@ -72,6 +76,9 @@ class Evaluation:
     """Whether a node is kept for it while it waits for capacity."""
     floor: tuple[int, Decimal | None] | None = None
     """Admissions of its task type within a day below which another score suffices, and that score."""
+
+    group: Group | None = None
+    """Whose outcomes it rests on; None where the policy does not learn."""
 
     def in_lane(self, lane: str) -> Evaluation:
         """Return the same for another lane."""
@@ -86,9 +93,20 @@ def evaluate(
     spec: TaskOfferSpec,
     policy: CapacityPolicySpec,
     namespace: str = "",
+    learned: Learned = NOTHING,
+    *,
+    served: frozenset[TaskType] = SERVED_TASK_TYPES,
 ) -> Evaluation:
-    """Filter and score an offer of a namespace under a policy."""
-    facts = gather(spec, policy, namespace)
+    """Filter and score an offer of a namespace under a policy.
+
+    Args:
+        spec: The offer.
+        policy: The policy.
+        namespace: The offer's namespace, which the policy may limit.
+        learned: What the policy has learned from finished jobs.
+        served: Task types that a trainer has a method for; a simulation may ask what if there were more.
+    """
+    facts = gather(spec, policy, namespace, learned, served)
     refusals = [refusal for check in _FILTERS for refusal in check(facts)]
     score = score_of(facts)
     if score is not None:
@@ -106,6 +124,7 @@ def evaluate(
         seconds=facts.prediction.seconds if facts.prediction is not None else 0.0,
         occupies=finish.seconds if finish is not None else float(spec.time_limit_seconds),
         priority=_priority(facts),
+        urgency=policy.scoring.expected_value.urgency_seconds if policy.scoring.expected_value else None,
         quota=namespace if facts.limit is not None and facts.limit.gpus is not None else None,
         borrows_from=facts.lane.borrow_from if facts.lane else (),
         options=tuple(
@@ -115,6 +134,7 @@ def evaluate(
         ),
         reserves=_reserves(facts),
         floor=_floor(facts),
+        group=group_of(spec, policy) if policy.learning is not None else None,
     )
 
 
@@ -125,6 +145,10 @@ def _priority(facts: Facts) -> Priority | None:
     names = queue.priorities
     name = facts.spec.priority_class_name or queue.default_priority
     level = names.index(name) if name in names else 0
+    highest = facts.limit.highest_priority if facts.limit is not None else None
+    if highest in names:
+        # Nobody has asked for the default, so it gives way to the namespace's limit instead of being refused.
+        level = min(level, names.index(highest))
     return Priority(level, max(0, len(names) - 1), queue.raise_after_seconds)
 
 
@@ -148,8 +172,8 @@ def _check_task_type(facts: Facts) -> Iterator[Refusal]:
             f"taskType {facts.spec.task_type.value} is not accepted by the policy, which takes {', '.join(accepted)}",
             f"accepted with taskType {' or '.join(accepted)}",
         )
-    if facts.spec.task_type not in SERVED_TASK_TYPES:
-        served = ", ".join(sorted(t.value for t in SERVED_TASK_TYPES))
+    if facts.spec.task_type not in facts.served:
+        served = ", ".join(sorted(t.value for t in facts.served))
         yield Refusal(
             Reason.TASK_TYPE_NOT_SERVED,
             f"no trainer method serves taskType {facts.spec.task_type.value} yet; this version trains {served}",
@@ -274,7 +298,7 @@ def _check_gpus(facts: Facts) -> Iterator[Refusal]:
 def _check_prediction(facts: Facts) -> Iterator[Refusal]:
     lane_gpus = facts.lane.gpus if facts.lane is not None else None
     if facts.prediction is not None and facts.gpus is not None:
-        yield from refusals_of(facts.prediction, facts.spec, facts.policy, facts.gpus, lane_gpus)
+        yield from refusals_of(facts.prediction, facts.spec, facts.policy, facts.gpus, lane_gpus, facts.learned)
 
 
 def _check_score(facts: Facts, score: Score) -> Iterator[Refusal]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 
+from taskoffer.api.contract import SERVED_TASK_TYPES
+from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import (
     CapacityPolicySpec,
     FamilyRule,
@@ -16,6 +18,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import (
 )
 from taskoffer.api.v1alpha1.queueing import NamespaceLimit
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
+from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Learned
 from taskoffer.decision.prediction import Prediction, fewest_gpu_hours, holding_counts, predict
 from taskoffer.decision.sizing import family_of, parameters_of, size_class_of
 from taskoffer.decision.value import most_valuable
@@ -40,23 +43,34 @@ class Facts:
     options: tuple[tuple[int, Prediction], ...] = ()
     """Counts among which the cycle may choose, with what is predicted on them."""
     prediction: Prediction | None = None
+    learned: Learned = NOTHING
+    known: Estimate = UNKNOWN
+    """What outcomes have shown of tasks like this one."""
+    served: frozenset[TaskType] = SERVED_TASK_TYPES
+    """Task types that a trainer has a method for."""
 
 
-def gather(spec: TaskOfferSpec, policy: CapacityPolicySpec, namespace: str) -> Facts:
-    """Find out what the policy knows about an offer of a namespace."""
+def gather(
+    spec: TaskOfferSpec,
+    policy: CapacityPolicySpec,
+    namespace: str,
+    learned: Learned,
+    served: frozenset[TaskType] = SERVED_TASK_TYPES,
+) -> Facts:
+    """Find out what the policy knows, and has learned, about an offer of a namespace."""
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
     size = size_class_of(parameters, policy.size_classes) if parameters is not None else None
     lane, lane_rule = _lane_of(spec, size, policy)
     task = next((t for t in policy.task_types if t.name is spec.task_type), None)
     limit = next((n for n in policy.namespaces if n.name == namespace), None)
-    known = size is not None and task is not None
+    sized = size is not None and task is not None
     options: tuple[tuple[int, Prediction], ...] = ()
     if spec.gpu_count is not None:
         gpus: int | None = spec.gpu_count
     elif lane_rule is not None:
         gpus = lane_rule.gpus_per_task
     else:
-        chosen, options = _choose(spec, policy, limit) if known else (None, ())
+        chosen, options = _choose(spec, policy, limit, learned) if sized else (None, ())
         gpus = chosen if chosen is not None else _usual_gpus(parameters, size, task, policy)
     return Facts(
         spec=spec,
@@ -67,24 +81,27 @@ def gather(spec: TaskOfferSpec, policy: CapacityPolicySpec, namespace: str) -> F
         size=size,
         lane=lane,
         lane_rule=lane_rule,
+        learned=learned,
         limit=limit,
         gpus=gpus,
         options=options,
-        prediction=predict(spec, policy, gpus) if known and gpus is not None else None,
+        prediction=predict(spec, policy, gpus, learned) if sized and gpus is not None else None,
+        known=learned.about(spec, policy, gpus) if sized and gpus is not None else UNKNOWN,
+        served=served,
     )
 
 
 def _choose(
-    spec: TaskOfferSpec, policy: CapacityPolicySpec, limit: NamespaceLimit | None
+    spec: TaskOfferSpec, policy: CapacityPolicySpec, limit: NamespaceLimit | None, learned: Learned
 ) -> tuple[int | None, tuple[tuple[int, Prediction], ...]]:
     """Choose the number of GPUs where neither the offer nor a lane says it, or the counts for the cycle to choose."""
     if policy.gpu_choice is GpuChoice.FEWEST_GPU_HOURS:
-        return fewest_gpu_hours(spec, policy), ()
+        return fewest_gpu_hours(spec, policy, learned), ()
     if policy.gpu_choice is GpuChoice.MOST_VALUE:
-        return most_valuable(spec, policy), ()
+        return most_valuable(spec, policy, learned), ()
     if policy.gpu_choice is GpuChoice.EARLIEST_END:
         most = limit.gpus if limit is not None else None
-        found = tuple((gpus, it) for gpus, it in holding_counts(spec, policy) if most is None or gpus <= most)
+        found = tuple((gpus, it) for gpus, it in holding_counts(spec, policy, learned) if most is None or gpus <= most)
         # The smallest count stands for the offer as long as nothing is free for it.
         return min((gpus for gpus, _ in found), default=None), found
     return None, ()

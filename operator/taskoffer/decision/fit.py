@@ -88,25 +88,36 @@ class Subject:
 
 
 @lru_cache(maxsize=4096)
-def fit(subject: Subject, asked: Settings, estimation: Estimation, gpus: int) -> Fit:
+def fit(
+    subject: Subject, asked: Settings, estimation: Estimation, gpus: int, memory_factor: Decimal = Decimal(1)
+) -> Fit:
     """Return how a training fits this many GPUs of one node.
 
     Models are spread by copies (DDP) where a copy fits, else in shares (FSDP) where the trainer can do that.
+
+    Args:
+        subject: What is trained.
+        asked: The settings that the policy asks for.
+        estimation: The policy's GPUs.
+        gpus: How many of them.
+        memory_factor: What outcomes have shown every need to be a multiple of.
     """
     limit = whole(estimation.gpu_memory) * float(estimation.memory_fraction)
     layouts = [Layout(gpus)]
     if gpus > 1 and SHARDING_SERVED and subject.task is not TaskType.IMAGE:
         layouts.append(Layout(gpus, sharded=True))
-    fits = [_in_layout(subject, asked, estimation, layout, limit) for layout in layouts]
+    fits = [_in_layout(subject, asked, estimation, layout, limit, float(memory_factor)) for layout in layouts]
     return next((one for one in fits if one.fits), fits[-1])
 
 
-def _in_layout(subject: Subject, asked: Settings, estimation: Estimation, layout: Layout, limit: float) -> Fit:
+def _in_layout(
+    subject: Subject, asked: Settings, estimation: Estimation, layout: Layout, limit: float, factor: float
+) -> Fit:
     shape = subject.shape
     margin = 0.0 if shape is None or shape.known else float(estimation.unknown_shape_margin)
 
     def need_at(rank: int) -> Need:
-        return _need(subject, shape, asked, rank, layout, margin)
+        return _need(subject, shape, asked, rank, layout, margin).scaled(factor)
 
     useful, targets = asked.lora.r, asked.lora.target_modules
     if shape is not None and shape.known:

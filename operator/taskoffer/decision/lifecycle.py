@@ -35,6 +35,7 @@ from taskoffer.decision.job_facts import (
     Refusal,
     SuspendJob,
 )
+from taskoffer.decision.measured import with_measured
 from taskoffer.decision.moments import later
 from taskoffer.decision.naming import attempt_name
 from taskoffer.decision.snapshot import MoveRequest
@@ -55,7 +56,7 @@ def step(facts: JobFacts) -> JobPlan:
     """Return what to do about a TrainingJob now."""
     if facts.job.metadata.deletion_timestamp is not None:
         return JobPlan()
-    made = _step(facts)
+    made = with_measured(_step(facts), facts)
     if made.failed_pod is not None:
         return made
     strays = tuple(job for job in stray_jobs(facts, made) if job not in made.actions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from functools import lru_cache
 
 from taskoffer.api.quantity import whole
@@ -42,8 +43,12 @@ def _settings_for(parameters: int, task_type: TaskType, policy: CapacityPolicySp
     )
 
 
-def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | None:
+def fit_of(
+    spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, memory_factor: Decimal = Decimal(1)
+) -> Fit | None:
     """Return how the offer fits so many GPUs of one node, or None where the policy does not estimate.
+
+    ``memory_factor`` is what outcomes have shown every need to be a multiple of.
 
     Raises:
         ValueError: as :func:`requested_settings`.
@@ -52,7 +57,7 @@ def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | 
     estimation = estimation_of(policy)
     if estimation is None or parameters is None:
         return None
-    found = _fit_under(Itself(policy), _subject_of(Itself(spec), parameters), gpus)
+    found = _fit_under(Itself(policy), _subject_of(Itself(spec), parameters), gpus, memory_factor)
     if found is None:
         raise ValueError(f"the policy has no settings for {spec.task_type.value} on {spec.model.name}")
     return found
@@ -67,11 +72,13 @@ def _subject_of(offered: Itself[TaskOfferSpec], parameters: int) -> Subject:
 
 
 @lru_cache(maxsize=16_384)
-def _fit_under(policy: Itself[CapacityPolicySpec], subject: Subject, gpus: int) -> Fit | None:
+def _fit_under(policy: Itself[CapacityPolicySpec], subject: Subject, gpus: int, memory_factor: Decimal) -> Fit | None:
     """Return the fit of all offers that train this under the policy, or None where it has no settings for them."""
     estimation = estimation_of(policy.value)
     asked = _settings_for(subject.parameters, subject.task, policy.value)
-    return fit(subject, asked, estimation, gpus) if asked is not None and estimation is not None else None
+    return (
+        fit(subject, asked, estimation, gpus, memory_factor) if asked is not None and estimation is not None else None
+    )
 
 
 def estimation_of(policy: CapacityPolicySpec) -> Estimation | None:

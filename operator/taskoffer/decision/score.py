@@ -47,30 +47,38 @@ def _weighted_terms(facts: Facts) -> list[ExplanationItem] | None:
             value = str(term.at(_input_of(term.name, facts)))
         elif term.value is not None:
             value = term.value
-        items.append(_weighted(term.name, term.weight, value))
+        basis = _success_basis(facts) if term.name is TermName.TASK_SUCCESS_RATE else ""
+        items.append(_weighted(term.name, term.weight, value, basis))
     return items
 
 
 @lru_cache(maxsize=4096)
-def _weighted(name: TermName, weight: str, text: str) -> ExplanationItem:
+def _weighted(name: TermName, weight: str, text: str, basis: str) -> ExplanationItem:
     """Return a term of a weighted sum. Numbers come as text: to hash a Decimal takes longer than to read it."""
     value = Decimal(text)
     part = (Decimal(weight) * value).quantize(PLACES, ROUND_HALF_UP)
-    return _term(name.value, str(part), f"{weight} x {value.normalize():f}")
+    return _term(name.value, str(part), f"{weight} x {value.normalize():f}{basis}")
 
 
 def _expected_terms(facts: Facts) -> list[ExplanationItem] | None:
     scoring, finish = facts.policy.scoring.expected_value, facts.prediction.finish if facts.prediction else None
     if scoring is None or finish is None or facts.task is None or facts.parameters is None:
         return None
-    success = Decimal(facts.task.success_rate)
+    success = facts.learned.success_rate(facts.known, Decimal(facts.task.success_rate))
     expected = expectation_of(facts.spec, facts.task, facts.parameters, finish, scoring, success)
-    odds = f"{expected.in_time:.2f} in time x {expected.success:.2f} success"
+    odds = f"{expected.in_time:.2f} in time x {expected.success:.2f} success{_success_basis(facts)}"
     hours = f"{expected.gpu_hours:.3g} GPU-hours"
     return [
         _term("ExpectedGain", str(expected.gain), f"{odds} x value {expected.value:.3g} / {hours}"),
         _term("ExpectedLoss", str(expected.loss), f"-(1 - {expected.probability:.2f}) x {scoring.penalty} / {hours}"),
     ]
+
+
+def _success_basis(facts: Facts) -> str:
+    """Say what a success rate was made of, where outcomes have changed it."""
+    if facts.known.judged == 0 or facts.task is None:
+        return ""
+    return f" (policy {facts.task.success_rate}, {facts.known.successes} of {facts.known.judged} succeeded)"
 
 
 @lru_cache(maxsize=4096)
@@ -97,7 +105,7 @@ def _term_values(facts: Facts) -> dict[TermName, str] | None:
     return {
         TermName.TASK_WEIGHT: facts.task.weight,
         TermName.MODEL_PERFORMANCE: family_rate,
-        TermName.TASK_SUCCESS_RATE: facts.task.success_rate,
+        TermName.TASK_SUCCESS_RATE: str(facts.learned.success_rate(facts.known, Decimal(facts.task.success_rate))),
         TermName.TIME_EFFICIENCY: _time_efficiency(facts.spec.time_limit_seconds, longest),
         TermName.SIZE_EFFICIENCY: facts.size.size_efficiency,
         TermName.BONUS: "1",

@@ -34,12 +34,13 @@ def family_of(model_name: str, families: Sequence[FamilyRule]) -> FamilyRule | N
 def parameters_in_name(model_name: str) -> int | None:
     """Read the number of parameters from a model name: 0.5b, 1.5B, 135M and 8x7B are understood; else None.
 
-    When a name carries several sizes the last one counts, as in ``Llama-3-8B-distill-1.5B``.
+    When a name carries several sizes the last one counts, as in ``Llama-3-8B-distill-1.5B``; but millions beside
+    billions are a context's length, as in ``Qwen2.5-7B-Instruct-1M``.
     """
     found = _SIZE.findall(model_name.rsplit("/", 1)[-1])
     if not found:
         return None
-    experts, number, unit = found[-1]
+    experts, number, unit = next((size for size in reversed(found) if size[2].lower() == "b"), found[-1])
     return int(Decimal(number) * _UNIT[unit.lower()] * int(experts or 1)) or None
 
 

@@ -185,14 +185,31 @@ class Waiting(NamedTuple):
 def waiting(offer: OfferView, evaluation: Evaluation, now: datetime) -> Waiting:
     """Return an offer with its place in the order: priority, then the earliest deadline, then score, then age.
 
-    Where the policy knows no priorities its offers have the lowest one, and deadlines do not count.
+    Where the policy knows no priorities its offers have the lowest one, and deadlines do not count. Where it scores by
+    expected value with an urgency, both score and the end of the wait count, in the place of the deadline.
     """
     level, deadline = 0, math.inf
     if evaluation.priority is not None:
         level = evaluation.priority.level + raises(offer, evaluation.priority, now)
         if offer.spec is not None and offer.spec.deadline is not None:
             deadline = offer.spec.deadline.timestamp()
+    if evaluation.urgency is not None:
+        deadline = -_pressing(offer, evaluation, evaluation.urgency)
     return Waiting((-level, deadline, -evaluation.rank, offer.created, offer.uid), offer, evaluation)
+
+
+_UNHURRIED = 8
+"""An offer without an end counts as if it ended after so many urgencies, so that its turn comes."""
+
+
+def _pressing(offer: OfferView, evaluation: Evaluation, urgency: int) -> float:
+    """Return how pressing an offer is: the logarithm of score * exp(-(end - now) / urgency), less what all share.
+
+    This is the index of the dispatching rule for apparent tardiness costs (Vepsalainen and Morton, 1987): value for
+    each GPU-hour, discounted by the slack. ``now`` discounts all offers alike, so the order does not change with time.
+    """
+    end = end_of(offer, evaluation) or later(offer.created, _UNHURRIED * urgency)
+    return math.log(max(evaluation.rank, 1)) - end.timestamp() / urgency
 
 
 def raises(offer: OfferView, priority: Priority, now: datetime) -> int:

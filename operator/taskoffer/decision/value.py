@@ -16,6 +16,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, TaskTypeRu
 from taskoffer.api.v1alpha1.scoring import ExpectedValue
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.finish import Finish
+from taskoffer.decision.outcomes import NOTHING, Learned
 from taskoffer.decision.prediction import holding_counts
 from taskoffer.decision.sizing import parameters_of
 
@@ -73,16 +74,17 @@ def value_of(spec: TaskOfferSpec, task: TaskTypeRule, parameters: int, scoring: 
     return float(scoring.factor) * math.sqrt(spec.time_limit_seconds / 3600 * billions) * float(task.weight)
 
 
-def most_valuable(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> int | None:
+def most_valuable(spec: TaskOfferSpec, policy: CapacityPolicySpec, learned: Learned = NOTHING) -> int | None:
     """Return the count with which the task holds and is expected to earn most for each GPU-hour, or None."""
     scoring, parameters = policy.scoring.expected_value, parameters_of(spec.model, policy.filters.unknown_parameters)
     task = next((t for t in policy.task_types if t.name is spec.task_type), None)
     if scoring is None or parameters is None or task is None:
         return None
     worth = {}
-    for gpus, found in holding_counts(spec, policy):
+    for gpus, found in holding_counts(spec, policy, learned):
         if found.finish is not None:
-            expected = expectation_of(spec, task, parameters, found.finish, scoring, Decimal(task.success_rate))
+            success = learned.success_rate(found.known, Decimal(task.success_rate))
+            expected = expectation_of(spec, task, parameters, found.finish, scoring, success)
             worth[gpus] = expected.gain + expected.loss
     return max(worth, key=lambda gpus: (worth[gpus], -gpus), default=None)
 

@@ -98,7 +98,7 @@ class Admission:
         self._cycles += 1
         CYCLE_SECONDS.observe(self._cycle_seconds)
         PENDING.set(made.waiting)
-        self._wake_at = made.wake_at
+        self._wake_at = world.outcomes.wake_at(made.wake_at)
         for decision in made.decisions:
             world.send(decision.offer.uid, decision.answer.admission)
             writes.create_task(self._write(decision, now))

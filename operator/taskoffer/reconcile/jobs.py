@@ -43,6 +43,7 @@ from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.attempts import NameTakenError, carry_out, name_taken, owned_by
 from taskoffer.reconcile.leftovers import offer_is_there, read_job_again, stop_strays
 from taskoffer.reconcile.observed import is_over, job_facts, left_of, log_tail
+from taskoffer.reconcile.outcomes import observe_errors
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry
 from taskoffer.render.offers import end_patch
@@ -278,7 +279,8 @@ class Jobs:
             await self._take_back(offer, Reason.INVALID_OFFER, f"the stored offer is not valid: {invalid}")
             return None
         try:
-            return training_job(offer.key, offer.uid, spec, offer.admission, policy.spec)
+            learned = world.outcomes.learned(policy.name)
+            return training_job(offer.key, offer.uid, spec, offer.admission, policy.spec, learned)
         except ValueError as error:
             await self._take_back(offer, Reason.POLICY_CHANGED, f"the policy would not admit it: {error}")
             return None
@@ -309,6 +311,7 @@ class Jobs:
             if grown or is_true(made.status.conditions, "Complete") or is_true(made.status.conditions, "Failed"):
                 session.world.moves.pop(key, None)
                 session.world.moved.pop(key, None)
+            observe_errors(facts.job, made.status)
             session.cycle_wanted.set()
             session.want_job(key)
         for notice in made.notices:

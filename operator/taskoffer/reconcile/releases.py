@@ -27,7 +27,7 @@ def releases(world: World, policies: Mapping[str, PolicyView]) -> tuple[Release,
     for uid, assumed in world.assumed.items():
         pending = world.offers.get(uid)
         if pending is not None:
-            found.extend(_of(pending, assumed.admission, _predicted(pending, assumed.admission, policies)))
+            found.extend(_of(pending, assumed.admission, _predicted(world, pending, assumed.admission, policies)))
     return tuple(found)
 
 
@@ -45,17 +45,18 @@ def _end_of(world: World, entry: OfferEntry, admission: Admission, policies: Map
     told = job.job.status.trainer_status if job is not None and job.job is not None else None
     if told is not None and told.estimated_remaining_seconds is not None and told.last_updated_time is not None:
         return later(told.last_updated_time, told.estimated_remaining_seconds)
-    return _predicted(entry, admission, policies)
+    return _predicted(world, entry, admission, policies)
 
 
-def _predicted(entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]) -> datetime:
+def _predicted(world: World, entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]) -> datetime:
     """Return the end that was predicted at the admission, at the latest the deadline. Computed once."""
     if entry.predicted_end is None:
         policy, spec = policies.get(admission.policy_ref.name), entry.read_spec()[0]
         seconds = float(spec.time_limit_seconds) if spec is not None else 0.0
         if policy is not None and policy.spec is not None and spec is not None:
             counted = spec.model_copy(update={"gpu_count": admission.assignments[0].count})
-            seconds = evaluate(counted, policy.spec, entry.key.namespace).occupies
+            learned = world.outcomes.learned(policy.name)
+            seconds = evaluate(counted, policy.spec, entry.key.namespace, learned).occupies
         ends = admission.decided_at + timedelta(seconds=seconds)
         entry.predicted_end = min(ends, admission.deadline) if admission.deadline is not None else ends
     return entry.predicted_end

@@ -81,7 +81,8 @@ class OfferEntry:
     """What is wrong with an admission that is stored and cannot be read."""
     booked: tuple[Assignment, ...] = ()
     """Where the admission books GPUs, as far as that can be read. It counts until it is known that nothing is there."""
-    evaluation: tuple[str, int, Evaluation] | None = None
+    evaluation: tuple[tuple[str, int], int, Evaluation] | None = None
+    """The policy's UID and generation, the version of what it had learned, and what it makes of the offer."""
     terms: tuple[OfferTerms | None, str | None] | None = None
     admitted_as: tuple[str, TaskType, datetime] | None = None
     """Policy, task type and moment of its admission, if it was admitted."""

@@ -15,6 +15,7 @@ from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.ledger import Claim, NodeView, open_ledger
 from taskoffer.decision.moves import Move
+from taskoffer.decision.outcomes import Learned
 from taskoffer.decision.room import CAPACITY_REASONS
 from taskoffer.decision.snapshot import (
     MoveRequest,
@@ -29,6 +30,7 @@ from taskoffer.decision.snapshot import (
 from taskoffer.reconcile.admitted import Admitted
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.charges import Charges, claim_of
+from taskoffer.reconcile.outcomes import Outcomes
 from taskoffer.reconcile.pod_views import BatchJobEntry, PodEntry, batch_job_entry, pod_entry
 from taskoffer.reconcile.releases import releases
 from taskoffer.reconcile.standing import Standing
@@ -92,6 +94,7 @@ class World:
     batch_of: dict[OfferKey, dict[str, BatchJobEntry]] = field(default_factory=lambda: defaultdict(dict))
     charges: Charges = field(default_factory=Charges)
     admitted: Admitted = field(default_factory=Admitted)
+    outcomes: Outcomes = field(default_factory=Outcomes)
 
     def __post_init__(self) -> None:
         self.nodes.on_change = _keep_health
@@ -179,6 +182,7 @@ class World:
             self.assumed[uid] = Assumed(uid, admission)
 
     def _index_job(self, before: TrainingJobEntry | None, after: TrainingJobEntry | None) -> None:
+        self.outcomes.take(before, after)
         if before is not None and after is None:
             self.jobs_by_key.pop(before.key, None)
             self.moves.pop(before.key, None)
@@ -218,6 +222,7 @@ class World:
         """Return what a cycle decides on: pending offers that are not being written, and every claim on a GPU."""
         policies = self.policy_views()
         resource = _resource(policies)
+        self.outcomes.refresh(policies, now)
         self._unsettle_what_changed(now, policies)
         snapshot = Snapshot(
             now=now,
@@ -249,8 +254,9 @@ class World:
             yield replace(sibling, reason=Reason.ADMITTED.value) if assumed else sibling
 
     def _unsettle_what_changed(self, now: datetime, policies: dict[str, PolicyView]) -> None:
-        """Standing offers were evaluated under the policies of then, and may have expired since."""
-        under = [(p.ref, p.is_default, p.created, p.spec is None) for p in policies.values()]
+        """Standing offers were evaluated under the policies and outcomes of then, and may have expired since."""
+        versions = [(p.ref, p.is_default, p.created, p.spec is None) for p in policies.values()]
+        under = versions, self.outcomes.versions()
         if under != self.settled_under:
             self.settled_under = under
             self._unsettle(self.standing.clear())
@@ -273,7 +279,7 @@ class World:
             policy = resolved[name]
             if policy is None or policy.spec is None:
                 continue
-            evaluation = evaluation_of(entry, policy, policy.spec)
+            evaluation = evaluation_of(entry, policy, policy.spec, self.outcomes.learned(policy.name))
             if self._stands(entry, view, evaluation, snapshot.now):
                 shape = shape_of(policy.name, evaluation, view.reason or "")
                 self.standing.add(shape, view, evaluation, snapshot.now)
@@ -349,13 +355,14 @@ def _counts_days(policies: dict[str, PolicyView]) -> bool:
     return any(task.daily_floor is not None for spec in specs if spec is not None for task in spec.task_types)
 
 
-def evaluation_of(entry: OfferEntry, policy: PolicyView, spec: CapacityPolicySpec) -> Evaluation:
-    """Return an offer's evaluation under a policy; made once for each generation of both."""
-    kept = entry.evaluation
-    if kept is None or kept[0] != policy.uid or kept[1] != policy.generation:
+def evaluation_of(entry: OfferEntry, policy: PolicyView, spec: CapacityPolicySpec, learned: Learned) -> Evaluation:
+    """Return an offer's evaluation under a policy; made once for each generation of both and what was learned."""
+    under, kept = (policy.uid, policy.generation), entry.evaluation
+    if kept is None or kept[0] != under or kept[1] != learned.version(kept[2].group):
         offered = entry.fresh_spec or entry.read_spec()[0]
         assert offered is not None  # noqa: S101 - its terms were read
-        kept = entry.evaluation = (policy.uid, policy.generation, evaluate(offered, spec, entry.key.namespace))
+        made = evaluate(offered, spec, entry.key.namespace, learned)
+        kept = entry.evaluation = (under, learned.version(made.group), made)
     entry.fresh_spec = None
     return kept[2]
 

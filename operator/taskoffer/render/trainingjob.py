@@ -10,25 +10,34 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import API_VERSION, ClaimPath
 from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Attempt, OfferRef, Run, TrainingJob, TrainingJobSpec
-from taskoffer.decision.recipe import fit_of, requested_settings
+from taskoffer.decision.outcomes import NOTHING, Learned, group_of
+from taskoffer.decision.prediction import predict
+from taskoffer.decision.recipe import requested_settings
 from taskoffer.decision.snapshot import OfferKey
 from taskoffer.render.names import DATASET_DIR, JOB_LABEL, MANAGED_BY, MODEL_DIR, OFFER_UID_LABEL, OUTPUT_DIR
 
 
 def training_job(
-    key: OfferKey, uid: str, spec: TaskOfferSpec, admission: Admission, policy: CapacityPolicySpec
+    key: OfferKey,
+    uid: str,
+    spec: TaskOfferSpec,
+    admission: Admission,
+    policy: CapacityPolicySpec,
+    learned: Learned = NOTHING,
 ) -> dict[str, Any]:
     """Return the TrainingJob of an admitted offer. The offer owns it, so that both go together.
 
-    Everything that rendering an attempt needs is pinned in its spec; a later change of the policy does not reach it.
+    Everything that rendering an attempt needs is pinned in its spec; a later change of the policy, or of what it has
+    learned, does not reach it. What was predicted is pinned beside, so that the outcome can be held against it.
 
     Raises:
         ValueError: when the policy, which may have changed since, has no settings with which the offer fits.
     """
     settings, gpus = requested_settings(spec, policy), admission.assignments[0].count
-    fits = fit_of(spec, policy, gpus)
-    if fits is not None and not fits.fits:
-        raise ValueError(f"{spec.model.name} does not fit any more: {fits.numbers}")
+    predicted, group = predict(spec, policy, gpus, learned), group_of(spec, policy)
+    fits = predicted.fit if predicted is not None else None
+    if predicted is not None and not predicted.fit.fits:
+        raise ValueError(f"{spec.model.name} does not fit any more: {predicted.memory_numbers}")
     run = Run(
         task_id=spec.task_id,
         task_type=spec.task_type,
@@ -40,6 +49,9 @@ def training_job(
         time_limit_seconds=spec.time_limit_seconds,
         priority_class_name=spec.priority_class_name,
         policy_ref=admission.policy_ref,
+        family=(group.family or None) if group is not None else None,
+        size_class=group.size_class if group is not None else None,
+        predicted=predicted.record() if predicted is not None else None,
         requested=settings,
         effective=fits.effective if fits else settings,
         clamps=fits.clamps if fits else (),

@@ -16,6 +16,7 @@ from taskoffer.api.base import WireModel, spelled
 from taskoffer.api.contract import LoraSettings, TrainSettings
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
+from taskoffer.api.v1alpha1.learning import Learning
 from taskoffer.api.v1alpha1.meta import (
     ATOMIC_LIST,
     ApiVersion,
@@ -257,6 +258,9 @@ class CapacityPolicySpec(WireModel):
     estimation: Estimation | None = Field(
         None, description="How memory is predicted; absent takes every offer to fit, with the settings as they stand."
     )
+    learning: Learning | None = Field(
+        None, description="How outcomes correct success rates and predictions; absent takes the policy at its word."
+    )
     pod_template: PodSettings = Field(description="What training pods get beside their GPUs.")
     attempts: AttemptLimits = Field(default_factory=AttemptLimits, description="How often a job is tried.")
     retention: Retention | None = Field(None, description="How long decided objects are kept.")
@@ -266,7 +270,9 @@ class CapacityPolicySpec(WireModel):
         previous: SizeClass | None = None
         for size in self.size_classes:
             if size.max_parameters is not None and size.max_parameters <= size.min_parameters:
-                raise ValueError(f"sizeClasses[{size.name}]: maxParameters must be greater than minParameters")
+                raise ValueError(
+                    f"sizeClasses[{size.name}].maxParameters must be greater than minParameters: raise it or remove it"
+                )
             if previous is not None and (
                 previous.max_parameters is None or size.min_parameters < previous.max_parameters
             ):
@@ -285,7 +291,8 @@ class CapacityPolicySpec(WireModel):
                 unknown = [name for name in item.size_classes if name not in known]
                 if unknown:
                     raise ValueError(
-                        f"lanes[{lane.name}] names the unknown size class {unknown[0]}; known: {sorted(known)}"
+                        f"lanes[{lane.name}].rules[].sizeClasses: {unknown[0]} is not one of sizeClasses: name one of "
+                        f"{sorted(known)}"
                     )
                 if item.gpus_per_task > lane.gpus:
                     raise ValueError(
@@ -306,7 +313,7 @@ class CapacityPolicySpec(WireModel):
             if limit.highest_priority is not None and limit.highest_priority not in known:
                 raise ValueError(
                     f"namespaces[{limit.name}].highestPriority {limit.highest_priority} is not one of "
-                    f"queue.priorities {list(known)}"
+                    f"queue.priorities {list(known)}: name one of them or remove it"
                 )
         if self.gpu_choice is GpuChoice.MOST_VALUE and self.scoring.expected_value is None:
             raise ValueError("gpuChoice MostValue needs scoring.expectedValue: set it or choose FewestGpuHours")
@@ -327,8 +334,9 @@ class CapacityPolicySpec(WireModel):
                         model.model_validate(scaled)
                     except ValidationError as error:
                         fault = error.errors()[0]
+                        field = model.model_fields[str(fault["loc"][0])].alias
                         raise ValueError(
-                            f"taskTypes[{task.name.value}] scales {fault['loc'][0]} of sizeClasses[{size.name}] to "
+                            f"taskTypes[{task.name.value}] scales {field} of sizeClasses[{size.name}] to "
                             f"{fault['input']}: {fault['msg']}; change the factor"
                         ) from None
         return self
@@ -339,7 +347,8 @@ class CapacityPolicySpec(WireModel):
         for size in self.size_classes:
             if size.gpus not in allowed:
                 raise ValueError(
-                    f"sizeClasses[{size.name}].gpus is {size.gpus}; resources[0].counts allows {sorted(allowed)}"
+                    f"sizeClasses[{size.name}].gpus is {size.gpus}, and resources[0].counts allows {sorted(allowed)}: "
+                    "choose one of them or add it there"
                 )
         return self
 

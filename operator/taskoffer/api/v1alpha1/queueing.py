@@ -49,7 +49,8 @@ class Queue(WireModel):
             raise ValueError("queue.priorities names a class twice: name each once, from the lowest to the highest")
         if self.default_priority is not None and self.default_priority not in self.priorities:
             raise ValueError(
-                f"queue.defaultPriority {self.default_priority} is not one of priorities {list(self.priorities)}"
+                f"queue.defaultPriority {self.default_priority} is not one of priorities {list(self.priorities)}: "
+                "name one of them or remove it"
             )
         return self
 

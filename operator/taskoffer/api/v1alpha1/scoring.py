@@ -68,6 +68,10 @@ class TermWeight(WireModel):
     def _check_table(self) -> TermWeight:
         if self.table and self.name not in TABLE_TERMS:
             raise ValueError(f"scoring.terms[{self.name.value}].table: this term has no table; remove it")
+        if self.value is not None and self.name not in FIXED_TERMS:
+            raise ValueError(
+                f"scoring.terms[{self.name.value}].value: only Bonus and AccuracyBonus have one; remove it"
+            )
         if self.table and self.value is not None:
             raise ValueError(f"scoring.terms[{self.name.value}]: set either value or table")
         bounds = [step.below for step in self.table]
@@ -98,17 +102,18 @@ class ExpectedValue(WireModel):
         "0.15",
         description="Standard deviation of the logarithm of measured over predicted time: how sure a prediction is.",
     )
-    horizon_seconds: Annotated[int, Field(ge=0, le=604_800)] = Field(
-        0,
-        description="How far ahead orders of the waiting offers are tried out on the predicted timeline; "
-        "0 takes them by value for each GPU-hour.",
+    urgency_seconds: Annotated[int, Field(ge=1, le=604_800)] | None = Field(
+        None,
+        description="How soon the end of an offer's wait counts: of two offers the one goes first whose value for each "
+        "GPU-hour is higher, discounted by e for each such time that is left to it. Absent goes by value alone.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> ExpectedValue:
         if Decimal(self.min_billions) > Decimal(self.max_billions):
             raise ValueError(
-                f"scoring.expectedValue: minBillions {self.min_billions} is above maxBillions {self.max_billions}"
+                f"scoring.expectedValue: minBillions {self.min_billions} is above maxBillions {self.max_billions}: "
+                "lower the one or raise the other"
             )
         if not 0 < Decimal(self.duration_spread) <= 2:
             raise ValueError(

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from taskoffer.api.base import Time, WireModel
 from taskoffer.api.contract import Clamp, LoraSettings, Metric, TrainSettings
 from taskoffer.api.tasks import TaskType
+from taskoffer.api.v1alpha1.learning import ClassName, Measured, Predicted
 from taskoffer.api.v1alpha1.meta import (
     ATOMIC_LIST,
     UID,
@@ -102,6 +103,9 @@ class Run(WireModel):
     )
     priority_class_name: Name | None = Field(None, description="PriorityClass of the pod.")
     policy_ref: PolicyRef = Field(description="Policy version that the settings come from.")
+    family: ClassName | None = Field(None, description="The policy's family of the model; absent where it has none.")
+    size_class: ClassName | None = Field(None, description="The policy's size class of the model.")
+    predicted: Predicted | None = Field(None, description="What was predicted; absent where the policy does not.")
     requested: Settings = Field(description="What the policy and the offer ask for.")
     effective: Settings = Field(description="What is used after clamping.")
     clamps: Annotated[tuple[Clamp, ...], Field(max_length=32)] = Field(
@@ -209,6 +213,7 @@ class TrainingJobStatus(WireModel):
         (), description="Settings that could not be taken literally.", json_schema_extra=ATOMIC_LIST
     )
     result: Result | None = Field(None, description="What came out.")
+    measured: Measured | None = Field(None, description="What a finished job took.")
 
     @model_validator(mode="after")
     def _check_attempts(self) -> TrainingJobStatus:

@@ -1,0 +1,261 @@
+"""Runs a trace through the operator's own admission cycle, with a virtual clock and simulated nodes.
+
+What happens is what the operator would do: ``decision.cycle.plan`` is asked whenever an offer arrives, a job ends, or
+time alone changes an answer (the plan's own ``wake_at``). An admission books its GPUs from that moment until the job
+really ends. The shell around the cycle takes no time here: no pod is late, nothing is written, nothing is lost.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import lru_cache
+
+from taskoffer.api.reasons import Reason
+from taskoffer.api.tasks import TaskType
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
+from taskoffer.api.v1alpha1.meta import Condition, ConditionStatus
+from taskoffer.decision.cycle import Decision, plan
+from taskoffer.decision.evaluate import Evaluation, evaluate
+from taskoffer.decision.ledger import Claim, NodeView, Release
+from taskoffer.decision.moments import later
+from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView, Sibling, Snapshot
+from taskoffer.decision.verdict import Verdict
+from taskoffer.simulation.run import Run
+from taskoffer.simulation.trace import Trace
+from taskoffer.simulation.truth import START, course_of, expiry_of, hardware_of, moment, seconds_at, settings_under
+
+SERVED = frozenset(TaskType)
+"""The simulator takes every task type as served, so that policies can be compared before a trainer is there."""
+
+_DAY = 86_400.0
+_END, _ARRIVAL = 0, 1
+"""What happens. At the same moment jobs end first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The simulated nodes. All are alike and carry the labels that the policy selects by."""
+
+    nodes: int = 1
+    gpus: int = 8
+
+    @property
+    def total(self) -> int:
+        """GPUs in all."""
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a trace under a policy. Every offer is in exactly one of runs, refusals and waiting."""
+
+    policy: str
+    fleet: Fleet
+    runs: tuple[Run, ...]
+    """Accepted offers, in the order of their admission."""
+    refusals: Mapping[str, Reason]
+    """Refused offers and why."""
+    waiting: Mapping[str, Reason]
+    """Offers that still wait, and for what, although nothing is to happen any more."""
+    seconds: float
+    """From the start of the trace until its end or that of the last job, whichever is later."""
+    units: int = 1
+    """Units that the policy shares a GPU out as; a run's GPUs are such units."""
+
+    @property
+    def busy(self) -> float:
+        """GPU-seconds that jobs held, whatever came of them."""
+        return sum(run.gpus * (run.end - run.start) for run in self.runs) / self.units
+
+    @property
+    def idle(self) -> float:
+        """GPU-seconds that nobody held."""
+        return self.fleet.total * self.seconds - self.busy
+
+
+def simulate(trace: Trace, policy: CapacityPolicySpec, *, name: str = "policy", fleet: Fleet | None = None) -> Result:
+    """Run a trace under a policy.
+
+    Args:
+        trace: The offers. A ``policyName`` of theirs does not count: this policy decides them all.
+        policy: The policy.
+        name: What the policy is called in the result.
+        fleet: The nodes; absent means one of 8 GPUs.
+    """
+    world = _World(trace, policy, name, fleet or Fleet())
+    while (now := world.next_moment()) is not None:
+        world.advance(now)
+        world.cycle(now)
+    return world.result()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What a running job holds."""
+
+    node: str
+    gpus: int
+    lane: str | None
+    namespace: str
+    name: str
+    predicted_end: datetime
+    """What was predicted at the admission, at the latest the deadline, as the operator takes it."""
+
+
+class _World:
+    """Offers, nodes and running jobs while the clock runs."""
+
+    def __init__(self, trace: Trace, policy: CapacityPolicySpec, name: str, fleet: Fleet) -> None:
+        labels = dict(policy.node_selector.match_labels)
+        # What the result calls the policy may be a file, which is no name that an object can have.
+        self._title = name
+        self._policy = PolicyView("policy", "policy-uid", 1, policy, is_default=True, created=START)
+        self._spec = policy
+        self._units = policy.resources[0].units_per_gpu or 1
+        names = (f"node-{number + 1}" for number in range(fleet.nodes))
+        self._nodes = [NodeView(name, fleet.gpus * self._units, True, labels) for name in names]
+        self._hardware = hardware_of(policy)
+        self._counts_days = any(task.daily_floor is not None for task in policy.task_types)
+        self._trace, self._fleet = trace, fleet
+        self._offers = {_uid(number): offer for number, offer in enumerate(trace.offers)}
+        self._events = [(offer.at, _ARRIVAL, uid) for uid, offer in self._offers.items()]
+        heapq.heapify(self._events)
+        self._wake: float | None = None
+        self._pending: dict[str, OfferView] = {}
+        self._waits_for: dict[str, Reason] = {}
+        self._evaluations: dict[tuple[str, str], Evaluation] = {}
+        self._running: dict[str, _Job] = {}
+        self._admitted: deque[tuple[float, TaskType]] = deque()
+        self._siblings: dict[tuple[str, str], dict[str, Sibling]] = {}
+        self._shared: set[tuple[str, str]] = set()
+        """Where several offers have one task id."""
+        self._runs: list[Run] = []
+        self._refusals: dict[str, Reason] = {}
+
+    def next_moment(self) -> float | None:
+        """Return when something happens next, None when nothing does any more."""
+        coming = self._events[0][0] if self._events else None
+        return min((at for at in (coming, self._wake) if at is not None), default=None)
+
+    def advance(self, now: float) -> None:
+        """Let happen what happens at this moment: jobs end, then offers arrive."""
+        while self._events and self._events[0][0] <= now:
+            _, kind, uid = heapq.heappop(self._events)
+            if kind == _END:
+                del self._running[uid]
+            else:
+                self._arrive(uid)
+
+    def cycle(self, now: float) -> None:
+        """Decide as the operator does, and carry the decisions out."""
+        made = plan(self._snapshot(now))
+        self._wake = None if made.wake_at is None else seconds_at(made.wake_at)
+        if self._wake is not None and self._wake <= now:
+            # The operator would go round again at once; a second later is soon enough to see what becomes of it.
+            self._wake = now + 1
+        for decision in made.decisions:
+            self._carry_out(decision, now)
+
+    def result(self) -> Result:
+        """Return what came of it all."""
+        return Result(
+            policy=self._title,
+            fleet=self._fleet,
+            runs=tuple(self._runs),
+            refusals=self._refusals,
+            waiting={self._offers[uid].name: self._waits_for[uid] for uid in self._pending},
+            seconds=max([self._trace.seconds, *(run.end for run in self._runs)]),
+            units=self._units,
+        )
+
+    def _snapshot(self, now: float) -> Snapshot:
+        """Build what a cycle decides on. Whatever the cycle comes to look at beside this is to be added here."""
+        policy, jobs = self._policy.name, self._running.items()
+        return Snapshot(
+            now=moment(now),
+            offers=tuple(self._pending.values()),
+            policies={policy: self._policy},
+            nodes=self._nodes,
+            claims=[Claim(uid, job.node, job.gpus, "job", policy, job.lane, job.namespace) for uid, job in jobs],
+            siblings={place: tuple(self._siblings[place].values()) for place in self._shared},
+            evaluations=self._evaluations,
+            releases=[
+                Release(uid, job.node, job.gpus, job.predicted_end, policy, job.lane, job.namespace, job.name)
+                for uid, job in jobs
+            ],
+            admitted_today=self._admitted_since(now - _DAY) if self._counts_days else {},
+        )
+
+    def _admitted_since(self, since: float) -> dict[tuple[str, TaskType], int]:
+        while self._admitted and self._admitted[0][0] < since:
+            self._admitted.popleft()
+        return Counter((self._policy.name, task) for _, task in self._admitted)
+
+    def _arrive(self, uid: str) -> None:
+        offer = self._offers[uid]
+        namespace, _, name = offer.name.rpartition("/")
+        key, created = OfferKey(namespace or "default", name), moment(offer.at)
+        ends = expiry_of(offer)
+        spec = offer.spec.model_copy(update={"policy_name": None, "expires_at": None if ends is None else moment(ends)})
+        self._pending[uid] = OfferView(key, uid, "1", 1, created, spec)
+        self._evaluations[uid, self._policy.name] = evaluate(spec, self._spec, key.namespace, served=SERVED)
+        place = (key.namespace, spec.task_id)
+        same = self._siblings.setdefault(place, {})
+        same[uid] = Sibling(created, uid, name, "undecided")
+        if len(same) > 1:
+            self._shared.add(place)
+
+    def _carry_out(self, decision: Decision, now: float) -> None:
+        view, answer = decision.offer, decision.answer
+        offer = self._offers[view.uid]
+        assert view.spec is not None  # noqa: S101
+        place = (view.key.namespace, view.spec.task_id)
+        self._siblings[place][view.uid] = replace(self._siblings[place][view.uid], reason=answer.reason.value)
+        if answer.verdict is Verdict.WAIT:
+            self._waits_for[view.uid] = answer.reason
+            self._pending[view.uid] = replace(view, conditions=(_said(answer.reason),), observed_generation=1)
+            return
+        del self._pending[view.uid]
+        if answer.admission is None:
+            self._refusals[offer.name] = answer.reason
+            return
+        (given,) = answer.admission.assignments
+        self._admitted.append((now, view.spec.task_type))
+        counted = offer.spec.model_copy(update={"gpu_count": given.count})
+        seconds = evaluate(counted, self._spec, view.key.namespace, served=SERVED).occupies
+        ends = later(moment(now), seconds)
+        due = answer.admission.deadline
+        job = _Job(
+            node=given.node_name,
+            gpus=given.count,
+            lane=given.lane,
+            namespace=view.key.namespace,
+            name=str(view.key),
+            predicted_end=ends if due is None else min(ends, due),
+        )
+        self._start(view.uid, job, now)
+
+    def _start(self, uid: str, job: _Job, now: float) -> None:
+        offer = self._offers[uid]
+        settings = settings_under(self._spec, offer.spec, job.gpus)
+        course = course_of(offer, settings, job.gpus, now, self._hardware)
+        end, earned = now + course.seconds, offer.worth if course.outcome == "in-time" else 0.0
+        self._running[uid] = job
+        self._runs.append(Run(offer.name, now, end, job.gpus, job.node, course.outcome, earned))
+        heapq.heappush(self._events, (end, _END, uid))
+
+
+def _uid(number: int) -> str:
+    """Return the UID of an offer by its place in the trace, so that ties are broken in this order."""
+    return f"{number:08d}"
+
+
+@lru_cache(maxsize=64)
+def _said(reason: Reason) -> Condition:
+    return Condition(
+        type="Admitted", status=ConditionStatus.FALSE, reason=reason.value, message="", last_transition_time=START
+    )

@@ -1,0 +1,60 @@
+"""What a training process says that it took: peaks of memory, where there is one to measure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from taskoffer.api.contract import Termination
+from taskoffer_trainer.figures import largest_peaks, peaks
+
+pytestmark = pytest.mark.trainer
+
+GIB = 2**30
+
+
+def fake_torch(*, available: bool = True, initialized: bool = True) -> Any:
+    """A GPU of 80 GiB: the allocator holds 20 GiB now and held 50, and 3 GiB are in use beside it."""
+    cuda = SimpleNamespace(
+        is_available=lambda: available,
+        is_initialized=lambda: initialized,
+        mem_get_info=lambda: (57 * GIB, 80 * GIB),
+        memory_reserved=lambda: 20 * GIB,
+        max_memory_reserved=lambda: 50 * GIB,
+    )
+    return SimpleNamespace(cuda=cuda)
+
+
+def test_a_gpus_peak_counts_what_no_allocator_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", fake_torch())
+    assert peaks()["peak_gpu_bytes"] == 53 * GIB
+
+
+@pytest.mark.parametrize("state", [{"available": False}, {"initialized": False}])
+def test_without_cuda_there_is_no_peak_of_a_gpu(monkeypatch: pytest.MonkeyPatch, state: dict[str, bool]) -> None:
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(**state))
+    assert peaks()["peak_gpu_bytes"] is None
+
+
+def test_the_resident_sets_peak_is_in_bytes_and_needs_no_torch() -> None:
+    code = (
+        "import sys; from taskoffer_trainer.figures import peaks; held = bytearray(b'x') * (200 << 20); "
+        "made = peaks(); assert 'torch' not in sys.modules; assert made['peak_gpu_bytes'] is None; "
+        "print(made['peak_host_bytes'])"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert 200 << 20 < int(made.stdout) < 400 << 20
+
+
+def test_the_largest_peak_of_all_ranks_counts() -> None:
+    said = [
+        Termination(exit_code=0, reason="Completed", peak_host_bytes=5, peak_gpu_bytes=7),
+        None,
+        Termination(exit_code=0, reason="Completed", peak_host_bytes=6),
+    ]
+    assert largest_peaks(said) == {"peak_host_bytes": 6, "peak_gpu_bytes": 7}
+    assert largest_peaks([None]) == {"peak_host_bytes": None, "peak_gpu_bytes": None}

@@ -1,0 +1,41 @@
+"""What a training process took: figures for the operator, which learns from them. What cannot be known is left out."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable
+
+from taskoffer.api.contract import Termination
+
+__all__ = ["largest_peaks", "peaks"]
+
+
+def peaks() -> dict[str, int | None]:
+    """Return this process's peaks so far, by their names in a termination.
+
+    The GPU's is what is in use on it (the CUDA context and NCCL included, which no allocator counts) at the moment
+    when torch's allocator held the most; a GPU of a pod has no other user. Without CUDA there is none.
+    """
+    # ru_maxrss counts kibibytes on Linux.
+    return {
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_gpu_bytes": _peak_gpu_bytes(),
+    }
+
+
+def _peak_gpu_bytes() -> int | None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    beside_allocator = max(0, total - free - torch.cuda.memory_reserved())
+    return int(torch.cuda.max_memory_reserved() + beside_allocator)
+
+
+def largest_peaks(said: Iterable[Termination | None]) -> dict[str, int | None]:
+    """Return the largest peaks that the ranks report, by their names in a termination."""
+    reports = [termination for termination in said if termination is not None]
+    host = [report.peak_host_bytes for report in reports if report.peak_host_bytes is not None]
+    gpu = [report.peak_gpu_bytes for report in reports if report.peak_gpu_bytes is not None]
+    return {"peak_host_bytes": max(host, default=None), "peak_gpu_bytes": max(gpu, default=None)}
