@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 
 from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
@@ -41,7 +42,8 @@ def too_late(spec: TaskOfferSpec | OfferTerms, evaluation: Evaluation, now: date
 
 def duplicate_of(offer: OfferView, spec: TaskOfferSpec | OfferTerms, snapshot: Snapshot) -> Answer | None:
     """Return the answer to an offer whose task id an older one has, or None."""
-    first = first_of_task(offer, snapshot.siblings.get((offer.key.namespace, spec.task_id), ()))
+    siblings = snapshot.siblings.get((offer.key.namespace, spec.task_id))
+    first = first_of_task(offer, siblings) if siblings else None
     if first is None:
         return None
     return Answer(
@@ -66,10 +68,7 @@ def rejection(evaluation: Evaluation) -> Answer:
     """Answer an offer that the policy refuses, with all causes."""
     first = evaluation.refusals[0]
     more = len(evaluation.refusals) - 1
-    constraints = [
-        ExplanationItem(type="Constraint", name=r.reason.value, message=r.message[:400])
-        for r in evaluation.refusals[:_TOLD_CONSTRAINTS]
-    ]
+    constraints = [_constraint(refusal.reason, refusal.message) for refusal in evaluation.refusals[:_TOLD_CONSTRAINTS]]
     remedy = [_remedy(first.reason, first.counterfactual)] if first.counterfactual else []
     return Answer(
         verdict=Verdict.REJECT,
@@ -80,6 +79,13 @@ def rejection(evaluation: Evaluation) -> Answer:
     )
 
 
+@lru_cache(maxsize=4096)
+def _constraint(reason: Reason, message: str) -> ExplanationItem:
+    """Return a constraint. Offers of a queue share most of theirs, and the values are immutable."""
+    return ExplanationItem(type="Constraint", name=reason.value, message=message[:400])
+
+
+@lru_cache(maxsize=4096)
 def _remedy(reason: Reason, counterfactual: str) -> ExplanationItem:
     return ExplanationItem(type="Counterfactual", name=reason.value, message=counterfactual[:400])
 
@@ -94,7 +100,7 @@ def _explanation(evaluation: Evaluation, rest: Sequence[ExplanationItem]) -> tup
 def waits(evaluation: Evaluation, obstacle: Obstacle, *, rejects: bool) -> Answer:
     """Answer an offer that something stands in the way of; ``rejects`` where the policy does not queue."""
     reason = obstacle.reason
-    constraint = ExplanationItem(type="Constraint", name=reason.value, message=obstacle.message[:400])
+    constraint = _constraint(reason, obstacle.message)
     items = _explanation(evaluation, [constraint, _remedy(reason, obstacle.counterfactual)])
     return Answer(
         Verdict.REJECT if rejects else Verdict.WAIT,
@@ -112,7 +118,7 @@ def ends_earlier(evaluation: Evaluation, gpus: int, opening: Opening, ends: date
         f"{rfc3339(opening.at)}; {otherwise}"
     )
     reason = Reason.WAITING_FOR_EARLIER_END
-    constraint = ExplanationItem(type="Constraint", name=reason.value, message=message[:400])
+    constraint = _constraint(reason, message)
     items = _explanation(evaluation, [constraint, _remedy(reason, f"admitted once {gpus} are free on one node")])
     total = evaluation.score.total if evaluation.score else None
     return Answer(Verdict.WAIT, reason, message, total, items)

@@ -69,7 +69,7 @@ class ModelShape:
     @property
     def linear_parameters(self) -> int:
         """Parameters of all linear layers of all blocks."""
-        return self.layers * sum(i * o for _, i, o in self.linears)
+        return _linear_parameters(self)
 
     @property
     def parameters(self) -> int:
@@ -78,8 +78,7 @@ class ModelShape:
 
     def adapter_parameters(self, rank: int, target_modules: str = ALL_LINEAR, *, capped: bool = True) -> int:
         """Parameters that LoRA of a rank adds: the sum of rank times (in + out); each layer's rank is capped."""
-        layers = self.adapted(target_modules)
-        return self.layers * sum((min(rank, rank_cap(i, o)) if capped else rank) * (i + o) for _, i, o in layers)
+        return _adapter_parameters(self, rank, target_modules, capped)
 
     def rank_caps(self, target_modules: str = ALL_LINEAR) -> dict[int, tuple[str, ...]]:
         """Return the largest useful ranks and the adapted layers that they hold for, the largest rank first."""
@@ -88,6 +87,17 @@ class ModelShape:
             cap = rank_cap(features_in, features_out)
             caps[cap] = (*caps.get(cap, ()), name)
         return dict(sorted(caps.items(), reverse=True))
+
+
+@lru_cache(maxsize=4096)
+def _linear_parameters(shape: ModelShape) -> int:
+    return shape.layers * sum(i * o for _, i, o in shape.linears)
+
+
+@lru_cache(maxsize=16_384)
+def _adapter_parameters(shape: ModelShape, rank: int, target_modules: str, capped: bool) -> int:
+    layers = shape.adapted(target_modules)
+    return shape.layers * sum((min(rank, rank_cap(i, o)) if capped else rank) * (i + o) for _, i, o in layers)
 
 
 def by_layer(caps: Mapping[int, tuple[str, ...]]) -> str:
@@ -129,6 +139,7 @@ _UNTIED_FROM = 4 * 10**9
 """Small models share the embedding with the output layer, larger ones do not (Llama 3, Qwen 2.5)."""
 
 
+@lru_cache(maxsize=4096)
 def shape_of(model_name: str, parameters: int) -> ModelShape:
     """Return the shape of a model: its own when it is known by name, else one of its size.
 

@@ -57,20 +57,46 @@ def flops_per_token(shape: ModelShape, work: Work, length: float) -> float:
     return per_weight * linear + per_adapter * adapter + attention + 6 * shape.vocabulary * shape.hidden
 
 
-def text_seconds(shape: ModelShape, parameters: int, work: Work, speed: Speed, gpus: int) -> float:
-    """Return the seconds that a language model's training takes on its GPUs, without evaluation and start-up."""
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast rows of text are trained on, however many there are."""
+
+    tokens_per_row: float
+    flops_per_token: float
+    flops_per_second: float
+    """Of all GPUs."""
+    rows_per_generation: int = 1
+    generated_tokens_per_row: float = 0.0
+    seconds_per_generated_token: float = 0.0
+    """Of all completions that are generated together."""
+
+    def seconds(self, rows: int) -> float:
+        """Return the seconds that so many rows take."""
+        trained = rows * self.tokens_per_row * self.flops_per_token / self.flops_per_second
+        if self.seconds_per_generated_token == 0:
+            return trained
+        rounds = math.ceil(rows / self.rows_per_generation)
+        return trained + rounds * self.generated_tokens_per_row * self.seconds_per_generated_token
+
+
+def text_pace(shape: ModelShape, parameters: int, work: Work, speed: Speed, gpus: int) -> Pace:
+    """Return how fast a language model trains on its GPUs; the rows of the work do not count."""
     sequences = 2 if work.task is TaskType.DPO else 1
     length = work.tokens_per_row + work.generated_tokens_per_row
-    tokens = work.rows * sequences * length
-    trained = tokens * flops_per_token(shape, work, length) / (gpus * speed.mfu * speed.peak_flops)
+    flops, per_second = flops_per_token(shape, work, length), gpus * speed.mfu * speed.peak_flops
     if work.task is not TaskType.GRPO:
-        return trained
-    rounds = math.ceil(work.rows / work.rows_per_generation)
+        return Pace(sequences * length, flops, per_second)
     per_token = max(
         2 * parameters / (speed.decode_share * speed.memory_bytes_per_second),
         speed.launch_seconds_per_layer * shape.layers,
     )
-    return trained + rounds * work.generated_tokens_per_row * per_token
+    tokens, together = work.generated_tokens_per_row, work.rows_per_generation
+    return Pace(sequences * length, flops, per_second, together, tokens, per_token)
+
+
+def text_seconds(shape: ModelShape, parameters: int, work: Work, speed: Speed, gpus: int) -> float:
+    """Return the seconds that a language model's training takes on its GPUs, without evaluation and start-up."""
+    return text_pace(shape, parameters, work, speed, gpus).seconds(work.rows)
 
 
 def image_seconds(model: ImageModel, resolution: int, pictures: int, speed: Speed, gpus: int) -> float:

@@ -75,6 +75,7 @@ class _Cycle:
     """Offers whose own lane is booked, in order, with what stopped them there."""
     borrowing_groups: list[tuple[PolicyView, Sequence[Waiting], int]] = field(default_factory=list)
     """Standing groups of such offers, and where in them they begin."""
+    _refs: dict[str, PolicyRef] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.room = Room(self.snapshot)
@@ -281,7 +282,13 @@ class _Cycle:
             if ends is not None:
                 self._wake(ends)
         if answer is not None and not (answer.verdict is Verdict.WAIT and _says(offer, answer.reason)):
-            self.decisions.append(Decision(offer, answer, policy.ref if policy else None))
+            self.decisions.append(Decision(offer, answer, self._ref(policy) if policy else None))
+
+    def _ref(self, policy: PolicyView) -> PolicyRef:
+        """Return the version of a policy, the same value for all its offers."""
+        if policy.name not in self._refs:
+            self._refs[policy.name] = policy.ref
+        return self._refs[policy.name]
 
     def _wake(self, moment: datetime) -> None:
         if self.wake_at is None or moment < self.wake_at:

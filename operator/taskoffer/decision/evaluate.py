@@ -106,7 +106,7 @@ def evaluate(
         learned: What the policy has learned from finished jobs.
         served: Task types that a trainer has a method for; a simulation may ask what if there were more.
     """
-    facts = replace(gather(spec, policy, namespace, learned), served=served)
+    facts = gather(spec, policy, namespace, learned, served)
     refusals = [refusal for check in _FILTERS for refusal in check(facts)]
     score = score_of(facts)
     if score is not None:
@@ -165,8 +165,8 @@ def _floor(facts: Facts) -> tuple[int, Decimal | None] | None:
 
 
 def _check_task_type(facts: Facts) -> Iterator[Refusal]:
-    accepted = [t.name.value for t in facts.policy.task_types if t.accepted]
     if facts.task is None or not facts.task.accepted:
+        accepted = [t.name.value for t in facts.policy.task_types if t.accepted]
         yield Refusal(
             Reason.TASK_TYPE_NOT_ACCEPTED,
             f"taskType {facts.spec.task_type.value} is not accepted by the policy, which takes {', '.join(accepted)}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 
 from taskoffer.api.contract import SERVED_TASK_TYPES
@@ -38,8 +38,8 @@ class Facts:
     lane_rule: LaneRule | None
     limit: NamespaceLimit | None = None
     """What the policy says about the offer's namespace."""
-    chosen: int | None = None
-    """The count that the policy's gpuChoice has found."""
+    gpus: int | None = None
+    """GPUs to book."""
     options: tuple[tuple[int, Prediction], ...] = ()
     """Counts among which the cycle may choose, with what is predicted on them."""
     prediction: Prediction | None = None
@@ -49,68 +49,71 @@ class Facts:
     served: frozenset[TaskType] = SERVED_TASK_TYPES
     """Task types that a trainer has a method for."""
 
-    @property
-    def gpus(self) -> int | None:
-        """GPUs to book: what the offer asks for, else what the lane, the choice or the size class give."""
-        if self.spec.gpu_count is not None:
-            return self.spec.gpu_count
-        if self.lane_rule is not None:
-            return self.lane_rule.gpus_per_task
-        if self.chosen is not None:
-            return self.chosen
-        return self.size_for_gpus.gpus if self.size_for_gpus else None
 
-    @property
-    def size_for_gpus(self) -> SizeClass | None:
-        """Size class of the effective size: parameters times the task type's factor."""
-        if self.parameters is None or self.task is None or self.task.parameter_factor is None:
-            return self.size
-        effective = int(self.parameters * Decimal(self.task.parameter_factor))
-        return size_class_of(effective, self.policy.size_classes) or self.size
-
-
-def gather(spec: TaskOfferSpec, policy: CapacityPolicySpec, namespace: str, learned: Learned) -> Facts:
+def gather(
+    spec: TaskOfferSpec,
+    policy: CapacityPolicySpec,
+    namespace: str,
+    learned: Learned,
+    served: frozenset[TaskType] = SERVED_TASK_TYPES,
+) -> Facts:
     """Find out what the policy knows, and has learned, about an offer of a namespace."""
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
     size = size_class_of(parameters, policy.size_classes) if parameters is not None else None
     lane, lane_rule = _lane_of(spec, size, policy)
-    facts = Facts(
+    task = next((t for t in policy.task_types if t.name is spec.task_type), None)
+    limit = next((n for n in policy.namespaces if n.name == namespace), None)
+    sized = size is not None and task is not None
+    options: tuple[tuple[int, Prediction], ...] = ()
+    if spec.gpu_count is not None:
+        gpus: int | None = spec.gpu_count
+    elif lane_rule is not None:
+        gpus = lane_rule.gpus_per_task
+    else:
+        chosen, options = _choose(spec, policy, limit, learned) if sized else (None, ())
+        gpus = chosen if chosen is not None else _usual_gpus(parameters, size, task, policy)
+    return Facts(
         spec=spec,
         policy=policy,
-        task=next((t for t in policy.task_types if t.name is spec.task_type), None),
+        task=task,
         family=family_of(spec.model.name, policy.families),
         parameters=parameters,
         size=size,
         lane=lane,
         lane_rule=lane_rule,
         learned=learned,
-        limit=next((n for n in policy.namespaces if n.name == namespace), None),
+        limit=limit,
+        gpus=gpus,
+        options=options,
+        prediction=predict(spec, policy, gpus, learned) if sized and gpus is not None else None,
+        known=learned.about(spec, policy, gpus) if sized and gpus is not None else UNKNOWN,
+        served=served,
     )
-    if facts.size is None or facts.task is None:
-        return facts
-    if spec.gpu_count is None and lane_rule is None:
-        facts = _choose(facts)
-    if facts.gpus is None:
-        return facts
-    known = learned.about(spec, policy, facts.gpus)
-    return replace(facts, prediction=predict(spec, policy, facts.gpus, learned), known=known)
 
 
-def _choose(facts: Facts) -> Facts:
-    """Choose the number of GPUs where neither the offer nor a lane says it."""
-    spec, policy = facts.spec, facts.policy
+def _choose(
+    spec: TaskOfferSpec, policy: CapacityPolicySpec, limit: NamespaceLimit | None, learned: Learned
+) -> tuple[int | None, tuple[tuple[int, Prediction], ...]]:
+    """Choose the number of GPUs where neither the offer nor a lane says it, or the counts for the cycle to choose."""
     if policy.gpu_choice is GpuChoice.FEWEST_GPU_HOURS:
-        return replace(facts, chosen=fewest_gpu_hours(spec, policy, facts.learned))
+        return fewest_gpu_hours(spec, policy, learned), ()
     if policy.gpu_choice is GpuChoice.MOST_VALUE:
-        return replace(facts, chosen=most_valuable(spec, policy, facts.learned))
+        return most_valuable(spec, policy, learned), ()
     if policy.gpu_choice is GpuChoice.EARLIEST_END:
-        most = facts.limit.gpus if facts.limit is not None else None
-        found = tuple(
-            (gpus, it) for gpus, it in holding_counts(spec, policy, facts.learned) if most is None or gpus <= most
-        )
+        most = limit.gpus if limit is not None else None
+        found = tuple((gpus, it) for gpus, it in holding_counts(spec, policy, learned) if most is None or gpus <= most)
         # The smallest count stands for the offer as long as nothing is free for it.
-        return replace(facts, chosen=min((gpus for gpus, _ in found), default=None), options=found)
-    return facts
+        return min((gpus for gpus, _ in found), default=None), found
+    return None, ()
+
+
+def _usual_gpus(
+    parameters: int | None, size: SizeClass | None, task: TaskTypeRule | None, policy: CapacityPolicySpec
+) -> int | None:
+    """Return the GPUs of the size class of the effective size: parameters times the task type's factor."""
+    if parameters is not None and task is not None and task.parameter_factor is not None:
+        size = size_class_of(int(parameters * Decimal(task.parameter_factor)), policy.size_classes) or size
+    return size.gpus if size is not None else None
 
 
 def _lane_of(

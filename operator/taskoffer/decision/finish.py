@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import DurationEstimation
 from taskoffer.api.v1alpha1.taskoffer import Architecture, ClockMode, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
-from taskoffer.decision.architecture import shape_of
-from taskoffer.decision.compute import Speed, Work, image_seconds, text_seconds
+from taskoffer.decision.architecture import ModelShape, shape_of
+from taskoffer.decision.compute import Pace, Speed, Work, image_seconds, text_pace
+from taskoffer.decision.identity import Itself
 from taskoffer.decision.memory import IMAGE_MODELS
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(NamedTuple):
     """How long a task takes on its GPUs, and how long it may, in seconds."""
 
     gpus: int
@@ -84,30 +85,16 @@ def finish_of(
         of_what = f"{spec.dataset.rows} rows, {train.num_train_epochs:g} epoch(s)"
     else:
         raise ValueError("dataset.rows is not set: set it to have the time predicted")
-    mfu = float(duration.mfu_of(parameters))
-    # Without bfloat16 the matrix units take twice as long, at best.
-    speed = Speed(duration.peak_teraflops * 1e12 / (1 if train.bf16 else 2), mfu)
     if spec.task_type is TaskType.IMAGE:
+        speed = _speed(duration, parameters, train.bf16)
         model = IMAGE_MODELS[spec.model.architecture or Architecture.SDXL]
         resolution = spec.dataset.image.resolution if spec.dataset.image else 1024
         training = image_seconds(model, resolution, rows, speed, gpus)
-        of_what += f" of {resolution} pixels"
+        how = f" of {resolution} pixels, MFU {speed.mfu:g}"
     else:
         shape = shape_of(spec.model.name, parameters)
-        tokens = min(duration.tokens_per_row, train.max_length)
-        generated = duration.generated_tokens_per_row if spec.task_type is TaskType.GRPO else 0
-        work = Work(
-            task=spec.task_type,
-            rows=rows,
-            tokens_per_row=tokens,
-            adapter_parameters=shape.adapter_parameters(settings.lora.r, settings.lora.target_modules),
-            checkpointing=train.gradient_checkpointing,
-            generated_tokens_per_row=generated,
-            # One micro-batch of each process is generated at a time.
-            rows_per_generation=train.per_device_train_batch_size * gpus,
-        )
-        training = text_seconds(shape, parameters, work, speed, gpus)
-        of_what += f" of {tokens} tokens" + (f" and {generated} generated ones" if generated else "")
+        pace, how = _pace(Itself(shape), parameters, spec.task_type, Itself(settings), Itself(duration), gpus)
+        training = pace.seconds(rows)
     return Finish(
         gpus=gpus,
         start=duration.start_seconds,
@@ -115,9 +102,42 @@ def finish_of(
         limit=spec.time_limit_seconds,
         reserve=duration.reserve_seconds,
         start_counts=spec.clock_mode is not ClockMode.TRAINING,
-        basis=f"{of_what}, MFU {mfu:g}",
+        basis=of_what + how,
         around=duration.prepare_seconds + duration.submit_seconds,
     )
+
+
+def _speed(duration: DurationEstimation, parameters: int, bf16: bool) -> Speed:
+    # Without bfloat16 the matrix units take twice as long, at best.
+    return Speed(duration.peak_teraflops * 1e12 / (1 if bf16 else 2), float(duration.mfu_of(parameters)))
+
+
+@lru_cache(maxsize=16_384)
+def _pace(
+    like: Itself[ModelShape],
+    parameters: int,
+    task: TaskType,
+    settings: Itself[Settings],
+    duration: Itself[DurationEstimation],
+    gpus: int,
+) -> tuple[Pace, str]:
+    """Return how fast text is trained on, and on what that rests; the same for all data."""
+    shape, lora, train = like.value, settings.value.lora, settings.value.train
+    speed = _speed(duration.value, parameters, train.bf16)
+    tokens = min(duration.value.tokens_per_row, train.max_length)
+    generated = duration.value.generated_tokens_per_row if task is TaskType.GRPO else 0
+    work = Work(
+        task=task,
+        rows=0,
+        tokens_per_row=tokens,
+        adapter_parameters=shape.adapter_parameters(lora.r, lora.target_modules),
+        checkpointing=train.gradient_checkpointing,
+        generated_tokens_per_row=generated,
+        # One micro-batch of each process is generated at a time.
+        rows_per_generation=train.per_device_train_batch_size * gpus,
+    )
+    how = f" of {tokens} tokens" + (f" and {generated} generated ones" if generated else "")
+    return text_pace(shape, parameters, work, speed, gpus), f"{how}, MFU {speed.mfu:g}"
 
 
 def duration_text(seconds: float) -> str:

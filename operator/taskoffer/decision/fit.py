@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 
@@ -64,13 +64,22 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is trained: the model, its size, the task, and the edge of its pictures in pixels."""
+    """What is trained: the model, its size, the task, and the edge of its pictures in pixels.
 
-    model_name: str
+    Models of one shape and size are alike: their names tell nothing more.
+    """
+
+    model_name: str = field(compare=False)
     architecture: Architecture | None
     parameters: int
     task: TaskType
     resolution: int = 1024
+    shape: ModelShape | None = field(init=False)
+    """None for a model of pictures."""
+
+    def __post_init__(self) -> None:
+        text = self.task is not TaskType.IMAGE
+        object.__setattr__(self, "shape", shape_of(self.model_name, self.parameters) if text else None)
 
     @classmethod
     def of(cls, model: Model, parameters: int, task: TaskType, resolution: int | None) -> Subject:
@@ -104,7 +113,7 @@ def fit(
 def _in_layout(
     subject: Subject, asked: Settings, estimation: Estimation, layout: Layout, limit: float, factor: float
 ) -> Fit:
-    shape = None if subject.task is TaskType.IMAGE else shape_of(subject.model_name, subject.parameters)
+    shape = subject.shape
     margin = 0.0 if shape is None or shape.known else float(estimation.unknown_shape_margin)
 
     def need_at(rank: int) -> Need:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from taskoffer.api.contract import Clamp
@@ -13,6 +13,7 @@ from taskoffer.api.v1alpha1.learning import MOST_BYTES, MOST_SECONDS, Predicted
 from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, ExplanationItem, TaskOfferSpec
 from taskoffer.decision.finish import Finish, duration_text, finish_of
 from taskoffer.decision.fit import Fit
+from taskoffer.decision.identity import Itself
 from taskoffer.decision.memory import GIB
 from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Learned
 from taskoffer.decision.recipe import estimation_of, fit_of
@@ -69,7 +70,15 @@ def predict(
     Raises:
         ValueError: when the policy has no size class or task type for the offer.
     """
-    known = learned.about(spec, policy, gpus)
+    return _predict(Itself(spec), Itself(policy), gpus, Itself(learned.about(spec, policy, gpus)))
+
+
+@lru_cache(maxsize=32)
+def _predict(
+    offered: Itself[TaskOfferSpec], under: Itself[CapacityPolicySpec], gpus: int, shown: Itself[Estimate]
+) -> Prediction | None:
+    """Predict. One evaluation asks for the same counts again and again: to choose, to score, to name a remedy."""
+    spec, policy, known = offered.value, under.value, shown.value
     fits = fit_of(spec, policy, gpus, known.memory_factor)
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
     estimation = estimation_of(policy)
@@ -87,7 +96,7 @@ def _corrected(finish: Finish, known: Estimate) -> Finish:
     if not basis:
         return finish
     training = finish.training * float(known.duration_factor)
-    return replace(finish, training=training, basis=f"{finish.basis}, {basis}")
+    return finish._replace(training=training, basis=f"{finish.basis}, {basis}")
 
 
 def holding_counts(
@@ -96,7 +105,10 @@ def holding_counts(
     """Yield the counts that the policy hands out with which the task fits and ends in time, with the prediction."""
     for gpus in policy.resources[0].counts:
         found = predict(spec, policy, gpus, learned)
-        if found is not None and found.finish is not None and found.holds:
+        if found is None or (found.fit.fits and found.finish is None):
+            # Nothing says how long the task takes, on whatever count.
+            return
+        if found.finish is not None and found.holds:
             yield gpus, found
 
 

@@ -44,13 +44,20 @@ def _weighted_terms(facts: Facts) -> list[ExplanationItem] | None:
     for term in facts.policy.scoring.terms:
         value = values[term.name]
         if term.table:
-            value = term.at(_input_of(term.name, facts))
+            value = str(term.at(_input_of(term.name, facts)))
         elif term.value is not None:
-            value = Decimal(term.value)
-        part = (Decimal(term.weight) * value).quantize(PLACES, ROUND_HALF_UP)
+            value = term.value
         basis = _success_basis(facts) if term.name is TermName.TASK_SUCCESS_RATE else ""
-        items.append(_term(term.name.value, str(part), f"{term.weight} x {value.normalize():f}{basis}"))
+        items.append(_weighted(term.name, term.weight, value, basis))
     return items
+
+
+@lru_cache(maxsize=4096)
+def _weighted(name: TermName, weight: str, text: str, basis: str) -> ExplanationItem:
+    """Return a term of a weighted sum. Numbers come as text: to hash a Decimal takes longer than to read it."""
+    value = Decimal(text)
+    part = (Decimal(weight) * value).quantize(PLACES, ROUND_HALF_UP)
+    return _term(name.value, str(part), f"{weight} x {value.normalize():f}{basis}")
 
 
 def _expected_terms(facts: Facts) -> list[ExplanationItem] | None:
@@ -89,21 +96,25 @@ def _input_of(term: TermName, facts: Facts) -> Decimal:
     return Decimal(facts.gpus or 0)
 
 
-def _term_values(facts: Facts) -> dict[TermName, Decimal] | None:
+def _term_values(facts: Facts) -> dict[TermName, str] | None:
+    """Return the values of the terms as text, or None when the offer lacks what one needs."""
     family_rate = facts.family.success_rate if facts.family else facts.policy.filters.unknown_family
     if facts.task is None or facts.size is None or family_rate is None:
         return None
     longest = facts.policy.filters.max_time_limit_seconds
-    if longest is None:
-        time_efficiency = Decimal(1)
-    else:
-        time_efficiency = max(Decimal(0), 1 - Decimal(facts.spec.time_limit_seconds) / longest).quantize(PLACES)
     return {
-        TermName.TASK_WEIGHT: Decimal(facts.task.weight),
-        TermName.MODEL_PERFORMANCE: Decimal(family_rate),
-        TermName.TASK_SUCCESS_RATE: facts.learned.success_rate(facts.known, Decimal(facts.task.success_rate)),
-        TermName.TIME_EFFICIENCY: time_efficiency,
-        TermName.SIZE_EFFICIENCY: Decimal(facts.size.size_efficiency),
-        TermName.BONUS: Decimal(1),
-        TermName.ACCURACY_BONUS: Decimal(1),
+        TermName.TASK_WEIGHT: facts.task.weight,
+        TermName.MODEL_PERFORMANCE: family_rate,
+        TermName.TASK_SUCCESS_RATE: str(facts.learned.success_rate(facts.known, Decimal(facts.task.success_rate))),
+        TermName.TIME_EFFICIENCY: _time_efficiency(facts.spec.time_limit_seconds, longest),
+        TermName.SIZE_EFFICIENCY: facts.size.size_efficiency,
+        TermName.BONUS: "1",
+        TermName.ACCURACY_BONUS: "1",
     }
+
+
+@lru_cache(maxsize=4096)
+def _time_efficiency(seconds: int, longest: int | None) -> str:
+    if longest is None:
+        return "1"
+    return str(max(Decimal(0), 1 - Decimal(seconds) / longest).quantize(PLACES))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from functools import lru_cache
 
 from taskoffer.api.v1alpha1.capacitypolicy import FamilyRule, SizeClass
 from taskoffer.api.v1alpha1.taskoffer import Model
@@ -29,6 +30,7 @@ def family_of(model_name: str, families: Sequence[FamilyRule]) -> FamilyRule | N
     return best[1] if best else None
 
 
+@lru_cache(maxsize=4096)
 def parameters_in_name(model_name: str) -> int | None:
     """Read the number of parameters from a model name: 0.5b, 1.5B, 135M and 8x7B are understood; else None.
 

@@ -6,6 +6,7 @@ earliest start as things stand.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -50,10 +51,14 @@ class Timeline:
     releases: Sequence[Release]
     started: list[Release] = field(default_factory=list)
     """What the cycle has admitted so far."""
+    _ordered: list[Release] | None = None
+    """All of them in the order of their ends, once somebody has asked."""
 
     def start(self, release: Release) -> None:
         """Take in a booking that has been made just now."""
         self.started.append(release)
+        if self._ordered is not None:
+            insort(self._ordered, release, key=self._place_of)
 
     def opening(self, demand: Demand, nodes: Sequence[NodeView]) -> Opening | None:
         """Return when the demand can be met first, or None where no prediction says so."""
@@ -66,23 +71,27 @@ class Timeline:
             else None
         )
         slots = demand.slots - ledger.running(demand.policy) if demand.slots is not None else None
-        moment, after = self.now, ""
-        pending = iter(sorted((*self.releases, *self.started), key=lambda r: (self._end_of(r), r.holder, r.node)))
+        if self._ordered is None:
+            self._ordered = sorted((*self.releases, *self.started), key=self._place_of)
+        moment, after, pending = self.now, "", iter(self._ordered)
+        enough = {name for name, gpus in free.items() if gpus >= demand.gpus}
         while True:
             if (
-                (lane is None or lane >= demand.gpus)
+                enough
+                and (lane is None or lane >= demand.gpus)
                 and (quota is None or quota >= demand.gpus)
                 and (slots is None or slots > 0)
             ):
-                best = min((n for n in free if free[n] >= demand.gpus), key=lambda n: (free[n], n), default=None)
-                if best is not None:
-                    return Opening(moment, best, free[best] - demand.gpus, after)
+                best = min(enough, key=lambda n: (free[n], n))
+                return Opening(moment, best, free[best] - demand.gpus, after)
             release = next(pending, None)
             if release is None:
                 return None
             moment, after = self._end_of(release), release.name
             if release.node in free:
                 free[release.node] += release.count
+                if free[release.node] >= demand.gpus:
+                    enough.add(release.node)
             if release.policy == demand.policy:
                 if lane is not None and release.lane == demand.lane:
                     lane += release.count
@@ -90,6 +99,9 @@ class Timeline:
                     quota += release.count
                 if slots is not None:
                     slots += 1
+
+    def _place_of(self, release: Release) -> tuple[datetime, str, str]:
+        return self._end_of(release), release.holder, release.node
 
     def _end_of(self, release: Release) -> datetime:
         """Return when a booking ends: as predicted, and once that is past, in as long again as it is overdue."""

@@ -13,12 +13,48 @@ from datetime import datetime
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.snapshot import OfferView, Shape, Waiting, end_of, next_raise, waiting
 
+_FEW = 256
+"""As long as changes are fewer than one in so many, they are made one by one; more are sorted in together."""
+
+
+class _Group:
+    """Offers in order. What comes and goes is taken in when somebody looks, so that many cost one pass."""
+
+    def __init__(self) -> None:
+        self._ordered: list[Waiting] = []
+        self._come: dict[str, Waiting] = {}
+        self._gone: dict[str, Waiting] = {}
+
+    def add(self, place: Waiting) -> None:
+        self._come[place.offer.uid] = place
+
+    def drop(self, place: Waiting) -> None:
+        if self._come.pop(place.offer.uid, None) is None:
+            self._gone[place.offer.uid] = place
+
+    def in_order(self) -> list[Waiting]:
+        ordered = self._ordered
+        if len(self._gone) * _FEW > len(ordered):
+            self._ordered = ordered = [place for place in ordered if place.offer.uid not in self._gone]
+        else:
+            for place in self._gone.values():
+                del ordered[bisect_left(ordered, place)]
+        if len(self._come) * _FEW > len(ordered):
+            ordered.extend(self._come.values())
+            ordered.sort()
+        else:
+            for place in self._come.values():
+                insort(ordered, place)
+        self._gone.clear()
+        self._come.clear()
+        return ordered
+
 
 class Standing:
     """The groups, and where each offer is in them."""
 
     def __init__(self) -> None:
-        self.groups: dict[Shape, list[Waiting]] = {}
+        self._groups: dict[Shape, _Group] = {}
         self._place: dict[str, tuple[Shape, Waiting, datetime | None, datetime | None]] = {}
         self._ends: list[tuple[datetime, str]] = []
         self._raises: list[tuple[datetime, str]] = []
@@ -29,10 +65,18 @@ class Standing:
     def __contains__(self, uid: str) -> bool:
         return uid in self._place
 
+    @property
+    def groups(self) -> dict[Shape, list[Waiting]]:
+        """The offers of each group, in order."""
+        found = {shape: group.in_order() for shape, group in self._groups.items()}
+        for shape in [shape for shape, ordered in found.items() if not ordered]:
+            del self._groups[shape], found[shape]
+        return found
+
     def add(self, shape: Shape, offer: OfferView, evaluation: Evaluation, now: datetime) -> None:
         """Add an offer that is in no group. It stays until it ends, or until its waiting raises its priority."""
         place = waiting(offer, evaluation, now)
-        insort(self.groups.setdefault(shape, []), place)
+        self._groups.setdefault(shape, _Group()).add(place)
         ends, rises = end_of(offer, evaluation), next_raise(offer, evaluation, now)
         self._place[offer.uid] = shape, place, ends, rises
         if ends is not None:
@@ -46,16 +90,13 @@ class Standing:
         if found is None:
             return False
         shape, place, _, _ = found
-        group = self.groups[shape]
-        del group[bisect_left(group, place)]
-        if not group:
-            del self.groups[shape]
+        self._groups[shape].drop(place)
         return True
 
     def clear(self) -> list[str]:
         """Take all offers out and return their UIDs."""
         uids = list(self._place)
-        self.groups.clear()
+        self._groups.clear()
         self._place.clear()
         self._ends.clear()
         self._raises.clear()

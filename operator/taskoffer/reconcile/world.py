@@ -266,13 +266,17 @@ class World:
         """Evaluate the offers that are to be decided, and put those aside whose answer may well stand."""
         evaluations: dict[tuple[str, str], Evaluation] = {}
         settled: list[str] = []
+        resolved: dict[str | None, PolicyView | None] = {}
         for entry in self.undecided.values():
             if not self._may_decide(entry):
                 continue
             view = entry.read_view()
             if view.spec is None:
                 continue
-            policy, _, _ = snapshot.policy_for(view.spec)
+            name = view.spec.policy_name
+            if name not in resolved:
+                resolved[name] = snapshot.policy_for(view.spec)[0]
+            policy = resolved[name]
             if policy is None or policy.spec is None:
                 continue
             evaluation = evaluation_of(entry, policy, policy.spec, self.outcomes.learned(policy.name))
