@@ -67,7 +67,9 @@ class Timeline:
         )
         slots = demand.slots - ledger.running(demand.policy) if demand.slots is not None else None
         moment, after = self.now, ""
-        pending = iter(sorted((*self.releases, *self.started), key=lambda r: (self._end_of(r), r.holder, r.node)))
+        pending = iter(
+            sorted((*self.releases, *self.started), key=lambda r: (end_expected(r, self.now), r.holder, r.node))
+        )
         while True:
             if (
                 (lane is None or lane >= demand.gpus)
@@ -80,7 +82,7 @@ class Timeline:
             release = next(pending, None)
             if release is None:
                 return None
-            moment, after = self._end_of(release), release.name
+            moment, after = end_expected(release, self.now), release.name
             if release.node in free:
                 free[release.node] += release.count
             if release.policy == demand.policy:
@@ -91,11 +93,12 @@ class Timeline:
                 if slots is not None:
                     slots += 1
 
-    def _end_of(self, release: Release) -> datetime:
-        """Return when a booking ends: as predicted, and once that is past, in as long again as it is overdue."""
-        if release.ends > self.now:
-            return release.ends
-        return self.now + max(_SOON, self.now - release.ends)
+
+def end_expected(release: Release, now: datetime) -> datetime:
+    """Return when a booking ends: as predicted, and once that is past, in as long again as it is overdue."""
+    if release.ends > now:
+        return release.ends
+    return now + max(_SOON, now - release.ends)
 
 
 _SOON = timedelta(minutes=1)
