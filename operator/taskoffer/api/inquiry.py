@@ -95,7 +95,10 @@ class Explained(WireModel):
     )
     reason: str = Field(description="The reason of that answer.")
     message: str = Field(description="Its numbers.")
-    stored_reason: str | None = Field(None, description="The reason in the object's status, where it is another one.")
+    stored_reason: str | None = Field(
+        None, description="The reason in the object's status, where it is another one, and of a refused offer."
+    )
+    stored_message: str | None = Field(None, description="The message with which a refused offer was refused.")
     accepted: bool | None = Field(
         None, description="Whether the offer passes all filters; absent where no policy has looked at it."
     )

@@ -36,7 +36,7 @@ def explain(snapshot: Snapshot, offer: OfferView) -> Explained:
         snapshot: What a cycle would decide on, with or without the offer.
         offer: The offer with its full spec, or with None and what is wrong with it.
     """
-    spec = offer.spec if isinstance(offer.spec, TaskOfferSpec) else None
+    spec = offer.full_spec
     again = Rerun.of(snapshot, offer)
     now = again.decide(spec)
     assert now is not None  # noqa: S101 - the first run
@@ -65,25 +65,45 @@ def explain(snapshot: Snapshot, offer: OfferView) -> Explained:
 
 
 def explain_admitted(
-    offer: OfferView, evaluation: Evaluation | None, policy: str, admission: Admission, ends: datetime | None
+    offer: OfferView, evaluation: Evaluation | None, admission: Admission, ends: datetime
 ) -> Explained:
     """Explain an admitted offer: its booking, its score under the policy as it is now, and when it is to end."""
     condition = condition_of(offer.conditions, "Admitted")
+    written = condition is not None and condition.reason == Reason.ADMITTED
     return Explained(
         namespace=offer.key.namespace,
         name=offer.key.name,
         state="Admitted",
         verdict="Admit",
         reason=Reason.ADMITTED.value,
-        message=condition.message if condition is not None else "the admission is being written",
+        message=condition.message if condition is not None and written else "the admission is being written",
         accepted=True,
-        policy=policy,
+        policy=admission.policy_ref.name,
         size_class=evaluation.size_class or None if evaluation is not None else None,
         lane=admission.assignments[0].lane,
         gpus=sum(part.count for part in admission.assignments),
         **_scored(evaluation),
         admission=admission,
-        ends=ends,
+        ends=ends.replace(microsecond=0),
+    )
+
+
+def explain_finished(offer: OfferView, again: Explained | None) -> Explained:
+    """Explain a finished offer: how it ended, and for a refused one what it would be answered if offered again."""
+    named = "Finished" if again is None else "Admitted"
+    condition = condition_of(offer.conditions, named)
+    reason = condition.reason if condition is not None else Reason.INVALID_OFFER.value
+    message = condition.message if condition is not None else f"the stored conditions have none of the type {named}"
+    if again is not None:
+        return again.model_copy(update={"state": "Finished", "stored_reason": reason, "stored_message": message})
+    return Explained(
+        namespace=offer.key.namespace,
+        name=offer.key.name,
+        state="Finished",
+        verdict="Admit",
+        reason=reason,
+        message=message,
+        accepted=True,
     )
 
 

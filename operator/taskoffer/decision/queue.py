@@ -17,7 +17,6 @@ from taskoffer.decision.verdict import Answer, Verdict
 
 LOOKED_AHEAD = 200
 """Offers from the first on whose start is estimated. What is behind them could only fill gaps that they leave."""
-MOST_LISTED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ def queue(
         for place in everyone
         if (policy is None or place.policy == policy) and (namespace is None or place.offer.key.namespace == namespace)
     ]
-    listed = matching[: min(limit, MOST_LISTED)]
+    listed = matching[:limit]
     found = tell(snapshot, everyone, listed)
     ordered = sum(1 for place in everyone if place.position is not None)
     estimated = min(LOOKED_AHEAD, ordered)
