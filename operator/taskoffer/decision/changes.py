@@ -26,6 +26,8 @@ MUTABLE = frozenset({"active", "expiresAt", "priorityClassName"})
 _ANY_CLAIM = "claim"
 """Stands for a PersistentVolumeClaim of the reader's own: which one it is decides nothing."""
 _FAMILIES_TOLD = 3
+_HIGHEST_VALUE = 10**8 - 1
+"""The most that spec.value can hold."""
 _MARGIN_SECONDS = 60
 """How much later than just in time a deadline is proposed."""
 
@@ -70,21 +72,27 @@ class Case:
         made = evaluate(patched(self.spec, patch), self.policy, self.namespace)
         return frozenset(refusal.reason for refusal in made.refusals)
 
-    def least(self, low: int, high: int, reason: Reason, patch: Callable[[int], Patch]) -> int | None:
-        """Return the least number of low..high with which the reason is gone, by halving; None if high has it."""
-        if low > high or reason in self.refused(patch(high)):
-            return None
+    def least(self, low: int, high: int, patch: Callable[[int], Patch], *gone: Reason) -> int | None:
+        """Return the least number of low..high with which these reasons are gone; None if high has one."""
         numbers = range(low, high + 1)
-        return numbers[
-            bisect_left(numbers, True, hi=len(numbers) - 1, key=lambda n: reason not in self.refused(patch(n)))
-        ]
 
-    def most(self, low: int, high: int, reason: Reason, patch: Callable[[int], Patch]) -> int | None:
-        """Return the greatest number of low..high with which the reason is gone, by halving; None if low has it."""
-        if low > high or reason in self.refused(patch(low)):
+        def passes(number: int) -> bool:
+            return self.refused(patch(number)).isdisjoint(gone)
+
+        if not numbers or not passes(high):
             return None
+        return numbers[bisect_left(numbers, True, hi=len(numbers) - 1, key=passes)]
+
+    def most(self, low: int, high: int, patch: Callable[[int], Patch], *gone: Reason) -> int | None:
+        """Return the greatest number of low..high with which these reasons are gone; None if low has one."""
         numbers = range(low, high + 1)
-        return numbers[bisect_left(numbers, True, lo=1, key=lambda n: reason in self.refused(patch(n))) - 1]
+
+        def fails(number: int) -> bool:
+            return not self.refused(patch(number)).isdisjoint(gone)
+
+        if not numbers or fails(low):
+            return None
+        return numbers[bisect_left(numbers, True, lo=1, key=fails) - 1]
 
 
 def applied(base: Patch, patch: Patch) -> dict[str, Any]:
@@ -120,9 +128,10 @@ def changes_for(case: Case, reason: Reason) -> Iterator[Change]:
 
 
 def _gpu_counts(case: Case) -> Iterator[Change]:
-    counts = sorted(case.policy.resources[0].counts, key=lambda n: (abs(n - case.evaluation.gpus), n))
-    for count in counts:
-        if count != case.evaluation.gpus:
+    # Where the policy chooses among several counts, each of them is a change of an offer that states none.
+    own = case.spec.gpu_count if case.evaluation.options else case.evaluation.gpus
+    for count in sorted(case.policy.resources[0].counts, key=lambda n: (abs(n - case.evaluation.gpus), n)):
+        if count != own:
             yield Change(f"gpuCount {count}", {"gpuCount": count})
 
 
@@ -141,7 +150,7 @@ def _longer_limit(case: Case) -> Iterator[Change]:
     """Propose the shortest time limit in which the task ends."""
     longest = case.policy.filters.max_time_limit_seconds
     bound = LONGEST_TIME_LIMIT if longest is None else min(LONGEST_TIME_LIMIT, longest - 1)
-    found = case.least(case.spec.time_limit_seconds + 1, bound, Reason.CANNOT_FINISH_IN_TIME, _limit)
+    found = case.least(case.spec.time_limit_seconds + 1, bound, _limit, Reason.CANNOT_FINISH_IN_TIME)
     if found is not None:
         yield Change(f"timeLimitSeconds of at least {found} ({duration_text(found)})", _limit(found))
 
@@ -150,11 +159,11 @@ def _limit_for_score(case: Case) -> Iterator[Change]:
     """Propose the time limits nearest to the offer's with which the score suffices."""
     asked, longest = case.spec.time_limit_seconds, case.policy.filters.max_time_limit_seconds
     bound = LONGEST_TIME_LIMIT if longest is None else min(LONGEST_TIME_LIMIT, longest - 1)
-    least = case.least(1, asked, Reason.CANNOT_FINISH_IN_TIME, _limit) or 1
-    shorter = case.most(least, asked - 1, Reason.SCORE_TOO_LOW, _limit)
+    least = case.least(1, asked, _limit, Reason.CANNOT_FINISH_IN_TIME) or 1
+    shorter = case.most(least, asked - 1, _limit, Reason.SCORE_TOO_LOW)
     if shorter is not None:
         yield Change(f"timeLimitSeconds at most {shorter} ({duration_text(shorter)})", _limit(shorter))
-    longer = case.least(asked + 1, bound, Reason.SCORE_TOO_LOW, _limit)
+    longer = case.least(asked + 1, bound, _limit, Reason.SCORE_TOO_LOW)
     if longer is not None:
         yield Change(f"timeLimitSeconds of at least {longer} ({duration_text(longer)})", _limit(longer))
 
@@ -164,17 +173,15 @@ def _model_of(parameters: int) -> Patch:
 
 
 def _smaller_model(case: Case) -> Iterator[Change]:
-    """Propose the largest smaller model that fits, and the largest that ends in time, in three digits."""
-    parameters = case.parameters
-    present = case.refused({})
-    for reason in (Reason.INSUFFICIENT_MEMORY, Reason.CANNOT_FINISH_IN_TIME):
-        if parameters is None or reason not in present:
-            continue
-        found = case.most(1, parameters - 1, reason, _model_of)
-        if found is not None:
-            step = max(1, 10 ** (len(str(found)) - 3))
-            size = found // step * step
-            yield Change(f"a model of at most {billions(size)} parameters", _model_of(size))
+    """Propose the largest smaller model that fits and ends in time, in three digits."""
+    if case.parameters is None:
+        return
+    gone = Reason.INSUFFICIENT_MEMORY, Reason.CANNOT_FINISH_IN_TIME
+    found = case.most(1, case.parameters - 1, _model_of, *gone)
+    if found is not None:
+        step = max(1, 10 ** (len(str(found)) - 3))
+        size = found // step * step
+        yield Change(f"a model of at most {billions(size)} parameters", _model_of(size))
 
 
 def _sizes(case: Case) -> Iterator[Change]:
@@ -231,7 +238,7 @@ def _fewer_rows(case: Case) -> Iterator[Change]:
     rows = case.spec.dataset.rows
     if rows is None:
         return
-    found = case.most(1, rows - 1, Reason.CANNOT_FINISH_IN_TIME, lambda n: {"dataset": {"rows": n}})
+    found = case.most(1, rows - 1, lambda n: {"dataset": {"rows": n}}, Reason.CANNOT_FINISH_IN_TIME)
     if found is not None:
         yield Change(f"at most {found} rows (dataset.rows)", {"dataset": {"rows": found}})
 
@@ -240,7 +247,7 @@ def _more_value(case: Case) -> Iterator[Change]:
     """Propose the least whole value with which the score suffices, where scores go by value."""
     if case.policy.scoring.expected_value is None:
         return
-    found = case.least(0, 10**9, Reason.SCORE_TOO_LOW, lambda n: {"value": str(n)})
+    found = case.least(0, _HIGHEST_VALUE, lambda n: {"value": str(n)}, Reason.SCORE_TOO_LOW)
     if found is not None:
         yield Change(f"a value of at least {found}", {"value": str(found)})
 

@@ -204,14 +204,7 @@ class _Search:
                 return None
             if not case.evaluation.refusals:
                 return together
-            present = {refusal.reason for refusal in case.evaluation.refusals}
-            useful = (
-                change
-                for refusal in case.evaluation.refusals
-                for change in changes_for(case, refusal.reason)
-                if case.refused(change.patch) < present
-            )
-            change = next(useful, None)
+            change = _most_useful(case)
             if change is None:
                 return None
             together = change if together is None else together.and_then(change)
@@ -285,6 +278,20 @@ class _Search:
     def _admitted_after(self, ends: Collection[Release]) -> bool:
         found = self.again.decide(self.spec, ended={release.holder for release in ends})
         return found is not None and found.answer.verdict is Verdict.ADMIT
+
+
+def _most_useful(case: Case) -> Change | None:
+    """Return a change that removes a refusal and brings no other; else one that at least removes it."""
+    present = {refusal.reason for refusal in case.evaluation.refusals}
+    second = None
+    for refusal in case.evaluation.refusals:
+        for change in changes_for(case, refusal.reason):
+            left = case.refused(change.patch)
+            if left < present:
+                return change
+            if second is None and refusal.reason not in left:
+                second = change
+    return second
 
 
 def _told(
