@@ -29,7 +29,7 @@ from taskoffer.reconcile.releases import end_of_booking
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.shapes import mapping
 from taskoffer.reconcile.views import OfferEntry, OfferState, offer_entry
-from taskoffer.reconcile.world import World, evaluation_of
+from taskoffer.reconcile.world import World
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ class Questions:
         if not world.complete:
             raise UnansweredError(503, "this replica has not listed every kind yet: ask again in some seconds")
         held_since = monotonic()
-        for _ in _evaluating(world):
+        for _ in _settling(world):
             if monotonic() - held_since > _SLICE:
                 await asyncio.sleep(0)
                 held_since = monotonic()
@@ -148,18 +148,20 @@ class Questions:
         return explain_finished(view, None)
 
 
-def _evaluating(world: World) -> Iterator[None]:
-    """Do beforehand what is slow about the next snapshot, one offer at a time: evaluate those that are new.
+def _settling(world: World) -> Iterator[None]:
+    """Do beforehand what is slow about the next snapshot, one offer at a time, so that others have a turn in between.
 
-    A leader's cycles have done it already. Whoever iterates may do something else in between.
+    A leader's cycles have done it already; a replica that does not lead has evaluated nothing.
     """
-    policies = world.policy_views()
-    known = Snapshot(utcnow(), (), policies, (), ())
+    now, policies = utcnow(), world.policy_views()
+    world.unsettle_what_changed(now, policies)
+    under, known = world.settled_under, Snapshot(now, (), policies, (), ())
     for entry in [*world.undecided.values()]:
-        view = entry.read_view()
-        policy = known.policy_for(view.spec)[0] if view.spec is not None else None
-        if policy is not None and policy.spec is not None:
-            evaluation_of(entry, policy, policy.spec)
+        # The world goes on in between. Under other policies what this would put aside would be put aside wrongly.
+        if world.settled_under is not under:
+            return
+        if world.undecided.get(entry.uid) is entry:
+            world.settle(known, (entry,))
         yield
     for entry in [*world.by_state[OfferState.HOLDING].values()]:
         if entry.admission is not None:

@@ -218,7 +218,7 @@ class World:
         """Return what a cycle decides on: pending offers that are not being written, and every claim on a GPU."""
         policies = self.policy_views()
         resource = _resource(policies)
-        self._unsettle_what_changed(now, policies)
+        self.unsettle_what_changed(now, policies)
         snapshot = Snapshot(
             now=now,
             offers=(),
@@ -230,7 +230,7 @@ class World:
             releases=releases(self, policies),
             admitted_today=self.admitted.since(now - timedelta(days=1)) if _counts_days(policies) else {},
         )
-        evaluations = self._settle(snapshot)
+        evaluations = self.settle(snapshot, list(self.undecided.values()))
         return replace(
             snapshot,
             offers=[entry.read_view() for entry in self.undecided.values() if self._may_decide(entry)],
@@ -248,7 +248,7 @@ class World:
             assumed = sibling.uid in self.assumed
             yield replace(sibling, reason=Reason.ADMITTED.value) if assumed else sibling
 
-    def _unsettle_what_changed(self, now: datetime, policies: dict[str, PolicyView]) -> None:
+    def unsettle_what_changed(self, now: datetime, policies: dict[str, PolicyView]) -> None:
         """Standing offers were evaluated under the policies of then, and may have expired since."""
         under = [(p.ref, p.is_default, p.created, p.spec is None) for p in policies.values()]
         if under != self.settled_under:
@@ -256,11 +256,10 @@ class World:
             self._unsettle(self.standing.clear())
         self._unsettle(self.standing.drop_ended(now))
 
-    def _settle(self, snapshot: Snapshot) -> dict[tuple[str, str], Evaluation]:
-        """Evaluate the offers that are to be decided, and put those aside whose answer may well stand."""
+    def settle(self, snapshot: Snapshot, entries: Iterable[OfferEntry]) -> dict[tuple[str, str], Evaluation]:
+        """Evaluate offers that are to be decided, and put those aside whose answer may well stand."""
         evaluations: dict[tuple[str, str], Evaluation] = {}
-        settled: list[str] = []
-        for entry in self.undecided.values():
+        for entry in entries:
             if not self._may_decide(entry):
                 continue
             view = entry.read_view()
@@ -273,11 +272,9 @@ class World:
             if self._stands(entry, view, evaluation, snapshot.now):
                 shape = shape_of(policy.name, evaluation, view.reason or "")
                 self.standing.add(shape, view, evaluation, snapshot.now)
-                settled.append(entry.uid)
+                del self.undecided[entry.uid]
             else:
                 evaluations[entry.uid, policy.name] = evaluation
-        for uid in settled:
-            del self.undecided[uid]
         return evaluations
 
     def _stands(self, entry: OfferEntry, view: OfferView, evaluation: Evaluation, now: datetime) -> bool:
