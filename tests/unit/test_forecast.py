@@ -124,6 +124,12 @@ def test_what_is_admitted_or_refused_by_the_next_cycle_does_not_wait() -> None:
     assert made.waiting == 1
 
 
+def test_what_the_next_cycle_admits_takes_its_gpus_before_those_that_wait() -> None:
+    pending = [offer("fits", gpus=2, created=at(-9)), offer("waits", gpus=4)]
+    # Without the first one's two GPUs the second could start at once.
+    assert starts(told(pending, nodes=[node(gpus=4)])) == {"waits": at(3600)}
+
+
 def test_a_part_of_the_queue_keeps_the_places_of_the_whole() -> None:
     other = policy("other", default=False)
     pending = [offer(f"o{i}", created=at(i), namespace="b" if i % 2 else "a") for i in range(4)]

@@ -99,20 +99,17 @@ def _causes(offer: Explained) -> Iterator[str]:
             yield f"    {cause.remedy}"
 
 
-def _counterfactuals(offer: Explained) -> Iterator[str]:
-    for found in offer.counterfactuals:
-        yield f"{_result(found)}  {found.change}"
-    if any(found.replaces for found in offer.counterfactuals):
-        yield "A spec never changes but for active, expiresAt and priorityClassName: * takes a new offer instead."
+def _counterfactuals(offer: Explained) -> list[str]:
+    lines = table([("*" if c.replaces else " ", _result(c), c.change) for c in offer.counterfactuals])
+    if any(c.replaces for c in offer.counterfactuals):
+        lines.append("* takes a new offer: a spec never changes but for active, expiresAt and priorityClassName")
+    return lines
 
 
 def _result(found: Counterfactual) -> str:
-    new = "*" if found.replaces else " "
-    return (
-        f"{new} admitted now"
-        if found.verdict == "Admit" and not found.after
-        else (f"{new} admitted" if found.verdict == "Admit" else f"{new} accepted, then {found.reason}")
-    )
+    if found.verdict == "Wait":
+        return f"accepted, then {found.reason}"
+    return "admitted" if found.after else "admitted now"
 
 
 def _terms(offer: Explained) -> list[str]:

@@ -31,39 +31,55 @@ class Place:
     """From 1; None where something else than capacity is waited for, so that there is no order."""
 
 
-def line(snapshot: Snapshot) -> list[Place]:
-    """Return the offers that wait, in the order in which cycles try to admit them; those in no order come last."""
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The offers that wait, and those that the next cycle admits, which take their GPUs first."""
+
+    places: list[Place]
+    """In the order in which cycles try to admit them; those in no order come last."""
+    starting: list[Place]
+
+    @property
+    def ordered(self) -> int:
+        """How many of them capacity decides."""
+        return sum(1 for place in self.places if place.position is not None)
+
+
+def line(snapshot: Snapshot) -> Line:
+    """Return who waits and who is about to start."""
     answers = {decision.offer.uid: decision.answer for decision in plan(snapshot).decisions}
-    policies: dict[str, str | None] = {}
+    policies: dict[str, str] = {}
     ranked: list[Waiting] = []
     unranked: list[Place] = []
     for offer in snapshot.offers:
-        if _ends_its_wait(answers.get(offer.uid)):
-            continue
         policy = snapshot.policy_for(offer.spec)[0] if offer.spec is not None else None
         name = policy.name if policy is not None else None
         evaluation = snapshot.evaluations.get((offer.uid, name)) if name is not None else None
         reason = _reason(offer, answers)
-        if evaluation is None or reason == Reason.SUSPENDED:
-            unranked.append(Place(offer, name, evaluation, reason, None))
-        else:
+        if name is not None and evaluation is not None and reason != Reason.SUSPENDED:
             policies[offer.uid] = name
             ranked.append(waiting(offer, evaluation, snapshot.now))
-    ranked.sort()
-    groups: list[Sequence[Waiting]] = [ranked]
+        elif _verdict(offer, answers) is Verdict.WAIT:
+            unranked.append(Place(offer, name, evaluation, reason, None))
+    groups: list[Sequence[Waiting]] = [sorted(ranked)]
     for shape, group in snapshot.standing.items():
         policies.update((found.offer.uid, shape.policy) for found in group)
         groups.append(group)
-    ordered = (f for f in heapq.merge(*groups) if not _ends_its_wait(answers.get(f.offer.uid)))
-    placed = [
-        Place(found.offer, policies[found.offer.uid], found.evaluation, _reason(found.offer, answers), position)
-        for position, found in enumerate(ordered, 1)
-    ]
-    return [*placed, *sorted(unranked, key=lambda p: (p.offer.created, p.offer.uid))]
+    placed: list[Place] = []
+    starting: list[Place] = []
+    for _, offer, evaluation in heapq.merge(*groups):
+        verdict, policy_name = _verdict(offer, answers), policies[offer.uid]
+        if verdict is Verdict.WAIT:
+            placed.append(Place(offer, policy_name, evaluation, _reason(offer, answers), len(placed) + 1))
+        elif verdict is Verdict.ADMIT:
+            starting.append(Place(offer, policy_name, evaluation, Reason.ADMITTED.value, None))
+    unranked.sort(key=lambda place: (place.offer.created, place.offer.uid))
+    return Line([*placed, *unranked], starting)
 
 
-def _ends_its_wait(answer: Answer | None) -> bool:
-    return answer is not None and answer.verdict is not Verdict.WAIT
+def _verdict(offer: OfferView, answers: Mapping[str, Answer]) -> Verdict:
+    """Return a plan's verdict; an offer that a plan leaves out goes on waiting."""
+    return answers[offer.uid].verdict if offer.uid in answers else Verdict.WAIT
 
 
 def _reason(offer: OfferView, answers: Mapping[str, Answer]) -> str:
@@ -86,20 +102,19 @@ def queue(
     everyone = line(snapshot)
     matching = [
         place
-        for place in everyone
+        for place in everyone.places
         if (policy is None or place.policy == policy) and (namespace is None or place.offer.key.namespace == namespace)
     ]
     listed = matching[:limit]
     found = tell(snapshot, everyone, listed)
-    ordered = sum(1 for place in everyone if place.position is not None)
-    estimated = min(LOOKED_AHEAD, ordered)
+    estimated = min(LOOKED_AHEAD, everyone.ordered)
     return QueueAnswer(
         leading=leading,
         now=snapshot.now,
-        waiting=len(everyone),
+        waiting=len(everyone.places),
         matching=len(matching),
         estimated=estimated,
-        notes=_notes(snapshot, estimated, ordered),
+        notes=_notes(snapshot, estimated, everyone.ordered),
         offers=found,
     )
 
@@ -116,19 +131,19 @@ def _notes(snapshot: Snapshot, estimated: int, ordered: int) -> tuple[str, ...]:
     return tuple(told)
 
 
-def tell(snapshot: Snapshot, everyone: Sequence[Place], listed: Sequence[Place]) -> tuple[Queued, ...]:
+def tell(snapshot: Snapshot, everyone: Line, listed: Sequence[Place]) -> tuple[Queued, ...]:
     """Return places as they are told to people, with the estimated starts of those that are near the front."""
-    ahead = [place for place in everyone[:LOOKED_AHEAD] if place.position is not None]
+    ahead = [place for place in everyone.places[:LOOKED_AHEAD] if place.position is not None]
     uids = {place.offer.uid for place in ahead}
     runs: tuple[Forecast, ...] = ()
     if not uids.isdisjoint(place.offer.uid for place in listed):
-        runs = forecasts(_with_evaluations(snapshot, ahead), [place.offer for place in ahead])
+        runs = _run_ahead(snapshot, [*everyone.starting, *ahead])
     return tuple(_queued(place, runs, uids) for place in listed)
 
 
-def _with_evaluations(snapshot: Snapshot, ahead: Sequence[Place]) -> Snapshot:
-    made = {(p.offer.uid, p.policy): p.evaluation for p in ahead if p.policy is not None and p.evaluation is not None}
-    return replace(snapshot, evaluations=made)
+def _run_ahead(snapshot: Snapshot, places: Sequence[Place]) -> tuple[Forecast, ...]:
+    made = {(p.offer.uid, p.policy): p.evaluation for p in places if p.policy is not None and p.evaluation is not None}
+    return forecasts(replace(snapshot, evaluations=made), [place.offer for place in places])
 
 
 def _queued(place: Place, runs: Sequence[Forecast], looked_ahead: Collection[str]) -> Queued:
@@ -173,5 +188,5 @@ def _whole(moment: datetime) -> datetime:
 def place_of(snapshot: Snapshot, uid: str) -> Queued | None:
     """Return where one offer stands in the queue, or None when it does not wait."""
     everyone = line(snapshot)
-    own = next((place for place in everyone if place.offer.uid == uid), None)
+    own = next((place for place in everyone.places if place.offer.uid == uid), None)
     return tell(snapshot, everyone, [own])[0] if own is not None else None
