@@ -25,6 +25,7 @@ from taskoffer_lab.process_table import wait_until
 pytestmark = pytest.mark.usefixtures("operator")
 
 SYSTEM = "/api/v1/namespaces/taskoffer-system"
+SLICES = "/apis/discovery.k8s.io/v1/namespaces/taskoffer-system/endpointslices"
 ROLES = "/apis/rbac.authorization.k8s.io/v1/namespaces/taskoffer-system"
 
 
@@ -139,12 +140,16 @@ def service(operator_home: LocalCluster, standby: OperatorProcess) -> Iterator[O
     api = operator_home.api
     port = {"name": "http", "port": standby.port}
     api.request("POST", f"{SYSTEM}/services", {"metadata": {"name": "taskoffer"}, "spec": {"ports": [port]}})
-    subsets = [{"addresses": [{"ip": address}], "ports": [port]}]
-    api.request("POST", f"{SYSTEM}/endpoints", {"metadata": {"name": "taskoffer"}, "subsets": subsets})
+    slice_of = {"name": "taskoffer-a", "labels": {"kubernetes.io/service-name": "taskoffer"}}
+    there = {"addresses": [address], "conditions": {"ready": True}}
+    body = {"metadata": slice_of, "addressType": "IPv4", "endpoints": [there], "ports": [port]}
+    api.request("POST", SLICES, body)
     try:
         yield standby
     finally:
         api.request("DELETE", f"{SYSTEM}/services/taskoffer")
+        with contextlib.suppress(ApiError):
+            api.request("DELETE", f"{SLICES}/taskoffer-a")
 
 
 def viewer(home: LocalCluster, folder: Path, name: str) -> Path:
@@ -203,10 +208,9 @@ def test_without_an_address_the_service_is_asked_through_the_api_server_with_the
         taken = capsys.readouterr()
         return code, taken.out + taken.err
 
-    wait_until(
-        lambda: shown(allowed, "queue", "--policy", bench.policy_name)[0] == 0, "the proxy serves", 40, interval=0.5
-    )
-    code, text = shown(allowed, "queue", "--policy", bench.policy_name)
+    asked = ("queue", "--policy", bench.policy_name)
+    wait_until(lambda: shown(allowed, *asked)[0] == 0, "the proxy serves", 40, interval=0.5)
+    code, text = shown(allowed, *asked)
     assert f"{bench.namespace}/second" in text
     assert "answered by a replica that does not lead" in text
     code, text = shown(allowed, "explain", "second", "-n", bench.namespace)
@@ -217,7 +221,7 @@ def test_without_an_address_the_service_is_asked_through_the_api_server_with_the
     code, text = shown(other, "queue")
     assert code == 1
     assert "get on services/proxy of Service taskoffer in namespace taskoffer-system is needed" in text
-    operator_home.api.request("DELETE", f"{SYSTEM}/endpoints/taskoffer")
+    operator_home.api.request("DELETE", f"{SLICES}/taskoffer-a")
     wait_until(lambda: "has no replica that is ready" in shown(allowed, "queue")[1], "no endpoints", 40, interval=0.5)
 
 
