@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from operator_bench import Bench, condition
 from operator_process import OperatorProcess, until_its_end
 from taskoffer.api.inquiry import OfferAnswer, QueueAnswer
 from taskoffer.cli.main import main
-from taskoffer_lab.api_client import ApiError
+from taskoffer_lab.api_client import MERGE_PATCH, ApiError
 from taskoffer_lab.local_provider import LocalCluster
 from taskoffer_lab.process_table import wait_until
 
 pytestmark = pytest.mark.usefixtures("operator")
 
 SYSTEM = "/api/v1/namespaces/taskoffer-system"
-SLICES = "/apis/discovery.k8s.io/v1/namespaces/taskoffer-system/endpointslices"
+ROOT = Path(__file__).parents[2]
 ROLES = "/apis/rbac.authorization.k8s.io/v1/namespaces/taskoffer-system"
 
 
@@ -88,7 +89,7 @@ def test_offers_that_wait_are_told_as_their_statuses_say_and_nothing_is_written(
     shown = capsys.readouterr().out
     assert f"{bench.namespace}/urgent: WAITING (accepted, WaitingForCapacity) needs 4 x nvidia.com/gpu" in shown
     assert f"{node} has the most free, 2 of 4" in shown
-    assert "* admitted now  with gpuCount 2" in shown
+    assert "*  admitted now  with gpuCount 2" in shown
     assert main(["queue", "--policy", bench.policy_name, "-o", "json", *server]) == 0
     listed = QueueAnswer.model_validate_json(capsys.readouterr().out)
     assert [one.name for one in listed.offers] == ["urgent", "large", "paused"]
@@ -132,24 +133,27 @@ def address_of_this_machine() -> str | None:
 
 
 @pytest.fixture
-def service(operator_home: LocalCluster, standby: OperatorProcess) -> Iterator[OperatorProcess]:
-    """The Service that ships, with the standby behind it; without pods its endpoints are made by hand."""
+def service(bench: Bench, operator_home: LocalCluster, standby: OperatorProcess) -> Iterator[OperatorProcess]:
+    """The Service that ships with one pod of the Deployment that ships, behind whose address the standby listens."""
     address = address_of_this_machine()
     if address is None:
         pytest.skip("this machine has no address besides the loopback's")
     api = operator_home.api
-    port = {"name": "http", "port": standby.port}
-    api.request("POST", f"{SYSTEM}/services", {"metadata": {"name": "taskoffer"}, "spec": {"ports": [port]}})
-    slice_of = {"name": "taskoffer-a", "labels": {"kubernetes.io/service-name": "taskoffer"}}
-    there = {"addresses": [address], "conditions": {"ready": True}}
-    body = {"metadata": slice_of, "addressType": "IPv4", "endpoints": [there], "ports": [port]}
-    api.request("POST", SLICES, body)
+    shipped = {part["kind"]: part for part in yaml.safe_load_all((ROOT / "deploy/operator.yaml").read_text())}
+    template = shipped["Deployment"]["spec"]["template"]
+    template["spec"]["nodeName"] = bench.node(gpus=1)
+    template["spec"]["containers"][0]["ports"][0]["containerPort"] = standby.port
+    pod = {"metadata": {**template["metadata"], "name": "standby"}, "spec": template["spec"]}
+    api.request("POST", f"{SYSTEM}/services", shipped["Service"])
+    api.request("POST", f"{SYSTEM}/pods", pod)
+    ready = {"type": "Ready", "status": "True"}
+    status = {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}], "conditions": [ready]}
+    api.request("PATCH", f"{SYSTEM}/pods/standby/status", {"status": status}, MERGE_PATCH)
     try:
         yield standby
     finally:
         api.request("DELETE", f"{SYSTEM}/services/taskoffer")
-        with contextlib.suppress(ApiError):
-            api.request("DELETE", f"{SLICES}/taskoffer-a")
+        api.request("DELETE", f"{SYSTEM}/pods/standby", {"gracePeriodSeconds": 0})
 
 
 def viewer(home: LocalCluster, folder: Path, name: str) -> Path:
@@ -194,7 +198,7 @@ def test_without_an_address_the_service_is_asked_through_the_api_server_with_the
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    bench.node(gpus=1)
+    # The node of the standby's pod has one GPU.
     bench.policy()
     bench.admitted("first")
     bench.offer("second")
@@ -221,7 +225,8 @@ def test_without_an_address_the_service_is_asked_through_the_api_server_with_the
     code, text = shown(other, "queue")
     assert code == 1
     assert "get on services/proxy of Service taskoffer in namespace taskoffer-system is needed" in text
-    operator_home.api.request("DELETE", f"{SLICES}/taskoffer-a")
+    unready = {"status": {"conditions": [{"type": "Ready", "status": "False"}]}}
+    operator_home.api.request("PATCH", f"{SYSTEM}/pods/standby/status", unready, MERGE_PATCH)
     wait_until(lambda: "has no replica that is ready" in shown(allowed, "queue")[1], "no endpoints", 40, interval=0.5)
 
 

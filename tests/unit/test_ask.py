@@ -132,9 +132,16 @@ def test_a_finished_offer_is_shown_with_its_end_and_a_refused_one_with_what_it_w
     shown = explanation(OfferAnswer(leading=True, now=NOW, offer=explain_finished(refused, again)))
     assert shown.splitlines()[:2] == [
         "default/o: REFUSED (Expired) not admitted in time",
-        "Offered again now it would be admitted (Admitted): score 0.7350; 1 x nvidia.com/gpu on node-a, where 3 of 4 "
+        "  offered again now it would be admitted (Admitted): score 0.7350; 1 x nvidia.com/gpu on node-a, where 3 of 4 "
         "are booked now",
     ]
+
+
+def test_an_offer_that_would_be_refused_for_the_same_again_is_told_so_once() -> None:
+    again = answer(offer("o", **TASK, gpus=8)).offer
+    refused = replace_conditions(offer("o"), condition("Admitted", False, again.reason, again.message))
+    shown = explanation(OfferAnswer(leading=True, now=NOW, offer=explain_finished(refused, again)))
+    assert shown.splitlines()[1] == "  offered again now it would be refused again"
 
 
 def test_the_queue_is_shown_as_a_table() -> None:
@@ -143,8 +150,8 @@ def test_the_queue_is_shown_as_a_table() -> None:
     assert waiting(queue(snapshot(pending, **WORLD), 9)).splitlines() == [
         "#  OFFER           POLICY  GPUS   SCORE   WAITS  REASON              START      BETWEEN",
         "1  default/o1      lab        4  0.6450  10 min  WaitingForCapacity  13:30:00Z  13:17:27Z .. 13:44:33Z",
-        "2  default/o0      lab        4  0.6450   0 min  WaitingForCapacity  14:43:21Z  14:20:36Z .. 15:09:47Z",
-        "-  default/paused  lab        1  0.7350   0 min  Suspended           -          -",
+        "2  default/o0      lab        4  0.6450     0 s  WaitingForCapacity  14:43:21Z  14:20:36Z .. 15:09:47Z",
+        "-  default/paused  lab        1  0.7350     0 s  Suspended           -          -",
         "",
         "3 wait, all shown",
         "- starts assume that no further offers come; earliest and latest are remaining times off by 15 %",

@@ -30,9 +30,10 @@ def _headline(offer: Explained) -> str:
     name = f"{offer.namespace}/{offer.name}"
     if offer.state == "Finished" and offer.stored_reason is not None:
         verdict = {"Admit": "admitted", "Wait": "accepted, and would wait", "Reject": "refused again"}[offer.verdict]
+        same = (offer.reason, offer.message) == (offer.stored_reason, offer.stored_message)
         return (
             f"{name}: REFUSED ({offer.stored_reason}) {offer.stored_message}\n"
-            f"Offered again now it would be {verdict} ({offer.reason}): {offer.message}"
+            f"  offered again now it would be {verdict}" + ("" if same else f" ({offer.reason}): {offer.message}")
         )
     if offer.state == "Finished":
         return f"{name}: FINISHED ({offer.reason}) {offer.message}"
@@ -147,7 +148,7 @@ def _rows(answer: QueueAnswer) -> Iterator[Sequence[str]]:
             place.policy or "-",
             str(place.gpus) if place.gpus is not None else "-",
             place.score or "-",
-            duration_text(max(0.0, (now - place.since).total_seconds())),
+            _span(max(0.0, (now - place.since).total_seconds())),
             place.reason,
             start,
             _between(place.start, now).removeprefix("between ").replace(" and ", " .. ")
@@ -178,4 +179,8 @@ def _clock(moment: datetime, now: datetime) -> str:
 
 def _in(moment: datetime, now: datetime) -> str:
     seconds = (moment - now).total_seconds()
-    return f"in {duration_text(seconds)}" if seconds > 0 else f"{duration_text(-seconds)} overdue"
+    return f"in {_span(seconds)}" if seconds > 0 else f"{_span(-seconds)} overdue"
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else duration_text(seconds)
