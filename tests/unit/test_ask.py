@@ -60,7 +60,7 @@ WHAT WOULD CHANGE THE ANSWER (each tried by deciding again)
      admitted      after default/first ends, predicted for 2026-01-31T13:30:00Z
   *  admitted now  with gpuCount 2
   *  admitted now  with gpuCount 1
-  * takes a new offer: a spec never changes but for active, expiresAt and priorityClassName
+  * takes a new offer: a refusal is final, and only active, expiresAt and priorityClassName ever change
 
 SCORE
   TERM              POINTS  HOW

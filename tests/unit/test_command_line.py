@@ -21,7 +21,17 @@ from taskoffer.cli.main import main
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["preset", "--help"], ["lint", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["preset", "--help"],
+        ["lint", "--help"],
+        ["explain", "--help"],
+        ["queue", "--help"],
+    ],
+)
 def test_every_command_explains_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -35,7 +45,9 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"taskoffer {taskoffer.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["run", "--port", "many"], ["lint"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["run", "--port", "many"], ["lint"], ["explain"], ["queue", "--limit", "x"]]
+)
 def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)

@@ -21,6 +21,7 @@ from taskoffer.decision.cycle import plan
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.explain import explain
 from taskoffer.decision.ledger import Claim, Release
+from taskoffer.decision.rerun import Rerun
 from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot
 
 ALL = {"name": "All", "minParameters": 0, "gpus": 1, "sizeEfficiency": "1", "lora": {}, "train": {"maxLength": 2048}}
@@ -336,6 +337,15 @@ def test_the_least_time_limit_that_is_told_is_the_least_one_that_passes(seconds:
     assert refused == [True, False]
 
 
+def test_whatever_helps_a_refused_offer_takes_a_new_one() -> None:
+    full = explained(offer(gpus=2), policies=[policy(filters={"onFull": "Reject"})], **ONE_FULL)
+    assert {c.change.split(",")[0] for c in full.counterfactuals} == {"after default/x ends", "with gpuCount 1"}
+    expired = explained(offer(expires_at=rfc3339(at(-60))))
+    assert all(c.replaces for c in (*full.counterfactuals, *expired.counterfactuals))
+    paused = explained(offer(active=False))
+    assert [(c.change, c.replaces) for c in paused.counterfactuals] == [("with active true", False)]
+
+
 def test_several_refusals_are_all_told_and_removed_together() -> None:
     view = offer(gpus=8, hours=40, model="x/bloom")
     made = explained(view)
@@ -413,6 +423,17 @@ def test_an_offer_that_cannot_be_read_is_told_what_is_wrong_with_it() -> None:
     assert (made.verdict, made.reason, made.accepted) == ("Reject", "InvalidOffer", None)
     assert "taskID: missing" in made.message
     assert made.counterfactuals == ()
+
+
+def test_a_long_queue_is_decided_again_less_often_and_without_a_run_nothing_is_told() -> None:
+    view = offer(gpus=4)
+    shown = snapshot([view], **ONE_FULL)
+    assert Rerun.of(shown, view).left == 64
+    many = replace(shown, offers=[offer(f"o{i}") for i in range(6000)])
+    assert Rerun.of(many, view).left == 16
+    spent = Rerun(shown, view, left=1)
+    assert spent.decide(view.full_spec) is not None
+    assert spent.decide(view.full_spec) is None
 
 
 def test_an_explained_offer_that_the_snapshot_lacks_is_decided_with_the_others() -> None:

@@ -38,7 +38,9 @@ class Counterfactual(WireModel):
         default_factory=dict, description="The change as a merge patch of the offer's spec; empty changes nothing."
     )
     replaces: bool = Field(
-        False, description="Whether it takes a new offer in place of this one, because what it changes never changes."
+        False,
+        description="Whether it takes a new offer in place of this one: a refusal is final, and most of a spec never "
+        "changes.",
     )
     after: tuple[str, ...] = Field((), description="Running offers (namespace/name) whose GPUs have to come free.")
     at: Time | None = Field(None, description="When the last of them is predicted to end.")

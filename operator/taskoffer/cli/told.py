@@ -103,7 +103,9 @@ def _causes(offer: Explained) -> Iterator[str]:
 def _counterfactuals(offer: Explained) -> list[str]:
     lines = table([("*" if c.replaces else " ", _result(c), c.change) for c in offer.counterfactuals])
     if any(c.replaces for c in offer.counterfactuals):
-        lines.append("* takes a new offer: a spec never changes but for active, expiresAt and priorityClassName")
+        lines.append(
+            "* takes a new offer: a refusal is final, and only active, expiresAt and priorityClassName ever change"
+        )
     return lines
 
 

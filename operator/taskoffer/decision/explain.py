@@ -215,21 +215,26 @@ class _Search:
         """Decide again with a change. Return it if the answer is a better one, else None."""
         spec = patched(self.spec, change.patch) if change.patch else self.spec
         policy, evaluation = self.again.evaluate(spec)
-        if self._hopeless(policy, evaluation):
+        if _hopeless(policy, evaluation):
             return None
-        created = self.again.snapshot.now if change.replaces else None
-        found = self.again.decide(spec, created=created)
+        replaces = change.replaces or self._final
+        found = self.again.decide(spec, created=self._created(replaces))
         if found is None or found.answer.verdict is Verdict.REJECT:
             return None
         if found.answer.verdict is Verdict.WAIT and (
             self.now.answer.verdict is Verdict.WAIT or _accepted(found) is not True
         ):
             return None
-        return _told(f"with {change.says}", found.answer, spec=dict(change.patch), replaces=change.replaces)
+        return _told(f"with {change.says}", found.answer, spec=dict(change.patch), replaces=replaces)
 
-    def _hopeless(self, policy: PolicyView | None, evaluation: Evaluation | None) -> bool:
-        """Tell without a run that filters refuse the change; below a daily floor only a run can tell."""
-        return policy is None or evaluation is None or (bool(evaluation.refusals) and evaluation.floor is None)
+    @property
+    def _final(self) -> bool:
+        """Whether the answer is a refusal, after which nothing but a new offer helps."""
+        return self.now.answer.verdict is Verdict.REJECT
+
+    def _created(self, replaces: bool) -> datetime | None:
+        """Return when the changed offer is created: a new one is the youngest of all."""
+        return self.again.snapshot.now if replaces else None
 
     def _policies(self) -> Iterator[Change]:
         """Yield the other policies; the default one where the offer names one that is not there."""
@@ -253,13 +258,13 @@ class _Search:
             fewer = [other for other in needed if other.holder != release.holder]
             if fewer and self._admitted_after(fewer):
                 needed = fewer
-        found = self.again.decide(self.spec, ended={release.holder for release in needed})
+        found = self._after(needed)
         if found is None or found.answer.verdict is not Verdict.ADMIT:
             return None
         at = max(end_expected(release, self.again.snapshot.now) for release in needed).replace(microsecond=0)
         names = list(dict.fromkeys(release.name or release.holder for release in needed))
         change = f"after {_listed(names)} {'ends' if len(names) == 1 else 'end'}, predicted for {rfc3339(at)}"
-        return _told(change, found.answer, after=tuple(names), at=at)
+        return _told(change, found.answer, replaces=self._final, after=tuple(names), at=at)
 
     def _soonest(self) -> list[Release]:
         """Return the jobs that end first, and before the offer itself, on the policy's nodes or under it."""
@@ -275,9 +280,18 @@ class _Search:
         ends.sort(key=lambda end: end[:2])
         return [release for at, _, release in ends if last is None or at < last][:MOST_ENDS]
 
+    def _after(self, ends: Collection[Release]) -> Verified | None:
+        created = self._created(self._final)
+        return self.again.decide(self.spec, created=created, ended={release.holder for release in ends})
+
     def _admitted_after(self, ends: Collection[Release]) -> bool:
-        found = self.again.decide(self.spec, ended={release.holder for release in ends})
+        found = self._after(ends)
         return found is not None and found.answer.verdict is Verdict.ADMIT
+
+
+def _hopeless(policy: PolicyView | None, evaluation: Evaluation | None) -> bool:
+    """Tell without a run that filters refuse a change; below a daily floor only a run can tell."""
+    return policy is None or evaluation is None or (bool(evaluation.refusals) and evaluation.floor is None)
 
 
 def _most_useful(case: Case) -> Change | None:

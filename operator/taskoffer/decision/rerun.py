@@ -12,6 +12,10 @@ from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot
 from taskoffer.decision.verdict import Answer
 
+_MOST_RUNS, _FEWEST_RUNS = 64, 8
+_MOST_LOOKS = 100_000
+"""Offers that all runs together look at one by one; those that stand aside in groups cost next to nothing."""
+
 
 def undecided(offer: OfferView) -> OfferView:
     """Return an offer as if nobody had answered it: a plan leaves out answers that an offer carries already."""
@@ -50,21 +54,20 @@ class Verified:
 
 @dataclass(slots=True)
 class Rerun:
-    """Decides one offer again, together with everything else that waits.
-
-    Each run is a whole cycle, so their number is limited: ``left`` says how many may still be made.
-    """
+    """Decides one offer again, together with everything else that waits."""
 
     snapshot: Snapshot
     """Without the offer."""
     offer: OfferView
     """The offer with its full spec, undecided."""
-    left: int = 64
+    left: int = _MOST_RUNS
+    """How many runs may still be made: each is a whole cycle."""
 
     @classmethod
     def of(cls, snapshot: Snapshot, offer: OfferView) -> Rerun:
         """Prepare to decide an offer again, whether or not the snapshot has it."""
-        return cls(without(snapshot, offer.uid), undecided(offer))
+        runs = min(_MOST_RUNS, max(_FEWEST_RUNS, _MOST_LOOKS // (len(snapshot.offers) + 1)))
+        return cls(without(snapshot, offer.uid), undecided(offer), runs)
 
     def evaluate(self, spec: TaskOfferSpec) -> tuple[PolicyView | None, Evaluation | None]:
         """Return the policy that decides a spec, and what the spec is evaluated to under it."""
