@@ -370,6 +370,15 @@ def test_accepted_and_admitted_are_different_answers() -> None:
     assert (waits.accepted, waits.verdict) == (True, "Wait")
 
 
+@pytest.mark.parametrize(
+    ("view", "change"),
+    [(offer(active=False), "with active true"), (offer(policy="nope"), "with policyName lab")],
+)
+def test_what_only_gets_an_offer_into_the_queue_is_told_as_that(view: OfferView, change: str) -> None:
+    made = explained(view, **FULL)
+    assert [(c.change, c.verdict, c.reason) for c in made.counterfactuals] == [(change, "Wait", "WaitingForCapacity")]
+
+
 def test_a_change_that_the_next_decision_does_not_confirm_is_not_told() -> None:
     # One GPU is free, but an older offer gets it whatever this one asks for.
     older = offer("older", created=at(-60), gpus=1)

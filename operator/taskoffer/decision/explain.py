@@ -19,6 +19,7 @@ from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import Release
 from taskoffer.decision.queue import place_of
 from taskoffer.decision.rerun import Rerun, Verified
+from taskoffer.decision.room import CAPACITY_REASONS
 from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot, end_of
 from taskoffer.decision.timeline import end_expected
 from taskoffer.decision.verdict import Answer, Verdict
@@ -219,13 +220,15 @@ class _Search:
             return None
         replaces = change.replaces or self._final
         found = self.again.decide(spec, created=self._created(replaces))
-        if found is None or found.answer.verdict is Verdict.REJECT:
-            return None
-        if found.answer.verdict is Verdict.WAIT and (
-            self.now.answer.verdict is Verdict.WAIT or _accepted(found) is not True
-        ):
+        if found is None or not self._is_better(found):
             return None
         return _told(f"with {change.says}", found.answer, spec=dict(change.patch), replaces=replaces)
+
+    def _is_better(self, found: Verified) -> bool:
+        """Tell whether an answer is an admission, or at least a wait for capacity where not even that was reached."""
+        if found.answer.verdict is not Verdict.WAIT:
+            return found.answer.verdict is Verdict.ADMIT
+        return _waits_for_capacity(found.answer) and not _waits_for_capacity(self.now.answer)
 
     @property
     def _final(self) -> bool:
@@ -287,6 +290,10 @@ class _Search:
     def _admitted_after(self, ends: Collection[Release]) -> bool:
         found = self._after(ends)
         return found is not None and found.answer.verdict is Verdict.ADMIT
+
+
+def _waits_for_capacity(answer: Answer) -> bool:
+    return answer.reason.value in CAPACITY_REASONS or answer.reason is Reason.WAITING_FOR_EARLIER_END
 
 
 def _hopeless(policy: PolicyView | None, evaluation: Evaluation | None) -> bool:
