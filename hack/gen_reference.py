@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/reference/{api,reasons,exit-codes,metrics}.md from the types in ``taskoffer.api`` and the metrics.
+"""Write docs/reference/{api,reasons,exit-codes,metrics,http}.md from the types in ``taskoffer.api`` and the metrics.
 
 Usage: ``gen_reference.py`` writes the files, ``gen_reference.py --check`` compares and ends with 1 when one
 differs.
@@ -20,7 +20,7 @@ import gen_crds
 from prometheus_client.metrics import MetricWrapperBase
 
 from taskoffer.adapters import metrics
-from taskoffer.api import reasons
+from taskoffer.api import inquiry, reasons
 from taskoffer.api.contract import ExitCode
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import CATEGORY, GROUP, VERSION
@@ -181,9 +181,58 @@ def metrics_page() -> str:
     return head + _table(("metric", "type", "labels", "meaning"), sorted(rows))
 
 
+def _wire_type(schema: Schema) -> str:
+    """Name the type of a field of an answer."""
+    if "$ref" in schema:
+        name = str(schema["$ref"]).rpartition("/")[2]
+        own = getattr(inquiry, name).__module__ == inquiry.__name__
+        return f"[{name}](#{name.lower()})" if own else f"[{name}](api.md)"
+    if "anyOf" in schema:
+        return next(_wire_type(option) for option in schema["anyOf"] if option.get("type") != "null")
+    if schema.get("type") == "array":
+        return f"list of {_wire_type(schema['items'])}"
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    return "time" if schema.get("format") == "date-time" else str(schema["type"])
+
+
+_ASKED = """
+`GET /v1/offers/{namespace}/{name}` answers with an [OfferAnswer](#offeranswer).
+`GET /v1/queue?policy=&namespace=&limit=` answers with a [QueueAnswer](#queueanswer); all three are optional, `limit` is
+50 unless given and at most 1000.
+
+Fields without a value are left out. Everything else is `{"message": ...}` with the status 400 (a parameter is wrong),
+404 (no such offer or policy), 409 (the stored admission cannot be read) or 503 (this replica has not listed every
+kind yet, an offer could not be read, or too many questions wait).
+"""
+
+
+def http_page() -> str:
+    """Return the page about the answers of the status port."""
+    text = (
+        HEADER
+        + "# Questions over HTTP\n\n"
+        + " ".join((inquiry.__doc__ or "").split("\n\n")[1].split())
+        + "\n"
+        + _ASKED
+    )
+    answers = [inquiry.OfferAnswer, inquiry.Explained, inquiry.Cause, inquiry.Counterfactual, inquiry.Term]
+    for model in (*answers, inquiry.QueueAnswer, inquiry.Queued, inquiry.Start):
+        schema = model.model_json_schema()
+        rows = [(f"`{n}`", _wire_type(field), field["description"]) for n, field in schema["properties"].items()]
+        text += f"\n## {model.__name__}\n\n{schema['description']}\n\n" + _table(("field", "type", "meaning"), rows)
+    return text
+
+
 def render() -> dict[str, str]:
     """Return the text of every generated page by its name."""
-    return {"api.md": api(), "reasons.md": reason_page(), "exit-codes.md": exit_codes(), "metrics.md": metrics_page()}
+    return {
+        "api.md": api(),
+        "reasons.md": reason_page(),
+        "exit-codes.md": exit_codes(),
+        "metrics.md": metrics_page(),
+        "http.md": http_page(),
+    }
 
 
 def differing(folder: Path = FOLDER) -> list[str]:

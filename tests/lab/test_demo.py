@@ -118,13 +118,16 @@ def test_a_folder_of_examples_that_the_demo_cannot_judge_is_refused(tmp_path: Pa
 
 
 def test_the_operator_is_deployed_as_shipped_but_for_image_and_further_arguments() -> None:
-    manifest = operator_manifest("registry/operator:1", "--more")
+    manifests = {found["kind"]: found for found in operator_manifest("registry/operator:1", "--more")["items"]}
+    manifest = manifests["Deployment"]
     container = manifest["spec"]["template"]["spec"]["containers"][0]
     assert manifest["spec"]["replicas"] == 2
     assert container["image"] == "registry/operator:1"
     assert container["args"][0] == "run"
     assert container["args"][-1] == "--more"
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    selected = manifests["Service"]["spec"]["selector"]
+    assert selected.items() <= manifest["spec"]["template"]["metadata"]["labels"].items()
 
 
 # What is shown

@@ -22,7 +22,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([command, "--help"] for command in ("run", "preset", "lint", "simulate", "trace"))]
+    "arguments",
+    [
+        ["--help"],
+        *([command, "--help"] for command in ("run", "preset", "lint", "simulate", "trace", "explain", "queue")),
+    ],
 )
 def test_every_command_explains_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -47,7 +51,9 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"taskoffer {taskoffer.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["run", "--port", "many"], ["lint"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["run", "--port", "many"], ["lint"], ["explain"], ["queue", "--limit", "x"]]
+)
 def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)

@@ -30,13 +30,14 @@ _PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 
 
 def operator_manifest(image: str, *arguments: str) -> dict[str, Any]:
-    """Return deploy/operator.yaml with an image and further arguments for `taskoffer run`."""
+    """Return deploy/operator.yaml as one list, with an image and further arguments for `taskoffer run`."""
     text = (project_root() / "deploy" / "operator.yaml").read_text(encoding="utf-8")
-    manifest: dict[str, Any] = yaml.safe_load(text)
-    container = manifest["spec"]["template"]["spec"]["containers"][0]
+    manifests: list[dict[str, Any]] = list(yaml.safe_load_all(text))
+    deployment = next(manifest for manifest in manifests if manifest["kind"] == "Deployment")
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
     container["image"] = image
     container["args"] = [*container["args"], *arguments]
-    return manifest
+    return {"apiVersion": "v1", "kind": "List", "items": manifests}
 
 
 def prepare_namespace(cluster: Cluster, material: Material, outputs: Path) -> None:

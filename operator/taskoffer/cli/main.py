@@ -1,4 +1,4 @@
-"""``taskoffer``, also installed as ``kubectl-taskoffer``: run the operator, print, check and compare policies."""
+"""``taskoffer``, also installed as ``kubectl-taskoffer``: run the operator, check and compare policies, ask."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from taskoffer import __version__
 from taskoffer.cli import simulate
+
+if TYPE_CHECKING:
+    from taskoffer.api.base import WireModel
+    from taskoffer.cli.ask import Target
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +81,37 @@ def _parser() -> argparse.ArgumentParser:
     lint.set_defaults(command=_lint)
 
     simulate.add_commands(commands)
+    explain = commands.add_parser("explain", help="say why an offer stands as it does, and what would change it")
+    explain.add_argument("name", help="name of the TaskOffer")
+    explain.add_argument("--namespace", "-n", help="its namespace (default: the kubeconfig context's)")
+    _asking(explain, _explain)
+
+    queue = commands.add_parser("queue", help="show who waits, in order, with predicted starts")
+    queue.add_argument("--namespace", "-n", help="only offers of this namespace (default: all)")
+    queue.add_argument("--policy", help="only what this CapacityPolicy decides")
+    queue.add_argument("--limit", type=int, default=50, help="offers to list, 1 to 1000 (default: %(default)s)")
+    _asking(queue, _queue)
     return parser
+
+
+def _asking(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    """Give a command the options of those that ask a running operator."""
+    command.add_argument("--output", "-o", choices=("table", "json"), default="table", help="default: %(default)s")
+    command.add_argument(
+        "--server",
+        metavar="URL",
+        help="address of a replica's status port, as http://127.0.0.1:8080; default: the Service taskoffer, through "
+        "the API server",
+    )
+    command.add_argument("--kubeconfig", type=Path, help="kubeconfig; default: $KUBECONFIG, else ~/.kube/config")
+    command.add_argument("--context", help="context of the kubeconfig; default: the current one")
+    command.add_argument(
+        "--operator-namespace",
+        default="taskoffer-system",
+        metavar="NAMESPACE",
+        help="where the operator's Service is (default: %(default)s)",
+    )
+    command.set_defaults(command=run)
 
 
 def _window(text: str) -> int:
@@ -142,6 +177,47 @@ def _lint(args: argparse.Namespace) -> int:
         print(f"{finding.severity}: {finding.message}")
     print(f"{len(findings)} finding(s)")
     return 1 if any(f.severity == "Error" for f in findings) else 0
+
+
+def _target(args: argparse.Namespace) -> Target:
+    from taskoffer.cli.ask import Target
+
+    return Target(args.server, args.kubeconfig, args.context, args.operator_namespace)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from taskoffer.api.inquiry import OfferAnswer
+    from taskoffer.cli.ask import AskError
+    from taskoffer.cli.told import explanation
+
+    target = _target(args)
+    namespace = args.namespace or target.namespace()
+    try:
+        answer = target.ask(f"/v1/offers/{quote(namespace, safe='')}/{quote(args.name, safe='')}", {}, OfferAnswer)
+    except AskError as error:
+        print(f"taskoffer: {error}", file=sys.stderr)
+        return 1
+    print(explanation(answer) if args.output == "table" else _json(answer))
+    return 0
+
+
+def _queue(args: argparse.Namespace) -> int:
+    from taskoffer.api.inquiry import QueueAnswer
+    from taskoffer.cli.ask import AskError
+    from taskoffer.cli.told import waiting
+
+    query = {"limit": str(args.limit), "policy": args.policy, "namespace": args.namespace}
+    try:
+        answer = _target(args).ask("/v1/queue", {key: value for key, value in query.items() if value}, QueueAnswer)
+    except AskError as error:
+        print(f"taskoffer: {error}", file=sys.stderr)
+        return 1
+    print(waiting(answer) if args.output == "table" else _json(answer))
+    return 0
+
+
+def _json(answer: WireModel) -> str:
+    return json.dumps(answer.to_wire(), indent=2)
 
 
 class _Json(logging.Formatter):

@@ -73,6 +73,11 @@ class OfferView:
         return admitted.reason if admitted else None
 
     @property
+    def full_spec(self) -> TaskOfferSpec | None:
+        """The whole spec, where the view has more of it than its terms."""
+        return self.spec if isinstance(self.spec, TaskOfferSpec) else None
+
+    @property
     def ends(self) -> datetime | None:
         """The moment after which it is refused as expired unless it was admitted."""
         if self.spec is None or (self.spec.expires_at is None and self.spec.deadline is None):

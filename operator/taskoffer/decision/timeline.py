@@ -87,7 +87,7 @@ class Timeline:
             release = next(pending, None)
             if release is None:
                 return None
-            moment, after = self._end_of(release), release.name
+            moment, after = end_expected(release, self.now), release.name
             if release.node in free:
                 free[release.node] += release.count
                 if free[release.node] >= demand.gpus:
@@ -101,13 +101,14 @@ class Timeline:
                     slots += 1
 
     def _place_of(self, release: Release) -> tuple[datetime, str, str]:
-        return self._end_of(release), release.holder, release.node
+        return end_expected(release, self.now), release.holder, release.node
 
-    def _end_of(self, release: Release) -> datetime:
-        """Return when a booking ends: as predicted, and once that is past, in as long again as it is overdue."""
-        if release.ends > self.now:
-            return release.ends
-        return self.now + max(_SOON, self.now - release.ends)
+
+def end_expected(release: Release, now: datetime) -> datetime:
+    """Return when a booking ends: as predicted, and once that is past, in as long again as it is overdue."""
+    if release.ends > now:
+        return release.ends
+    return now + max(_SOON, now - release.ends)
 
 
 _SOON = timedelta(minutes=1)

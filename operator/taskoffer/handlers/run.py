@@ -20,9 +20,10 @@ from taskoffer.adapters.clock import monotonic
 from taskoffer.adapters.events import EventWriter
 from taskoffer.adapters.kube import WATCHED, Kube
 from taskoffer.adapters.lease import LeadershipLostError, Lease, LeaseTimes
-from taskoffer.adapters.status_server import StatusServer
+from taskoffer.adapters.status_server import Answers, StatusServer
 from taskoffer.handlers.watches import registry_for
 from taskoffer.reconcile.flow import Flow, SilentWatchError, listen
+from taskoffer.reconcile.questions import Questions
 from taskoffer.reconcile.replica import Replica
 from taskoffer.reconcile.session import Session, Settings
 
@@ -51,7 +52,14 @@ async def run(options: Options) -> int:
     session = Session(kube=kube, lease=lease, events=EventWriter(kube), settings=options.settings)
     replica = Replica(session)
     flow = Flow(WATCHED, options.settings.watch_window, monotonic)
-    server = StatusServer(options.listen, options.port, healthy=flow.problem, ready=lambda: _ready(replica))
+    questions = Questions(session, lambda: replica.leading)
+    server = StatusServer(
+        options.listen,
+        options.port,
+        healthy=flow.problem,
+        ready=lambda: _ready(replica),
+        answers=Answers(queue=questions.queue, offer=questions.offer),
+    )
     await server.start()
     _on_signals(stop)
     tasks = {

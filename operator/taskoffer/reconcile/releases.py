@@ -22,7 +22,7 @@ def releases(world: World, policies: Mapping[str, PolicyView]) -> tuple[Release,
     found: list[Release] = []
     for entry in world.by_state[OfferState.HOLDING].values():
         if entry.admission is not None:
-            ends = _end_of(world, entry, entry.admission, policies)
+            ends = end_of_booking(world, entry, entry.admission, policies)
             found.extend(_of(entry, entry.admission, ends))
     for uid, assumed in world.assumed.items():
         pending = world.offers.get(uid)
@@ -39,8 +39,10 @@ def _of(entry: OfferEntry, admission: Admission, ends: datetime) -> list[Release
     ]
 
 
-def _end_of(world: World, entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]) -> datetime:
-    """Return what the trainer says is left, from when it said so; else what was predicted."""
+def end_of_booking(
+    world: World, entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]
+) -> datetime:
+    """Return when a booking is predicted to end: what the trainer says is left since then, else as predicted."""
     job = world.jobs_by_key.get(entry.job_key)
     told = job.job.status.trainer_status if job is not None and job.job is not None else None
     if told is not None and told.estimated_remaining_seconds is not None and told.last_updated_time is not None:

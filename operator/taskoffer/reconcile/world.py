@@ -223,7 +223,7 @@ class World:
         policies = self.policy_views()
         resource = _resource(policies)
         self.outcomes.refresh(policies, now)
-        self._unsettle_what_changed(now, policies)
+        self.unsettle_what_changed(now, policies)
         snapshot = Snapshot(
             now=now,
             offers=(),
@@ -235,7 +235,7 @@ class World:
             releases=releases(self, policies),
             admitted_today=self.admitted.since(now - timedelta(days=1)) if _counts_days(policies) else {},
         )
-        evaluations = self._settle(snapshot)
+        evaluations = self.settle(snapshot, list(self.undecided.values()))
         return replace(
             snapshot,
             offers=[entry.read_view() for entry in self.undecided.values() if self._may_decide(entry)],
@@ -253,7 +253,7 @@ class World:
             assumed = sibling.uid in self.assumed
             yield replace(sibling, reason=Reason.ADMITTED.value) if assumed else sibling
 
-    def _unsettle_what_changed(self, now: datetime, policies: dict[str, PolicyView]) -> None:
+    def unsettle_what_changed(self, now: datetime, policies: dict[str, PolicyView]) -> None:
         """Standing offers were evaluated under the policies and outcomes of then, and may have expired since."""
         versions = [(p.ref, p.is_default, p.created, p.spec is None) for p in policies.values()]
         under = versions, self.outcomes.versions()
@@ -262,12 +262,11 @@ class World:
             self._unsettle(self.standing.clear())
         self._unsettle(self.standing.drop_ended(now))
 
-    def _settle(self, snapshot: Snapshot) -> dict[tuple[str, str], Evaluation]:
-        """Evaluate the offers that are to be decided, and put those aside whose answer may well stand."""
+    def settle(self, snapshot: Snapshot, entries: Iterable[OfferEntry]) -> dict[tuple[str, str], Evaluation]:
+        """Evaluate offers that are to be decided, and put those aside whose answer may well stand."""
         evaluations: dict[tuple[str, str], Evaluation] = {}
-        settled: list[str] = []
         resolved: dict[str | None, PolicyView | None] = {}
-        for entry in self.undecided.values():
+        for entry in entries:
             if not self._may_decide(entry):
                 continue
             view = entry.read_view()
@@ -283,11 +282,9 @@ class World:
             if self._stands(entry, view, evaluation, snapshot.now):
                 shape = shape_of(policy.name, evaluation, view.reason or "")
                 self.standing.add(shape, view, evaluation, snapshot.now)
-                settled.append(entry.uid)
+                del self.undecided[entry.uid]
             else:
                 evaluations[entry.uid, policy.name] = evaluation
-        for uid in settled:
-            del self.undecided[uid]
         return evaluations
 
     def _stands(self, entry: OfferEntry, view: OfferView, evaluation: Evaluation, now: datetime) -> bool:

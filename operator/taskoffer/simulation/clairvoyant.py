@@ -133,7 +133,7 @@ class _Search:
         self._effort = effort
         self._progress = progress
         self._began = time.monotonic()
-        self._random = random.Random(effort.seed)  # noqa: S311 - A search needs no secrets.
+        self._random = random.Random(effort.seed)
         self._choices = [choice for task in _by_arrival(tasks) if (choice := reachable(task, gpus)) is not None]
         self._relaxed = [choice for task in _by_arrival(tasks) if (choice := relaxed(task, gpus)) is not None]
         self._plan = Plan(gpus, nodes)
