@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from core_builders import at, policy_spec, spec_of
+from core_builders import at, offer, policy, policy_spec, snapshot, spec_of
 from finished_jobs import finished, job
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.learning import Learning
 from taskoffer.decision.evaluate import evaluate
+from taskoffer.decision.explain import explain
 from taskoffer.decision.outcomes import (
     FAILURES,
     NOTHING,
@@ -334,3 +335,12 @@ def test_a_policy_without_learning_decides_as_before() -> None:
     learns = policy_spec(estimation=PREDICTING, learning={})
     assert learns.learning == Learning(prior_strength="10", newest=50, refresh_seconds=300)
     assert evaluate(offered, learns).score == evaluate(offered, policy).score
+
+
+def test_an_explanation_decides_again_with_what_the_policy_has_learned() -> None:
+    view, rules = offer("slow", parameters=500_000), policy(filters={"minScore": "0.7"})
+    bad = learned(Estimate(judged=40, successes=0), parameters=500_000)
+    shown = replace(snapshot([view], policies=[rules]), learned={"lab": bad})
+    found = explain(shown, view)
+    assert (found.verdict, found.reason) == ("Reject", "ScoreTooLow")
+    assert "0 of 40 succeeded" in str(found.to_wire())

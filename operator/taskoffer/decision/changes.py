@@ -17,6 +17,7 @@ from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, Architecture, T
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.moments import later
+from taskoffer.decision.outcomes import NOTHING, Learned
 from taskoffer.decision.sizing import billions, family_of, parameters_of
 
 Patch = Mapping[str, Any]
@@ -61,6 +62,7 @@ class Case:
     uid: str
     now: datetime
     evaluation: Evaluation
+    learned: Learned = NOTHING
 
     @property
     def parameters(self) -> int | None:
@@ -69,7 +71,7 @@ class Case:
 
     def refused(self, patch: Patch) -> frozenset[Reason]:
         """Return why the offer is refused once its spec is patched."""
-        made = evaluate(patched(self.spec, patch), self.policy, self.namespace)
+        made = evaluate(patched(self.spec, patch), self.policy, self.namespace, self.learned)
         return frozenset(refusal.reason for refusal in made.refusals)
 
     def least(self, low: int, high: int, patch: Callable[[int], Patch], *gone: Reason) -> int | None:

@@ -17,6 +17,7 @@ from taskoffer.decision.changes import Case, Change, changes_for, patched
 from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import Release
+from taskoffer.decision.outcomes import NOTHING
 from taskoffer.decision.queue import place_of
 from taskoffer.decision.rerun import Rerun, Verified
 from taskoffer.decision.room import CAPACITY_REASONS
@@ -176,8 +177,9 @@ class _Search:
         policy, evaluation = self.again.evaluate(spec)
         if policy is None or policy.spec is None or evaluation is None:
             return None
-        offer = self.again.offer
-        return Case(spec, policy.spec, offer.key.namespace, offer.uid, self.again.snapshot.now, evaluation)
+        offer, snapshot = self.again.offer, self.again.snapshot
+        learned = snapshot.learned.get(policy.name, NOTHING)
+        return Case(spec, policy.spec, offer.key.namespace, offer.uid, snapshot.now, evaluation, learned)
 
     def _reasons(self, evaluation: Evaluation | None) -> list[Reason]:
         """Return what stands against the offer, each reason once, in order."""

@@ -9,6 +9,7 @@ from datetime import datetime
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.cycle import plan
 from taskoffer.decision.evaluate import Evaluation, evaluate
+from taskoffer.decision.outcomes import NOTHING
 from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot
 from taskoffer.decision.verdict import Answer
 
@@ -74,7 +75,8 @@ class Rerun:
         policy = self.snapshot.policy_for(spec)[0]
         if policy is None or policy.spec is None:
             return policy, None
-        return policy, evaluate(spec, policy.spec, self.offer.key.namespace)
+        learned = self.snapshot.learned.get(policy.name, NOTHING)
+        return policy, evaluate(spec, policy.spec, self.offer.key.namespace, learned)
 
     def decide(
         self, spec: TaskOfferSpec | None, *, created: datetime | None = None, ended: Collection[str] = ()

@@ -17,6 +17,7 @@ from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.evaluate import Evaluation, Priority
 from taskoffer.decision.ledger import Claim, NodeView, Release
 from taskoffer.decision.moments import later
+from taskoffer.decision.outcomes import Learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +257,8 @@ class Snapshot:
     """No standing offer expires before."""
     releases: Sequence[Release] = ()
     """When what is booked is predicted to come free; what nothing is known of is not in it."""
+    learned: Mapping[str, Learned] = field(default_factory=dict)
+    """What policies have learned, by policy; what is not in it has learned nothing."""
     admitted_today: Mapping[tuple[str, TaskType], int] = field(default_factory=dict)
     """Offers that were admitted within the last 24 hours, by policy and task type, where a policy counts them."""
 

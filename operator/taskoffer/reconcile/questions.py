@@ -22,6 +22,7 @@ from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.explain import explain, explain_admitted, explain_finished
+from taskoffer.decision.outcomes import NOTHING
 from taskoffer.decision.queue import queue
 from taskoffer.decision.snapshot import OfferView, Snapshot
 from taskoffer.reconcile.cache import Raw
@@ -193,4 +194,4 @@ def _evaluation(view: OfferView, admission: Admission, snapshot: Snapshot) -> Ev
     if policy is None or policy.spec is None or spec is None:
         return None
     counted = spec.model_copy(update={"gpu_count": admission.assignments[0].count})
-    return evaluate(counted, policy.spec, view.key.namespace)
+    return evaluate(counted, policy.spec, view.key.namespace, snapshot.learned.get(policy.name, NOTHING))

@@ -233,6 +233,7 @@ class World:
             siblings={place: tuple(self.siblings_now(place)) for place in self.shared},
             moves=tuple(self.moves.values()),
             releases=releases(self, policies),
+            learned={name: self.outcomes.learned(name) for name in policies},
             admitted_today=self.admitted.since(now - timedelta(days=1)) if _counts_days(policies) else {},
         )
         evaluations = self.settle(snapshot, list(self.undecided.values()))
