@@ -36,7 +36,7 @@ EARNING = policy(
     gpu_choice="MostValue",
     estimation=PREDICTING,
     filters={"minScore": "0", "unknownFamily": "0.5"},
-    scoring={"terms": None, "expectedValue": {"urgencySeconds": 600}},
+    scoring={"terms": None, "expectedValue": {"urgencySeconds": 600, "spareShare": "0.75"}},
 )
 fast = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 

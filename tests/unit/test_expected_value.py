@@ -38,10 +38,10 @@ def seconds_of(rows: int, gpus: int) -> float:
 
 
 def worth_of(rows: int, hours: float, gpus: int, weight: float = 0.35, value: float | None = None) -> float:
-    """(P x value - (1 - P) x 1) / GPU-hours, with P = 0.95 x Phi(ln(limit / predicted) / 0.15)."""
+    """(P x value - (1 - P) x 1) / GPU-hours, with P = 0.95 x Phi(ln(limit / predicted) / 0.20)."""
     seconds = seconds_of(rows, gpus)
     won = 2 * math.sqrt(hours * 8.03) * weight if value is None else value
-    chance = 0.95 * NormalDist().cdf(math.log(hours * 3600 / seconds) / 0.15)
+    chance = 0.95 * NormalDist().cdf(math.log(hours * 3600 / seconds) / 0.20)
     return (chance * won - (1 - chance)) / (gpus * seconds / 3600)
 
 
@@ -99,7 +99,7 @@ def example_rows() -> list[str]:
     rows = []
     for gpus in (1, 2, 4, 8):
         hours = seconds_of(300_000, gpus) / 3600
-        in_time = NormalDist().cdf(math.log(6 / hours) / 0.15)
+        in_time = NormalDist().cdf(math.log(6 / hours) / 0.20)
         chance, taken = 0.95 * in_time, gpus * hours
         gain, loss = chance * 2 * math.sqrt(6 * 8.03) * 0.35 / taken, -(1 - chance) / taken
         rows.append(

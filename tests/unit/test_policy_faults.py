@@ -68,6 +68,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         "scoring.expectedValue: minBillions 41 is above maxBillions 40: lower the one or raise the other",
     ),
     (expecting(durationSpread="0"), "scoring.expectedValue.durationSpread 0 must be above 0 and at most 2"),
+    (expecting(spareShare="1.5"), "scoring.expectedValue.spareShare 1.5 must be at most 1: 0.75 is three quarters"),
     (expecting(durationSpread="2.1"), "scoring.expectedValue.durationSpread 2.1 must be above 0 and at most 2"),
     (
         {"scoring": {"expectedValue": {}}, "estimation": TIMED},

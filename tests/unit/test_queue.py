@@ -378,6 +378,24 @@ def test_the_count_of_the_highest_expected_value_is_taken(hours: float, count: i
     assert made.admission.assignments[0].count == count
 
 
+@pytest.mark.parametrize(
+    ("booked", "others", "count"), [(0, 0, 4), (4, 0, 2), (0, 2, 4), (0, 5, 2), (0, 6, 1), (6, 1, 1), (7, 0, 1)]
+)
+def test_what_nobody_waits_for_goes_on_top_of_the_count_of_the_highest_value(
+    booked: int, others: int, count: int
+) -> None:
+    scoring = {"terms": None, "expectedValue": {"spareShare": "0.75"}}
+    rules = earning(gpu_choice="MostValue", scoring=scoring)
+    pending = [offer("best", **TASK, spec={"value": "90"})]
+    pending += [offer(f"o{i}", **TASK, created=at(i)) for i in range(others)]
+    made = cycle(pending, policies=[rules], claims=[claim("x", count=booked)] if booked else [])
+    best = next(d for d in made.decisions if d.offer.key.name == "best")
+    assert best.answer.admission is not None
+    assert best.answer.admission.assignments[0].count == count
+    duration = next(item for item in best.answer.explanation if item.name == "Duration")
+    assert f"on {count} GPU(s)" in duration.message
+
+
 def test_a_table_replaces_a_terms_definition() -> None:
     table = [{"below": "2", "value": "1"}, {"below": "10", "value": "0.5"}, {"value": "0.25"}]
     terms = [{"name": name, "weight": "1", "table": table} for name in ("TimeEfficiency", "SizeEfficiency", "Bonus")]

@@ -44,7 +44,7 @@ POLICIES: list[Object | None] = [
     make_policy(name="lab", gpu_choice="EarliestEnd", estimation=PREDICTING),
     make_policy(
         name="lab",
-        scoring={"terms": None, "expectedValue": {"urgencySeconds": 60}},
+        scoring={"terms": None, "expectedValue": {"urgencySeconds": 60, "spareShare": "0.5"}},
         gpu_choice="MostValue",
         filters={"minScore": "0"},
         estimation=PREDICTING,

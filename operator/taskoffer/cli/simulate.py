@@ -17,11 +17,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taskoffer.cli import hindsight
 from taskoffer.cli.errors import CommandError
 
 if TYPE_CHECKING:
     from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
     from taskoffer.simulation.engine import Fleet
+    from taskoffer.simulation.hindsight import Hindsight
     from taskoffer.simulation.report import Figures
     from taskoffer.simulation.trace import Trace
 
@@ -105,6 +107,7 @@ def add_commands(commands: Any) -> None:
     simulate.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures of every trace as JSON; - prints them instead"
     )
+    hindsight.add_options(simulate)
     simulate.set_defaults(command=_simulate)
 
     trace = commands.add_parser("trace", help="write a random trace of offers", description=_TRACE)
@@ -174,9 +177,15 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _simulate(args: argparse.Namespace) -> int:
     try:
+        hindsight.check_options(args)
         works = _works(args)
-        by_policy = _figures(works, args.jobs or len(os.sched_getaffinity(0)))
-        _tell(works, by_policy, args.json)
+        cpus = args.jobs or len(os.sched_getaffinity(0))
+        by_policy = _figures(works, cpus)
+        found = _best(works, by_policy, args.best, cpus) if args.best is not None else []
+        _tell(works, by_policy, args.json, found, args.best)
+        if args.plot is not None:
+            first = works[0]
+            hindsight.plot(first.make, first.policies, first.fleet, args, found[0].runs if found else None)
     except CommandError as error:
         print(f"taskoffer: {error}", file=sys.stderr)
         return error.code
@@ -308,7 +317,18 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
             print(file=sys.stderr)
 
 
-def _tell(works: Sequence[_Work], by_policy: dict[str, list[Figures]], target: Path | None) -> None:
+def _best(works: Sequence[_Work], by_policy: dict[str, list[Figures]], seconds: float, cpus: int) -> list[Hindsight]:
+    first, traces = works[0], [(work.title, work.make) for work in works]
+    return hindsight.search(traces, first.policies, first.fleet, by_policy, seconds=seconds, workers=cpus)
+
+
+def _tell(
+    works: Sequence[_Work],
+    by_policy: dict[str, list[Figures]],
+    target: Path | None,
+    found: Sequence[Hindsight],
+    seconds: float | None,
+) -> None:
     from taskoffer.simulation.report import table, to_json
 
     if target is not None:
@@ -318,6 +338,7 @@ def _tell(works: Sequence[_Work], by_policy: dict[str, list[Figures]], target: P
             "gpus_per_node": fleet.gpus,
             "every_task_type_served": True,
             "policies": to_json(by_policy, [work.title for work in works]),
+            **({"best_in_hindsight": hindsight.as_json(found)} if found else {}),
         }
         text = json.dumps(value, indent=2)
         if str(target) == "-":
@@ -329,6 +350,8 @@ def _tell(works: Sequence[_Work], by_policy: dict[str, list[Figures]], target: P
             raise CommandError(f"{target} cannot be written: {error}", 1) from None
     print(_heading(works))
     print(table(by_policy))
+    if found and seconds is not None:
+        print("\n".join(hindsight.lines_about(found, by_policy, seconds)))
 
 
 def _heading(works: Sequence[_Work]) -> str:

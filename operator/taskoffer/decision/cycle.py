@@ -71,6 +71,8 @@ class _Cycle:
     decisions: list[Decision] = field(default_factory=list)
     wake_at: datetime | None = None
     waiting: int = 0
+    wanted: int = 0
+    """GPUs that the offers want which wait for capacity, under all policies."""
     borrowers: list[tuple[Waiting, PolicyView, Obstacle | None]] = field(default_factory=list)
     """Offers whose own lane is booked, in order, with what stopped them there."""
     borrowing_groups: list[tuple[PolicyView, Sequence[Waiting], int]] = field(default_factory=list)
@@ -107,6 +109,8 @@ class _Cycle:
                 ranked.append(waiting(offer, evaluation, snapshot.now))
                 policies[offer.uid] = policy
         ranked.sort()
+        self.wanted = sum(found.evaluation.gpus for found in ranked)
+        self.wanted += sum(shape.gpus * len(group) for shape, group in snapshot.standing.items())
         for shape, found in self._by_rank(ranked):
             yield shape, found, snapshot.policies[shape.policy] if shape else policies[found.offer.uid]
 
@@ -200,7 +204,7 @@ class _Cycle:
         obstacle = self.room.obstacle(policy, evaluation)
         if obstacle is None:
             chosen, better = self._choose(policy, evaluation)
-            self._answer(offer, policy, evaluation, better or self._admit(offer, policy, chosen))
+            self._answer(offer, policy, evaluation, better or self._admit(offer, policy, chosen, evaluation.gpus))
             return
         self._stopped(found, policy, obstacle)
         if borrows and evaluation.borrows_from and obstacle.reason is Reason.WAITING_FOR_LANE:
@@ -212,6 +216,8 @@ class _Cycle:
         """Choose the count of GPUs with which the task ends first; with an answer where that means to wait for them."""
         if not evaluation.options:
             return evaluation, None
+        if evaluation.spare_share is not None:
+            return self._with_spare(policy, evaluation, evaluation.spare_share), None
         now = self.snapshot.now
         ends: list[tuple[datetime, int, Evaluation, Opening | None]] = []
         for option in evaluation.options:
@@ -228,8 +234,17 @@ class _Cycle:
         otherwise = f"on {at_once[1]} GPU(s) from now on it would be {rfc3339(at_once[0])}"
         return at_once[2], ends_earlier(evaluation, first[1], first[3], first[0], otherwise)
 
-    def _admit(self, offer: OfferView, policy: PolicyView, evaluation: Evaluation) -> Answer:
+    def _with_spare(self, policy: PolicyView, evaluation: Evaluation, share: float) -> Evaluation:
+        """Choose the largest count within a share of the GPUs that are free and that nobody else waits for."""
+        ledger = self.room.timeline.ledger
+        free = sum(max(0, ledger.free(node)) for node in self.room.nodes(policy.name))
+        spare = share * (free - (self.wanted - evaluation.gpus))
+        larger = (evaluation.on(option) for option in reversed(evaluation.options) if option.gpus <= spare)
+        return next((choice for choice in larger if self.room.obstacle(policy, choice) is None), evaluation)
+
+    def _admit(self, offer: OfferView, policy: PolicyView, evaluation: Evaluation, wanted: int) -> Answer:
         node = self.room.book(policy, offer, evaluation)
+        self.wanted -= wanted
         booked = node.allocatable - self.room.timeline.ledger.free(node)
         return admitted(offer, policy, evaluation, node, booked, self.snapshot.now)
 
@@ -266,7 +281,7 @@ class _Cycle:
         if borrowed is not None:
             if obstacle is None:
                 self.room.passed_over -= 1
-            self._answer(found.offer, policy, borrowed, self._admit(found.offer, policy, borrowed))
+            self._answer(found.offer, policy, borrowed, self._admit(found.offer, policy, borrowed, borrowed.gpus))
         elif obstacle is not None:
             self._wait(found.offer, policy, found.evaluation, obstacle)
 

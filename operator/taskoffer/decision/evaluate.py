@@ -72,6 +72,9 @@ class Evaluation:
     """Lanes in which it may be placed when its own is booked."""
     options: tuple[Option, ...] = ()
     """Counts of GPUs among which the cycle chooses; empty where ``gpus`` is all there is."""
+    spare_share: float | None = None
+    """Share of the GPUs that nobody waits for which an offer may get on top; None where it gets the count with which
+    it ends first."""
     reserves: bool = False
     """Whether a node is kept for it while it waits for capacity."""
     floor: tuple[int, Decimal | None] | None = None
@@ -132,10 +135,16 @@ def evaluate(
             for gpus, found in facts.options
             if found.finish is not None
         ),
+        spare_share=_spare_share(facts),
         reserves=_reserves(facts),
         floor=_floor(facts),
         group=group_of(spec, policy) if policy.learning is not None else None,
     )
+
+
+def _spare_share(facts: Facts) -> float | None:
+    scoring = facts.policy.scoring.expected_value
+    return float(scoring.spare_share) if scoring is not None and scoring.spare_share is not None else None
 
 
 def _priority(facts: Facts) -> Priority | None:

@@ -98,7 +98,12 @@ def _choose(
     if policy.gpu_choice is GpuChoice.FEWEST_GPU_HOURS:
         return fewest_gpu_hours(spec, policy, learned), ()
     if policy.gpu_choice is GpuChoice.MOST_VALUE:
-        return most_valuable(spec, policy, learned), ()
+        most = limit.gpus if limit is not None else None
+        chosen, scoring = most_valuable(spec, policy, learned), policy.scoring.expected_value
+        if chosen is None or scoring is None or scoring.spare_share is None:
+            return chosen, ()
+        larger = (it for it in holding_counts(spec, policy, learned) if it[0] >= chosen)
+        return chosen, tuple(it for it in larger if most is None or it[0] <= most)
     if policy.gpu_choice is GpuChoice.EARLIEST_END:
         most = limit.gpus if limit is not None else None
         found = tuple((gpus, it) for gpus, it in holding_counts(spec, policy, learned) if most is None or gpus <= most)

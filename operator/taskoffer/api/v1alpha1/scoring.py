@@ -108,8 +108,18 @@ class ExpectedValue(WireModel):
         "GPU-hour is higher, discounted by e for each such time that is left to it. Absent goes by value alone.",
     )
 
+    spare_share: DecimalString | None = Field(
+        None,
+        description="With gpuChoice MostValue a task may get more GPUs than the count of the highest value, up to this "
+        "share of what is free and nobody waits for; absent gives no more.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> ExpectedValue:
+        if self.spare_share is not None and Decimal(self.spare_share) > 1:
+            raise ValueError(
+                f"scoring.expectedValue.spareShare {self.spare_share} must be at most 1: 0.75 is three quarters"
+            )
         if Decimal(self.min_billions) > Decimal(self.max_billions):
             raise ValueError(
                 f"scoring.expectedValue: minBillions {self.min_billions} is above maxBillions {self.max_billions}: "
