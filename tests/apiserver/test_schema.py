@@ -254,7 +254,7 @@ BAD: dict[str, tuple[Object, list[str]]] = {
     ),
     "a fixed value for a term that is computed": (
         policy(scoring={"terms": [{"name": "TaskWeight", "weight": "1", "value": "0.5"}]}),
-        ["spec.scoring.terms", "only for the term Bonus", "remove it from the others"],
+        ["spec.scoring.terms", "only for the terms Bonus", "remove it from the others"],
     ),
     "a weight as a number": (
         policy(scoring={"terms": [{"name": "TaskWeight", "weight": 0.35}]}),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
 import json
 import os
 import sys
@@ -15,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from taskoffer.cli import hindsight
 from taskoffer.cli.errors import CommandError
@@ -90,7 +92,7 @@ def add_commands(commands: Any) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="trace file; may be given several times",
+        help="trace file, compressed if its name ends in .gz; may be given several times",
     )
     simulate.add_argument(
         "--seeds", type=_whole, metavar="N", help=f"draw N traces, with the seeds 0 to N-1 (default: {_SEEDS})"
@@ -161,7 +163,7 @@ def _trace(args: argparse.Namespace) -> int:
             write_trace(trace, sys.stdout)
             sys.stdout.flush()
         else:
-            with args.output.open("w", encoding="utf-8") as file:
+            with _opened(args.output, "w") as file:
                 write_trace(trace, file)
     except KeyboardInterrupt:
         return _interrupted()
@@ -234,12 +236,22 @@ def _read(path: Path) -> Trace:
     from taskoffer.simulation.trace import TraceError, read_trace
 
     try:
-        with path.open(encoding="utf-8") as file:
+        with _opened(path, "r") as file:
             return read_trace(file, str(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise CommandError(f"{path} cannot be read: {error}", 2) from None
     except TraceError as error:
         raise CommandError(str(error), 2) from None
+
+
+@contextmanager
+def _opened(path: Path, mode: Literal["r", "w"]) -> Iterator[TextIO]:
+    """Open a trace file; one whose name ends in .gz is compressed."""
+    with path.open(f"{mode}b") as raw:
+        # Without a name and a time in its header the same trace is the same file.
+        packed = gzip.GzipFile("", mode, fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
+        with io.TextIOWrapper(packed, encoding="utf-8") as text:
+            yield text
 
 
 def _figures(works: Sequence[_Work], jobs: int) -> dict[str, list[Figures]]:

@@ -1,0 +1,116 @@
+"""The simulator's word on what perfect foresight would have earned, its plot, and the traces that ship with it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from simulation_builders import POLICY, entry, trace_of
+from taskoffer.cli.main import main
+from taskoffer.simulation import extras
+from taskoffer.simulation.engine import Fleet, simulate
+from taskoffer.simulation.hindsight import Hindsight, in_hindsight
+from taskoffer.simulation.market import generate
+from taskoffer.simulation.trace import write_trace
+
+TRACES = Path(__file__).resolve().parents[2] / "examples" / "traces"
+
+
+def test_hindsight_makes_room_for_what_a_policy_could_not_know_would_come() -> None:
+    # The dear offer comes when the cheap one, which came first, holds all four GPUs.
+    trace = trace_of(
+        entry("cheap", gpus=4, seconds=1000, worth=1),
+        entry("dear", at=100, gpus=4, seconds=1000, patience=60, worth=5),
+        seconds=2000,
+    )
+    fleet = Fleet(1, 4)
+    had = simulate(trace, POLICY, fleet=fleet)
+    assert sum(run.worth for run in had.runs) == 1
+    found = in_hindsight(trace, ("p", POLICY), fleet, 2, hint=had.runs)
+    assert 5 <= found.worth <= found.bound + 0.001 <= 6.002
+    assert any("dear" in run.name for run in found.runs)
+    assert found.share(1) == pytest.approx(1 / found.worth)
+
+
+def test_of_a_schedule_that_earns_nothing_every_share_is_nothing() -> None:
+    assert Hindsight("p", (), 0.0, 0.0, 1.0).share(3) == 0.0
+
+
+def test_the_command_tells_each_policys_share_of_the_best_and_draws_the_gpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawing, figures = tmp_path / "gpus.svg", tmp_path / "figures.json"
+    arguments = ["simulate", "--policy", "market-table", "--policy", "expected-value", "--seeds", "1", "--count", "25"]
+    assert main([*arguments, "--best", "3", "--plot", str(drawing), "--json", str(figures)]) == 0
+    told = capsys.readouterr().out
+    assert "Best schedule found in hindsight, 3 s each, trained as under" in told
+    shares = {line.split()[0]: float(line.split()[1]) for line in told.splitlines()[-2:]}
+    assert set(shares) == {"market-table", "expected-value"}
+    assert all(0 < share <= 1.0001 for share in shares.values())
+    (best,) = json.loads(figures.read_text(encoding="utf-8"))["best_in_hindsight"]
+    assert best["worth"] <= best["bound"] * 1.0001
+    assert best["runs"]
+    text = drawing.read_text(encoding="utf-8")
+    assert text.startswith("<?xml")
+    assert "best in hindsight" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--plot", "gpus.pdf"], 2, "--plot gpus.pdf is neither .svg nor .png"),
+        (["--plot", "g.svg", "--plot-hours", "5", "5"], 2, "--plot-hours needs an earlier and a later hour"),
+        (["--plot", "none/g.svg"], 1, "none/g.svg cannot be drawn"),
+    ],
+)
+def test_odd_plots_are_refused(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["simulate", "--policy", "lab", "--seeds", "1", "--count", "2", *arguments]) == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wanted", [["--best", "5"], ["--plot", "g.svg"]])
+def test_without_the_extra_the_command_says_what_to_install_before_it_computes_anything(
+    wanted: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(module: str) -> object:
+        raise extras.MissingExtraError(f"{module.partition('.')[0]} is not installed: pip install taskoffer[simulate]")
+
+    monkeypatch.setattr(extras, "load", missing)
+    assert main(["simulate", "--policy", "lab", "--seeds", "1", *wanted]) == 1
+    told = capsys.readouterr()
+    assert "is not installed: pip install taskoffer[simulate]" in told.err
+    assert told.out == ""
+
+
+@pytest.mark.parametrize("load", [0.5, 1, 2])
+def test_the_traces_that_ship_are_those_that_the_generator_draws(load: float) -> None:
+    drawn = io.StringIO()
+    write_trace(generate(0, load, 1000), drawn)
+    with gzip.open(TRACES / f"load-{load:g}.jsonl.gz", "rt", encoding="utf-8") as file:
+        assert file.read() == drawn.getvalue()
+
+
+def test_a_compressed_trace_is_written_the_same_each_time_and_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / name for name in ("one.jsonl.gz", "two.jsonl.gz")]
+    for path in paths:
+        assert main(["trace", "--count", "5", "-o", str(path)]) == 0
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert main(["simulate", "--policy", "lab", "--offers", str(paths[0])]) == 0
+    assert "5" in capsys.readouterr().out
+    paths[1].write_bytes(paths[0].read_bytes()[:100])
+    assert main(["simulate", "--policy", "lab", "--offers", str(paths[1])]) == 2
+    assert "two.jsonl.gz cannot be read" in capsys.readouterr().err
