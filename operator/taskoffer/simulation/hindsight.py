@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.simulation.clairvoyant import best_schedule
 from taskoffer.simulation.engine import Fleet
 from taskoffer.simulation.run import Run
+from taskoffer.simulation.task import Task
 from taskoffer.simulation.trace import Trace
 from taskoffer.simulation.truth import tasks_of
 
@@ -58,7 +59,7 @@ def in_hindsight(
     """
     name, spec = policy
     found = best_schedule(
-        tasks_of(trace, spec),
+        _bounded(tasks_of(trace, spec)),
         gpus=fleet.gpus,
         nodes=fleet.nodes,
         seconds=seconds,
@@ -67,3 +68,12 @@ def in_hindsight(
         progress=progress,
     )
     return Hindsight(name, found.runs, found.worth, found.bound, found.seconds)
+
+
+def _bounded(tasks: Sequence[Task]) -> list[Task]:
+    """Give tasks that wait for ever a last start that costs no schedule anything.
+
+    Once the last task has arrived nobody needs to wait longer than it takes to run all of them one after another.
+    """
+    latest = max((task.arrival for task in tasks), default=0.0) + sum(max(t.seconds_by_gpus.values()) for t in tasks)
+    return [replace(task, last_start=min(task.last_start, latest)) for task in tasks]
