@@ -297,7 +297,8 @@ def _lease(node: str) -> str:
 
 
 def _offers(gpus: int) -> Object:
-    return {GPU: str(gpus), "cpu": "64", "memory": "500Gi", "ephemeral-storage": "500Gi", "pods": "500"}
+    """Return what a node offers. With 8 GPUs all of them can be used with what the presets ask for beside each."""
+    return {GPU: str(gpus), "cpu": "128", "memory": "1000Gi", "ephemeral-storage": "500Gi", "pods": "500"}
 
 
 def _ready(ready: bool) -> Object:

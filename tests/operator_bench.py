@@ -13,6 +13,7 @@ from auditor_history import OFFER
 from builders import make_offer, make_policy, make_training_job
 from fake_node import FakeKubelet, Object
 from kept_client import KeptClient
+from taskoffer import presets
 from taskoffer_lab.api_client import MERGE_PATCH, ApiError
 from taskoffer_lab.local_provider import LocalCluster
 from taskoffer_lab.process_table import wait_until
@@ -68,9 +69,9 @@ class Bench:
 
     # Nodes and policy
 
-    def node(self, name: str = "a", gpus: int = 8) -> str:
-        """Add a node that the policy selects, and return its full name."""
-        full = self.kubelet.add_node(f"{self.namespace}-{name}", gpus, {LABEL: self.namespace})
+    def node(self, name: str = "a", gpus: int = 8, labels: dict[str, str] | None = None) -> str:
+        """Add a node that the bench's policy selects, and return its full name."""
+        full = self.kubelet.add_node(f"{self.namespace}-{name}", gpus, {LABEL: self.namespace, **(labels or {})})
         self.nodes.append(full)
         return full
 
@@ -92,6 +93,14 @@ class Bench:
     def policy(self, **fields: Any) -> Object:
         """Create the bench's policy and wait until the operator has taken it up."""
         self.api.request("POST", f"{GROUP}/capacitypolicies", self.make_policy(**fields))
+        return self.policy_condition("Ready", "Ready")
+
+    def preset(self, name: str, *, default: bool = True, **fields: Any) -> Object:
+        """Create a preset as it is, but for the fields that are merged into its spec; from now on it is the policy."""
+        made = make_policy(preset=name, name=presets.load(name)["metadata"]["name"], default=default, **fields)
+        self.policy_name = made["metadata"]["name"]
+        self.clean_up(f"{GROUP}/capacitypolicies/{self.policy_name}")
+        self.api.request("POST", f"{GROUP}/capacitypolicies", made)
         return self.policy_condition("Ready", "Ready")
 
     def get_policy(self) -> Object:

@@ -81,6 +81,21 @@ def test_a_restart_keeps_the_last_good_version_of_a_broken_policy(bench: Bench, 
     bench.bound_pod("after")
 
 
+def test_a_policy_that_breaks_while_no_operator_runs_keeps_its_last_good_version(
+    bench: Bench, operator: OperatorProcess
+) -> None:
+    bench.node()
+    good = bench.policy()
+    with bench.audit.excused():
+        assert operator.terminate() == 0
+        bench.patch_policy({"sizeClasses": overlapping(good)})
+        operator.start()
+    policy = bench.policy_condition("Ready", "InvalidPolicy")
+    assert "generation 1 stays in force" in condition(policy, "Ready")["message"]
+    assert policy["status"]["activeGeneration"] == 1
+    assert bench.admitted("after", 2)["status"]["admission"]["policyRef"]["generation"] == 1
+
+
 def test_a_mended_policy_is_in_force_again(bench: Bench) -> None:
     bench.node()
     good = bench.policy()

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from core_builders import answers, at, claim, cycle, node, offer, policy, policy_spec, spec_of
+from crd_schema import faults, schema_of
 from taskoffer import presets
 from taskoffer.api.reasons import Reason
 from taskoffer.cli.main import main
@@ -500,6 +502,14 @@ def test_lint_ends_with_1_for_presets_that_give_a_size_class_too_few_gpus(
     errors = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Error: ")]
     assert len(errors) == code
     assert all("no usual model of the class fits" in error for error in errors)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_is_printed_as_the_schema_takes_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # The models read numbers from strings, which the API server does not: 8e-05 is a string to YAML 1.1.
+    assert main(["preset", name]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert list(faults(schema_of("CapacityPolicy"), printed)) == []
 
 
 def test_every_preset_but_the_labs_is_checked_here() -> None:

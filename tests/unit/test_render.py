@@ -76,6 +76,15 @@ def test_the_training_job_of_an_admission() -> None:
     assert TrainingJob.model_validate(stored(made, uid="tj-uid")).spec.to_wire() == made["spec"]
 
 
+@pytest.mark.parametrize(("preset", "name"), [("strategy-8xh100", None), ("lab", "organic")])
+def test_a_priority_of_the_policys_own_is_no_priority_class_of_the_pod(preset: str, name: str | None) -> None:
+    chosen = policy(preset=preset).spec
+    assert chosen is not None
+    admission = Admission.model_validate(make_admission(gpus=2))
+    made = training_job(OfferKey("default", "offer"), UID, spec_of(priority_class="organic"), admission, chosen)
+    assert made["spec"]["run"].get("priorityClassName") == name
+
+
 def test_the_config_map_of_an_attempt() -> None:
     made = config_map(full_job(), attempt(), 1)
     assert_golden("configmap", {**made, "data": {name: json.loads(text) for name, text in made["data"].items()}})

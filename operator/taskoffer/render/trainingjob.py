@@ -38,6 +38,8 @@ def training_job(
     fits = predicted.fit if predicted is not None else None
     if predicted is not None and not predicted.fit.fits:
         raise ValueError(f"{spec.model.name} does not fit any more: {predicted.memory_numbers}")
+    # Priorities of the policy's own need not be known to the cluster, which makes no pod of an unknown PriorityClass.
+    named_by_policy = policy.queue is not None and bool(policy.queue.priorities)
     run = Run(
         task_id=spec.task_id,
         task_type=spec.task_type,
@@ -47,7 +49,7 @@ def training_job(
         output=spec.output,
         clock_mode=spec.clock_mode or ClockMode.ABSOLUTE,
         time_limit_seconds=spec.time_limit_seconds,
-        priority_class_name=spec.priority_class_name,
+        priority_class_name=None if named_by_policy else spec.priority_class_name,
         policy_ref=admission.policy_ref,
         family=(group.family or None) if group is not None else None,
         size_class=group.size_class if group is not None else None,

@@ -337,7 +337,10 @@ class TaskOfferSpec(WireModel):
         description="Absolute (default: from acceptance) or Training (from the start of the container).",
     )
     expires_at: Time | None = Field(None, description="An offer that is not admitted by then is refused as Expired.")
-    priority_class_name: Name | None = Field(None, description="PriorityClass of the training pod.")
+    priority_class_name: Name | None = Field(
+        None,
+        description="One of the policy's queue.priorities; under a policy without these, PriorityClass of the pod.",
+    )
     policy_name: Name | None = Field(None, description="CapacityPolicy that decides; absent means the default one.")
     value: DecimalString | None = Field(None, description="Worth of the task to the owner, as a decimal string.")
     gpu_count: GpuCount | None = Field(
