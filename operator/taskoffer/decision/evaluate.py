@@ -83,6 +83,10 @@ class Evaluation:
     group: Group | None = None
     """Whose outcomes it rests on; None where the policy does not learn."""
 
+    def seconds_on(self, gpus: int) -> float:
+        """Return for how long the offer holds so many GPUs, if it may choose them, else its own number."""
+        return next((option.seconds for option in self.options if option.gpus == gpus), self.occupies)
+
     def in_lane(self, lane: str) -> Evaluation:
         """Return the same for another lane."""
         return replace(self, lane=lane)

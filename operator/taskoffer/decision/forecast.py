@@ -13,7 +13,6 @@ from datetime import datetime
 
 from taskoffer.api.base import rfc3339
 from taskoffer.decision.cycle import Decision, plan
-from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import Claim, Release
 from taskoffer.decision.moments import later
 from taskoffer.decision.rerun import undecided
@@ -102,17 +101,12 @@ class _Run:
         assert policy is not None  # noqa: S101
         self.starts[offer.uid] = now
         for part in admission.assignments:
-            held = occupies(self.snapshot.evaluations[offer.uid, policy.name], part.count)
+            held = self.snapshot.evaluations[offer.uid, policy.name].seconds_on(part.count)
             ends = later(now, held * self.factor)
             where = (offer.uid, part.node_name, part.count)
             namespace = offer.key.namespace
             self.claims.append(Claim(*where, "admission", policy.name, part.lane, namespace))
             self.releases.append(Release(*where, ends, policy.name, part.lane, namespace, str(offer.key)))
-
-
-def occupies(evaluation: Evaluation, gpus: int) -> float:
-    """Return for how many seconds an offer is predicted to hold so many GPUs, if it may choose them, else its own."""
-    return next((option.seconds for option in evaluation.options if option.gpus == gpus), evaluation.occupies)
 
 
 def forecasts(snapshot: Snapshot, offers: Sequence[OfferView], steps: int = STEPS) -> tuple[Forecast, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from taskoffer.api.v1alpha1.taskoffer import Admission
@@ -51,14 +51,23 @@ def end_of_booking(
 
 
 def _predicted(world: World, entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]) -> datetime:
-    """Return the end that was predicted at the admission, at the latest the deadline. Computed once."""
-    if entry.predicted_end is None:
+    """Return the end that was predicted at the admission, at the latest the deadline."""
+    gpus = sum(part.count for part in admission.assignments)
+    if entry.evaluation is not None and entry.evaluation[0][0] == admission.policy_ref.uid:
+        seconds = entry.evaluation[2].seconds_on(gpus)
+    else:
+        seconds = _evaluated_anew(world, entry, admission, policies)
+    ends = later(admission.decided_at, seconds)
+    return min(ends, admission.deadline) if admission.deadline is not None else ends
+
+
+def _evaluated_anew(world: World, entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]) -> float:
+    """Return for how long an offer holds its GPUs that another replica has admitted; evaluated once."""
+    if entry.occupies is None:
         policy, spec = policies.get(admission.policy_ref.name), entry.read_spec()[0]
-        seconds = float(spec.time_limit_seconds) if spec is not None else 0.0
+        entry.occupies = float(spec.time_limit_seconds) if spec is not None else 0.0
         if policy is not None and policy.spec is not None and spec is not None:
             counted = spec.model_copy(update={"gpu_count": admission.assignments[0].count})
             learned = world.outcomes.learned(policy.name)
-            seconds = evaluate(counted, policy.spec, entry.key.namespace, learned).occupies
-        ends = admission.decided_at + timedelta(seconds=seconds)
-        entry.predicted_end = min(ends, admission.deadline) if admission.deadline is not None else ends
-    return entry.predicted_end
+            entry.occupies = evaluate(counted, policy.spec, entry.key.namespace, learned).occupies
+    return entry.occupies

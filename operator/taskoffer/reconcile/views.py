@@ -86,8 +86,8 @@ class OfferEntry:
     terms: tuple[OfferTerms | None, str | None] | None = None
     admitted_as: tuple[str, TaskType, datetime] | None = None
     """Policy, task type and moment of its admission, if it was admitted."""
-    predicted_end: datetime | None = None
-    """When its GPUs are predicted to come free, once somebody has asked."""
+    occupies: float | None = None
+    """Seconds for which an admitted offer is predicted to hold its GPUs, where that had to be worked out anew."""
     fresh_spec: TaskOfferSpec | None = None
     """The spec as read for the terms, until it has been evaluated."""
 
@@ -98,8 +98,11 @@ class OfferEntry:
 
     def inherit(self, before: OfferEntry) -> None:
         """Take over what was computed from the same generation: a status write changes neither spec nor score."""
-        if before.terms is not None and before.generation == self.generation and self.state is OfferState.PENDING:
-            self.terms, self.evaluation = before.terms, before.evaluation
+        if before.terms is None or before.generation != self.generation or self.state is OfferState.DONE:
+            return
+        self.evaluation = before.evaluation
+        if self.state is OfferState.PENDING:
+            self.terms = before.terms
 
     def read_spec(self) -> tuple[TaskOfferSpec | None, str | None]:
         """Read the spec. Return it, or None and what is wrong with it."""
