@@ -119,3 +119,13 @@ def test_two_two_and_four_fill_one_node_of_eight_before_the_next_is_touched() ->
         assert found.name == ("n2" if holder == "d" else "n1")
         ledger.book(holder, found.name, count, "lab", None)
     assert ledger.booked == {"n1": 8, "n2": 2}
+
+
+def test_a_namespaces_quota_counts_by_the_admissions_policy_and_not_by_a_shortened_label() -> None:
+    whole = "p" * 70
+    claims = [
+        Claim("a", "n1", 2, "admission", whole, None, "team"),
+        Claim("a", "n1", 2, "pod", whole[:63], None, "team"),
+    ]
+    for order in (claims, claims[::-1]):
+        assert open_ledger(order).held_by(whole, "team") == 2

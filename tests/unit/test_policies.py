@@ -321,6 +321,12 @@ FINDINGS: list[tuple[str, dict[str, Any], tuple[NodeView, ...], list[tuple[str, 
                 "Warning",
                 "queue.reserveFromGpus: 8 keeps no node: tasks get at most 4 GPUs",
             ),
+            (
+                "queue.reserveFromGpus",
+                "Warning",
+                "queue.reserveFromGpus: keeps nodes only: in a lane or under a namespace's quota smaller offers may "
+                "still take what a large one waits for",
+            ),
         ],
     ),
     (
@@ -471,3 +477,9 @@ def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:
     )
     with pytest.raises(KeyError, match="no preset 'nope'; there are balanced-4, expected-value, lab, "):
         presets.load("nope")
+
+
+def test_a_finding_about_a_field_with_a_very_long_name_can_be_stored() -> None:
+    spec = policy_spec(namespaces=[{"name": "n" * 253, "gpus": 99}])
+    (found,) = [f for f in lint(spec, (node(),)) if f.field.startswith("namespaces")]
+    assert len(found.field) == 253

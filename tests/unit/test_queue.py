@@ -153,10 +153,34 @@ def test_what_a_large_offer_leaves_free_at_its_start_is_lent_to_anybody_once() -
     assert answers(made)["s1"] == ("Wait", "WaitingBehindReservation")
 
 
-def test_where_nothing_says_when_a_job_ends_the_kept_node_is_lent_to_nobody() -> None:
+def test_where_nothing_says_when_a_job_ends_no_node_is_kept_for_it_would_help_nobody() -> None:
     pending = [offer("large", **LARGE), small("short", rows=1000)]
     made = answers(cycle(pending, policies=[KEEPING], nodes=[node(gpus=4)], claims=[claim("x", count=2)]))
-    assert made["short"] == ("Wait", "WaitingBehindReservation")
+    assert made == {"large": ("Wait", "WaitingForCapacity"), "short": ("Admit", "Admitted")}
+
+
+def test_no_node_is_kept_for_an_offer_that_is_gone_before_it_could_start() -> None:
+    pending = [offer("large", **LARGE, expires_at=rfc3339(at(3000))), small("long", rows=300_000)]
+    releases = [Release("x", "node-a", 2, at(3600))]
+    made = cycle(pending, policies=[KEEPING], nodes=[node(gpus=4)], claims=[claim("x", count=2)], releases=releases)
+    assert answers(made)["long"] == ("Admit", "Admitted")
+
+
+def test_an_offer_that_is_refused_for_lack_of_room_keeps_nothing_from_others() -> None:
+    assert KEEPING.spec is not None
+    rules = policy(
+        queue={"reserveFromGpus": 4},
+        estimation=HOURLY,
+        size_classes=[ALL],
+        resources=[{"name": "nvidia.com/gpu", "counts": [1, 4]}],
+        filters={"onFull": "Reject"},
+    )
+    pending = [offer("large", **LARGE), small("long", rows=300_000)]
+    releases = [Release("x", "node-a", 2, at(3600))]
+    made = answers(
+        cycle(pending, policies=[rules], nodes=[node(gpus=4)], claims=[claim("x", count=2)], releases=releases)
+    )
+    assert made == {"large": ("Reject", "CapacityFull"), "long": ("Admit", "Admitted")}
 
 
 def test_without_a_reservation_small_offers_keep_a_large_one_off() -> None:
@@ -171,7 +195,8 @@ def test_each_large_offer_keeps_a_node_of_its_own_and_the_other_nodes_are_free()
     booked = [claim(f"x{i}", f"n{i}", 1) for i in range(3)]
     pending = [offer(f"large{i}", **LARGE, created=at(i)) for i in range(2)]
     pending += [small(f"s{i}", rows=300_000, created=at(10 + i)) for i in range(4)]
-    made = cycle(pending, policies=[KEEPING], nodes=nodes, claims=booked)
+    releases = [Release(f"x{i}", f"n{i}", 1, at(3600 + i)) for i in range(3)]
+    made = cycle(pending, policies=[KEEPING], nodes=nodes, claims=booked, releases=releases)
     assert answers(made)["s3"] == ("Wait", "WaitingBehindReservation")
     assert len({*places(made).values()}) == 1
     assert len(places(made)) == 3
@@ -269,6 +294,55 @@ def test_starting_now_on_one_gpu_is_compared_with_starting_later_on_four(release
 def test_an_offer_that_waits_for_an_earlier_end_is_looked_at_again_when_the_gpus_are_due() -> None:
     booked = {"claims": [claim("x", count=7)], "releases": [Release("x", "node-a", 7, at(60), "lab")]}
     assert cycle([offer(**TASK)], policies=[FASTEST], **booked).wake_at == at(60)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"expires_at": rfc3339(at(300))}, 1),
+        ({"spec": {"deadline": rfc3339(at(600 + 4000))}}, "WaitingForCapacity"),
+        ({"spec": {"deadline": rfc3339(at(600 + 4600))}}, "WaitingForEarlierEnd"),
+        ({"spec": {"deadline": rfc3339(at(40_000))}}, "WaitingForEarlierEnd"),
+    ],
+    ids=["gone before the opening", "too late even then", "only in time on four", "in time anyhow"],
+)
+def test_nobody_waits_for_an_earlier_end_past_the_moment_in_which_it_can_start(
+    fields: dict[str, Any], wanted: int | str
+) -> None:
+    view = offer(**TASK, **fields)
+    booked = {"claims": [claim("x", count=7)], "releases": [Release("x", "node-a", 7, at(600), "lab")]}
+    answer = decide(view, policies=[FASTEST], **booked).answer
+    found = answer.admission.assignments[0].count if answer.admission else answer.reason.value
+    assert found == wanted
+
+
+def test_a_count_that_misses_the_deadline_by_now_is_left_out_while_a_larger_one_is_free() -> None:
+    view = offer(**TASK, spec={"deadline": rfc3339(at(5000))})
+    made = decide(view, policies=[FASTEST]).answer
+    assert made.admission is not None
+    assert made.admission.assignments[0].count == 4
+    spare = earning(gpu_choice="MostValue", scoring={"terms": None, "expectedValue": {"spareShare": "0.75"}})
+    made = decide(view, policies=[spare]).answer
+    assert made.admission is not None
+    assert made.admission.assignments[0].count == 4
+
+
+def test_what_an_offer_waits_for_to_end_earlier_is_kept_for_it() -> None:
+    rest = {"parameters": 8_030_000_000, "model": "x/phi-4", "hours": 19, "gpus": 1}
+    pending = [offer("first", **TASK), offer("next", **TASK, created=at(1))]
+    pending += [offer(f"s{i}", rows=300_000, created=at(5 + i), **rest) for i in range(3)]
+    booked = {"claims": [claim("x", count=2)], "releases": [Release("x", "node-a", 2, at(600), "lab")]}
+    made = answers(cycle(pending, policies=[FASTEST], nodes=[node(gpus=4)], **booked))
+    assert made["first"] == ("Wait", "WaitingForEarlierEnd")
+    assert {made[name] for name in ("next", "s0", "s1", "s2")} == {("Wait", "WaitingBehindReservation")}
+
+
+def test_under_a_policy_that_does_not_queue_nobody_waits_for_an_earlier_end() -> None:
+    rules = policy(estimation=HOURLY, size_classes=[ALL], gpu_choice="EarliestEnd", filters={"onFull": "Reject"})
+    booked = {"claims": [claim("x", count=7)], "releases": [Release("x", "node-a", 7, at(60), "lab")]}
+    made = decide(offer(**TASK), policies=[rules], **booked).answer
+    assert made.admission is not None
+    assert made.admission.assignments[0].count == 1
 
 
 @pytest.mark.parametrize(
@@ -403,3 +477,12 @@ def test_a_table_replaces_a_terms_definition() -> None:
     answer = decide(offer(hours=10, parameters=2_000_000_000, gpus=1), policies=[rules]).answer
     values = {item.name: item.value for item in answer.explanation if item.type == "Term"}
     assert values == {"TimeEfficiency": "0.2500", "SizeEfficiency": "0.5000", "Bonus": "1.0000"}
+
+
+def test_odd_numbers_of_a_policy_make_odd_scores_and_stop_no_cycle() -> None:
+    scoring = {"terms": None, "expectedValue": {"factor": "99999999", "penalty": "99999999"}}
+    kind = {"name": "InstructText", "accepted": True, "weight": "99999999", "successRate": "0.9"}
+    rules = earning(scoring=scoring, task_types=[kind])
+    answer = decide(offer(**{**TASK, "rows": 1}), policies=[rules]).answer
+    assert answer.score is not None
+    assert sum(Decimal(item.value) for item in answer.explanation if item.type == "Term") == answer.score

@@ -81,3 +81,17 @@ def test_an_admission_that_is_being_written_counts_from_its_own_moment_and_is_fo
 def test_a_release_knows_what_it_frees() -> None:
     (found,) = world().snapshot(NOW).releases
     assert found == Release("offer-uid", "node-a", 1, found.ends, "lab", None, "default", "default/a")
+
+
+def test_a_job_that_has_moved_frees_the_node_that_it_is_on() -> None:
+    made = world()
+    moved = make_admission(gpus=1, node="node-b", job="a-offer-ui")["assignments"]
+    attempts = [
+        {"jobName": f"a-offer-ui-{number}", "createdAt": "2026-01-31T12:00:00Z", "assignments": places}
+        for number, places in ((1, make_admission(gpus=1, node="node-a", job="a-offer-ui")["assignments"]), (2, moved))
+    ]
+    job = make_training_job(name="a-offer-ui", offer="a", offer_uid="offer-uid", status={"attempts": attempts})
+    owner = {"apiVersion": "taskoffer.dev/v1alpha1", "kind": "TaskOffer", "name": "a", "uid": "offer-uid"}
+    job["metadata"]["ownerReferences"] = [{**owner, "controller": True}]
+    made.jobs.observe("ADDED", stored(job, uid="job-uid", resource_version="3"))
+    assert [r.node for r in made.snapshot(NOW).releases] == ["node-b"]

@@ -29,7 +29,7 @@ def too_late(spec: TaskOfferSpec | OfferTerms, evaluation: Evaluation, now: date
     """Answer an offer whose task would end after its deadline if it started now."""
     assert spec.deadline is not None  # noqa: S101
     left = duration_text(max(0.0, (spec.deadline - now).total_seconds()))
-    takes = duration_text(evaluation.seconds)
+    takes = duration_text(evaluation.least_seconds)
     message = (
         f"predicted to take {takes}, reserve included, and {left} are left until spec.deadline {rfc3339(spec.deadline)}"
     )

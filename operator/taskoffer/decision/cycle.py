@@ -26,6 +26,7 @@ from taskoffer.decision.snapshot import (
     Shape,
     Snapshot,
     Waiting,
+    can_start,
     end_of,
     ttl_end,
     waiting,
@@ -203,44 +204,68 @@ class _Cycle:
             return
         obstacle = self.room.obstacle(policy, evaluation)
         if obstacle is None:
-            chosen, better = self._choose(policy, evaluation)
+            chosen, better = self._choose(found, policy)
             self._answer(offer, policy, evaluation, better or self._admit(offer, policy, chosen, evaluation.gpus))
             return
-        self._stopped(found, policy, obstacle)
+        if not self.room.rejects(policy, obstacle):
+            # An offer that is refused keeps nothing from others.
+            self._stopped(found, policy, obstacle)
         if borrows and evaluation.borrows_from and obstacle.reason is Reason.WAITING_FOR_LANE:
             self.borrowers.append((found, policy, obstacle))
             return
         self._wait(offer, policy, evaluation, obstacle)
 
-    def _choose(self, policy: PolicyView, evaluation: Evaluation) -> tuple[Evaluation, Answer | None]:
+    def _choose(self, found: Waiting, policy: PolicyView) -> tuple[Evaluation, Answer | None]:
         """Choose the count of GPUs with which the task ends first; with an answer where that means to wait for them."""
+        offer, evaluation = found.offer, found.evaluation
         if not evaluation.options:
             return evaluation, None
         if evaluation.spare_share is not None:
-            return self._with_spare(policy, evaluation, evaluation.spare_share), None
+            return self._with_spare(offer, policy, evaluation, evaluation.spare_share), None
         now = self.snapshot.now
         ends: list[tuple[datetime, int, Evaluation, Opening | None]] = []
+        stopped: tuple[Evaluation, Obstacle] | None = None
         for option in evaluation.options:
             choice = evaluation.on(option)
-            if self.room.obstacle(policy, choice) is None:
-                ends.append((later(now, option.seconds), option.gpus, choice, None))
-            elif (opening := self.room.opening(policy, choice)) is not None:
+            obstacle = self.room.obstacle(policy, choice)
+            if obstacle is None:
+                if can_start(offer, evaluation, option, now):
+                    ends.append((later(now, option.seconds), option.gpus, choice, None))
+                continue
+            stopped = stopped or (choice, obstacle)
+            opening = None if self.room.rejects(policy, obstacle) else self.room.opening(policy, choice)
+            if opening is not None and can_start(offer, evaluation, option, opening.at):
                 ends.append((later(opening.at, option.seconds), option.gpus, choice, opening))
-        at_once = min((end for end in ends if end[3] is None), key=lambda end: end[:2])
-        first = min(ends, key=lambda end: (end[0], end[3] is not None, end[1]))
-        if first[3] is None:
-            return at_once[2], None
-        self._wake(first[3].at)
-        otherwise = f"on {at_once[1]} GPU(s) from now on it would be {rfc3339(at_once[0])}"
-        return at_once[2], ends_earlier(evaluation, first[1], first[3], first[0], otherwise)
+        if not ends:
+            # Only counts that are not free would still be in time, and nothing says when they will be.
+            choice, obstacle = stopped or (evaluation, self.room.no_room(policy, evaluation))
+            return choice, waits(choice, obstacle, rejects=self.room.rejects(policy, obstacle))
+        _, gpus, choice, opening = min(ends, key=lambda end: (end[0], end[3] is not None, end[1]))
+        if opening is None:
+            return choice, None
+        self._wake(opening.at)
+        # What it waits for is kept for it, or those behind it would take the GPUs one by one.
+        self.room.keep(offer, choice, opening)
+        at_once = min((end for end in ends if end[3] is None), key=lambda end: end[:2], default=None)
+        otherwise = "none of the counts that are free now would be in time"
+        if at_once is not None:
+            otherwise = f"on {at_once[1]} GPU(s) from now on it would be {rfc3339(at_once[0])}"
+        return choice, ends_earlier(evaluation, gpus, opening, later(opening.at, choice.occupies), otherwise)
 
-    def _with_spare(self, policy: PolicyView, evaluation: Evaluation, share: float) -> Evaluation:
+    def _with_spare(self, offer: OfferView, policy: PolicyView, evaluation: Evaluation, share: float) -> Evaluation:
         """Choose the largest count within a share of the GPUs that are free and that nobody else waits for."""
         ledger = self.room.timeline.ledger
         free = sum(max(0, ledger.free(node)) for node in self.room.nodes(policy.name))
         spare = share * (free - (self.wanted - evaluation.gpus))
-        larger = (evaluation.on(option) for option in reversed(evaluation.options) if option.gpus <= spare)
-        return next((choice for choice in larger if self.room.obstacle(policy, choice) is None), evaluation)
+        now = self.snapshot.now
+        in_time = [option for option in evaluation.options if can_start(offer, evaluation, option, now)]
+        larger = (evaluation.on(option) for option in reversed(in_time) if option.gpus <= spare)
+        found = next((choice for choice in larger if self.room.obstacle(policy, choice) is None), None)
+        if found is not None:
+            return found
+        # Its own count may have become too slow for its deadline, while a larger one is not.
+        rest = (evaluation.on(option) for option in in_time)
+        return next((choice for choice in rest if self.room.obstacle(policy, choice) is None), evaluation)
 
     def _admit(self, offer: OfferView, policy: PolicyView, evaluation: Evaluation, wanted: int) -> Answer:
         node = self.room.book(policy, offer, evaluation)
@@ -271,9 +296,10 @@ class _Cycle:
     def _group(self, policy: PolicyView, queue: Sequence[Waiting], at: int) -> Stream:
         """Yield the offers of a group for as long as some lane lends to them."""
         for found in queue[at:]:
-            if self.room.lender(policy, found.evaluation) is None:
+            if self.room.lender(policy, found.evaluation) is not None:
+                yield found, policy, None
+            elif self.room.lends_nothing(policy, found.evaluation):
                 return
-            yield found, policy, None
 
     def _borrow(self, found: Waiting, policy: PolicyView, obstacle: Obstacle | None) -> None:
         """Admit an offer into a lane that lends its GPUs, else let it wait for its own; a group's waits already."""

@@ -41,6 +41,8 @@ class Option(NamedTuple):
     gpus: int
     seconds: float
     """From the admission to the result."""
+    needed: float
+    """The same with the reserve."""
     estimates: tuple[ExplanationItem, ...]
 
 
@@ -86,6 +88,11 @@ class Evaluation:
     def seconds_on(self, gpus: int) -> float:
         """Return for how long the offer holds so many GPUs, if it may choose them, else its own number."""
         return next((option.seconds for option in self.options if option.gpus == gpus), self.occupies)
+
+    @property
+    def least_seconds(self) -> float:
+        """What the task takes at least, with the reserve, on any of its counts; 0 where nothing is predicted."""
+        return min((option.needed for option in self.options), default=self.seconds)
 
     def in_lane(self, lane: str) -> Evaluation:
         """Return the same for another lane."""
@@ -135,7 +142,7 @@ def evaluate(
         quota=namespace if facts.limit is not None and facts.limit.gpus is not None else None,
         borrows_from=facts.lane.borrow_from if facts.lane else (),
         options=tuple(
-            Option(gpus, found.finish.seconds, estimates_of(found))
+            Option(gpus, found.finish.seconds, found.seconds, estimates_of(found))
             for gpus, found in facts.options
             if found.finish is not None
         ),

@@ -106,7 +106,7 @@ def open_ledger(claims: Iterable[Claim]) -> Ledger:
         by_source[claim.source] = by_source.get(claim.source, 0) + claim.count
         if claim.policy is not None:
             holders[claim.policy].add(claim.holder)
-            if claim.namespace is not None:
+            if claim.namespace is not None and (place not in namespace_of or claim.source in ("assumed", "admission")):
                 namespace_of[place] = (claim.policy, claim.namespace)
             # Labels hold shortened names, so what an admission says of the lane counts before what a pod says.
             if claim.lane is not None and (place not in lane_of or claim.source in ("assumed", "admission")):

@@ -181,6 +181,12 @@ def _queue(spec: CapacityPolicySpec) -> Iterator[LintFinding]:
             "queue.reserveFromGpus",
             f"{queue.reserve_from_gpus} keeps no node: tasks get at most {max(spec.resources[0].counts)} GPUs",
         )
+    if queue.reserve_from_gpus is not None and (spec.lanes or any(n.gpus is not None for n in spec.namespaces)):
+        yield finding(
+            "queue.reserveFromGpus",
+            "keeps nodes only: in a lane or under a namespace's quota smaller offers may still take what a large one "
+            "waits for",
+        )
     if spec.filters.on_full is FullMode.REJECT:
         yield finding("queue", "orders nothing that waits: filters.onFull is Reject", "Info")
 

@@ -98,4 +98,6 @@ def _lint_memory(
 
 def finding(field: str, message: str, severity: str = "Warning") -> LintFinding:
     """Return a finding; its message begins with the field."""
-    return LintFinding.model_validate({"field": field, "severity": severity, "message": f"{field}: {message}"[:512]})
+    return LintFinding.model_validate(
+        {"field": field[:253], "severity": severity, "message": f"{field}: {message}"[:512]}
+    )

@@ -15,7 +15,7 @@ from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.ledger import NodeView, Release, best_fit, open_ledger
 from taskoffer.decision.moments import later
-from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot, Waiting
+from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot, Waiting, end_of
 from taskoffer.decision.timeline import Demand, Opening, Timeline
 
 CAPACITY_REASONS = frozenset(
@@ -50,14 +50,14 @@ class Reservation:
     uid: str
     node: str
     gpus: int
-    starts: datetime | None
-    """When they are predicted to be free together; None where nothing says so."""
+    starts: datetime
+    """When they are predicted to be free together."""
     extra: int
     """GPUs of the node that the offer leaves free then."""
 
     def admits(self, gpus: int, ends: datetime) -> bool:
         """Tell whether so many of the node's GPUs can be lent until then without the offer starting later."""
-        return gpus <= self.extra or (self.starts is not None and ends <= self.starts)
+        return gpus <= self.extra or ends <= self.starts
 
 
 Kind = tuple[str, int, str | None, str | None]
@@ -133,7 +133,7 @@ class Room:
         node = best_fit(nodes, self.timeline.ledger, evaluation.gpus, pairs)
         assert node is not None  # noqa: S101
         kept = self.reservations.get(node.name)
-        if kept is not None and (kept.starts is None or ends > kept.starts):
+        if kept is not None and ends > kept.starts:
             kept.extra -= evaluation.gpus
         quota, lane = evaluation.quota, evaluation.lane
         self.timeline.ledger.book(offer.uid, node.name, evaluation.gpus, policy.name, lane, quota)
@@ -163,14 +163,36 @@ class Room:
         if not nodes:
             return False
         found = self.timeline.opening(Demand(evaluation.gpus, policy.name), nodes)
-        if found is not None:
-            kept = Reservation(str(offer.key), offer.uid, found.node, evaluation.gpus, found.at, found.left)
-        else:
-            freest = max(nodes, key=lambda n: (self.timeline.ledger.free(n), n.name))
-            kept = Reservation(str(offer.key), offer.uid, freest.name, evaluation.gpus, None, 0)
-        self.reservations[kept.node] = kept
-        self._openings.clear()
+        ends = end_of(offer, evaluation)
+        if found is None or (ends is not None and found.at >= ends):
+            # Nothing says that it could start there, so keeping others off would help nobody.
+            return False
+        self.keep(offer, evaluation, found)
         return True
+
+    def keep(self, offer: OfferView, evaluation: Evaluation, opening: Opening) -> None:
+        """Keep a node for an offer that starts there once enough is free."""
+        self.reservations[opening.node] = Reservation(
+            str(offer.key), offer.uid, opening.node, evaluation.gpus, opening.at, opening.left
+        )
+        self._openings.clear()
+
+    def lends_nothing(self, policy: PolicyView, evaluation: Evaluation) -> bool:
+        """Tell whether no offer of this kind can borrow, however short it is."""
+        for lane in evaluation.borrows_from:
+            if (policy.name, lane) not in self.lanes_wanted:
+                obstacle = self.obstacle(policy, evaluation.in_lane(lane))
+                if obstacle is None or obstacle.unless_seconds > 0:
+                    return False
+        return True
+
+    def no_room(self, policy: PolicyView, evaluation: Evaluation) -> Obstacle:
+        """Return the obstacle of an offer whose counts all miss its deadline by now."""
+        return Obstacle(
+            Reason.WAITING_FOR_CAPACITY,
+            f"none of the counts of GPUs that {policy.name} hands out is free in time",
+            f"admitted once {evaluation.gpus} are free in time",
+        )
 
     def can_reserve(self, policy: PolicyView, found: Waiting) -> bool:
         """Tell whether there is another node to keep for offers of this size."""
@@ -257,9 +279,8 @@ class Room:
     def _kept(self, resource: str, gpus: int, kept: Sequence[Reservation]) -> Obstacle:
         """Return the obstacle that all nodes with enough free GPUs are kept for other offers."""
         now, first = self.snapshot.now, min(kept, key=lambda r: r.node)
-        starts = [r.starts for r in kept if r.starts is not None]
-        window = max(((start - now).total_seconds() for start in starts), default=0.0)
-        when = f" from about {rfc3339(first.starts)} on" if first.starts is not None else ""
+        window = max((r.starts - now).total_seconds() for r in kept)
+        when = f" from about {rfc3339(first.starts)} on"
         return Obstacle(
             Reason.WAITING_BEHIND_RESERVATION,
             f"needs {gpus} x {resource}; {first.node} has them free and is kept for {first.offer}, which needs "

@@ -14,7 +14,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Condition, PolicyRef
 from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.decision.conditions import condition_of
-from taskoffer.decision.evaluate import Evaluation, Priority
+from taskoffer.decision.evaluate import Evaluation, Option, Priority
 from taskoffer.decision.ledger import Claim, NodeView, Release
 from taskoffer.decision.moments import later
 from taskoffer.decision.outcomes import Learned
@@ -165,9 +165,18 @@ def end_of(offer: OfferView, evaluation: Evaluation | None) -> datetime | None:
     It is the first of what the offer says, the end of the time that its policy gives it, and its last start in time.
     """
     ends = [offer.ends, ttl_end(offer, evaluation)]
-    if evaluation is not None and evaluation.seconds > 0 and offer.spec is not None and offer.spec.deadline is not None:
-        ends.append(later(offer.spec.deadline, -evaluation.seconds))
+    deadline = offer.spec.deadline if offer.spec is not None else None
+    if evaluation is not None and evaluation.least_seconds > 0 and deadline is not None:
+        ends.append(later(deadline, -evaluation.least_seconds))
     return min((end for end in ends if end is not None), default=None)
+
+
+def can_start(offer: OfferView, evaluation: Evaluation, option: Option, moment: datetime) -> bool:
+    """Tell whether an offer can still be admitted at a moment, and on so many GPUs is in time for its deadline."""
+    ends = [offer.ends, ttl_end(offer, evaluation)]
+    if offer.spec is not None and offer.spec.deadline is not None:
+        ends.append(later(offer.spec.deadline, -option.needed))
+    return all(end is None or moment < end for end in ends)
 
 
 def ttl_end(offer: OfferView, evaluation: Evaluation | None) -> datetime | None:

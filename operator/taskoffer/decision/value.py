@@ -21,6 +21,8 @@ from taskoffer.decision.prediction import holding_counts
 from taskoffer.decision.sizing import parameters_of
 
 _PLACES = Decimal("0.0001")
+_MOST = 1e8
+"""More than a score can hold: odd factors of a policy are cut here, so that they cannot stop a cycle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,4 +92,5 @@ def most_valuable(spec: TaskOfferSpec, policy: CapacityPolicySpec, learned: Lear
 
 
 def _places(number: float) -> Decimal:
-    return Decimal(f"{number:.6f}").quantize(_PLACES, ROUND_HALF_UP)
+    bounded = max(-_MOST, min(_MOST, number))
+    return Decimal(f"{bounded:.6f}").quantize(_PLACES, ROUND_HALF_UP)

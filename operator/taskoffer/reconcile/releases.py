@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.ledger import Release
@@ -23,19 +24,20 @@ def releases(world: World, policies: Mapping[str, PolicyView]) -> tuple[Release,
     for entry in world.by_state[OfferState.HOLDING].values():
         if entry.admission is not None:
             ends = end_of_booking(world, entry, entry.admission, policies)
-            found.extend(_of(entry, entry.admission, ends))
+            found.extend(_of(entry, entry.admission, world.current_assignments(entry), ends))
     for uid, assumed in world.assumed.items():
         pending = world.offers.get(uid)
         if pending is not None:
-            found.extend(_of(pending, assumed.admission, _predicted(world, pending, assumed.admission, policies)))
+            ends = _predicted(world, pending, assumed.admission, policies)
+            found.extend(_of(pending, assumed.admission, assumed.admission.assignments, ends))
     return tuple(found)
 
 
-def _of(entry: OfferEntry, admission: Admission, ends: datetime) -> list[Release]:
+def _of(entry: OfferEntry, admission: Admission, assignments: Iterable[Assignment], ends: datetime) -> list[Release]:
     policy, namespace = admission.policy_ref.name, entry.key.namespace
     return [
         Release(entry.uid, part.node_name, part.count, ends, policy, part.lane, namespace, str(entry.key))
-        for part in admission.assignments
+        for part in assignments
     ]
 
 

@@ -83,6 +83,16 @@ class Standing:
             heapq.heappush(self._ends, (ends, offer.uid))
         if rises is not None:
             heapq.heappush(self._raises, (rises, offer.uid))
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Leave out moments of offers that have changed since, once they are most of what is kept."""
+        if len(self._ends) + len(self._raises) <= 4 * len(self._place) + 64:
+            return
+        self._ends = [(ends, uid) for uid, (_, _, ends, _) in self._place.items() if ends is not None]
+        self._raises = [(rises, uid) for uid, (_, _, _, rises) in self._place.items() if rises is not None]
+        heapq.heapify(self._ends)
+        heapq.heapify(self._raises)
 
     def drop(self, uid: str) -> bool:
         """Take an offer out. Tell whether it was there."""

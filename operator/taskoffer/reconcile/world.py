@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from taskoffer.api.reasons import Reason
+from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
@@ -214,7 +215,7 @@ class World:
     def _charge(self, entry: OfferEntry) -> None:
         if entry.state is OfferState.HOLDING:
             policy = entry.admission.policy_ref.name if entry.admission is not None else None
-            self.charges.offer(entry.uid, self._current_assignments(entry), policy, entry.key.namespace)
+            self.charges.offer(entry.uid, self.current_assignments(entry), policy, entry.key.namespace)
 
     # The snapshot
 
@@ -234,7 +235,7 @@ class World:
             moves=tuple(self.moves.values()),
             releases=releases(self, policies),
             learned={name: self.outcomes.learned(name) for name in policies},
-            admitted_today=self.admitted.since(now - timedelta(days=1)) if _counts_days(policies) else {},
+            admitted_today=self._admitted_today(now) if _counts_days(policies) else {},
         )
         evaluations = self.settle(snapshot, list(self.undecided.values()))
         return replace(
@@ -244,6 +245,16 @@ class World:
             standing=self.standing.groups,
             standing_end=self.standing.soonest_end,
         )
+
+    def _admitted_today(self, now: datetime) -> Counter[tuple[str, TaskType]]:
+        """Return how many offers were admitted within a day, with those whose admission is on its way."""
+        found = Counter(self.admitted.since(now - timedelta(days=1)))
+        for uid, assumed in self.assumed.items():
+            entry = self.offers.get(uid)
+            spec = entry.read_view().spec if entry is not None else None
+            if spec is not None:
+                found[assumed.admission.policy_ref.name, spec.task_type] += 1
+        return found
 
     def _may_decide(self, entry: OfferEntry) -> bool:
         return not entry.deleting and entry.uid not in self.in_flight and entry.uid not in self.held_back
@@ -339,7 +350,7 @@ class World:
                 return f"{booked} of {offered} were booked on {assignment.node_name}"
         return None
 
-    def _current_assignments(self, entry: OfferEntry) -> tuple[Assignment, ...]:
+    def current_assignments(self, entry: OfferEntry) -> tuple[Assignment, ...]:
         """Return where an admitted offer's booking is now: the last attempt's place, else the admission's."""
         job = self.jobs_by_key.get(entry.job_key)
         if job is None or job.job is None or job.offer_uid != entry.uid or not job.job.status.attempts:
