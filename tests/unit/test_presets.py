@@ -19,7 +19,7 @@ from taskoffer import presets
 from taskoffer.api.reasons import Reason
 from taskoffer.cli.main import main
 from taskoffer.decision.evaluate import Evaluation, evaluate
-from taskoffer.decision.ledger import NodeView
+from taskoffer.decision.ledger import NodeView, Release
 from taskoffer.decision.recipe import requested_settings
 from taskoffer.decision.snapshot import OfferView, PolicyView
 from taskoffer.decision.verdict import Verdict
@@ -415,8 +415,9 @@ def test_paid_work_comes_before_tournaments_and_those_before_benchmarks(preset: 
 
 
 def test_a_task_of_eight_gpus_keeps_a_node_under_the_markets_table() -> None:
-    large = task("large", 0, 8, gpus=8)
-    made = cycle([large, task("small", 1)], policies=[ruled(MARKET)], nodes=[h100_node()], claims=[claim("x", count=1)])
+    large, ends = task("large", 0, 8, gpus=8), [Release("x", "node-a", 1, at(60))]
+    booked = {"nodes": [h100_node()], "claims": [claim("x", count=1)], "releases": ends}
+    made = cycle([large, task("small", 1)], policies=[ruled(MARKET)], **booked)
     assert answers(made)["large"] == ("Wait", "WaitingForCapacity")
     assert answers(made)["small"] == ("Wait", "WaitingBehindReservation")
 
