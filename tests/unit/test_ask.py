@@ -325,6 +325,9 @@ def test_what_is_no_answer_says_what_helps(
         (["--kubeconfig", "/nonexistent/config"], "no usable kubeconfig"),
         (["--server", "127.0.0.1:8080"], "is not an address: write for example http://127.0.0.1:8080"),
         (["--server", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),
+        (["--server", "http://[::1"], "--server http://[::1 is not an address"),
+        (["--server", "http://127.0.0.1:abc"], "http://127.0.0.1:abc does not answer"),
+        (["--server", "http://x y"], "http://x y does not answer"),
     ],
 )
 def test_where_nobody_can_be_asked_it_is_said_why(
@@ -338,3 +341,25 @@ def test_where_nobody_can_be_asked_it_is_said_why(
 def test_an_api_server_that_does_not_answer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["queue", "--kubeconfig", str(kubeconfig(tmp_path, "http://127.0.0.1:9"))]) == 1
     assert "the API server http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"x: [", b"[1]", b"\xff\xfe\x00", b"2026-99-99"])
+def test_a_damaged_kubeconfig_is_told_and_ends_with_1(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config"
+    config.write_bytes(content)
+    for command in (["queue"], ["explain", "a"]):
+        assert main([*command, "--kubeconfig", str(config)]) == 1
+        assert "no usable kubeconfig" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_nobody_answers_ends_quietly_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("urllib.request.urlopen", interrupted)
+    assert main(["queue", "--server", "http://127.0.0.1:9"]) == 1
+    assert capsys.readouterr().err == "taskoffer: interrupted\n"

@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from builders import make_policy
 from simulation_builders import POLICY, entry, trace_of
 from taskoffer.cli.main import main
 from taskoffer.simulation import extras
@@ -114,3 +116,27 @@ def test_a_compressed_trace_is_written_the_same_each_time_and_read_again(
     paths[1].write_bytes(paths[0].read_bytes()[:100])
     assert main(["simulate", "--policy", "lab", "--offers", str(paths[1])]) == 2
     assert "two.jsonl.gz cannot be read" in capsys.readouterr().err
+
+
+def test_a_damaged_trace_is_told_and_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "damaged.jsonl.gz"
+    packed = bytearray((TRACES / "load-1.jsonl.gz").read_bytes())
+    packed[2000:2100] = bytes(100)
+    path.write_bytes(bytes(packed))
+    assert main(["simulate", "--policy", "lab", "--offers", str(path)]) == 2
+    assert "damaged.jsonl.gz" in capsys.readouterr().err
+
+
+def test_what_cannot_be_searched_or_drawn_is_said_before_it_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    due, shared = tmp_path / "due.jsonl", tmp_path / "shared.yaml"
+    with due.open("w", encoding="utf-8") as file:
+        write_trace(trace_of(entry("a", spec={"deadline": "2026-01-01T06:00:00Z"}), seconds=100), file)
+    assert main(["simulate", "--policy", "lab", "--offers", str(due), "--best", "5"]) == 2
+    assert "take spec.deadline out of the offers" in capsys.readouterr().err
+    pool = {"name": "nvidia.com/gpu.shared", "counts": [1], "unitsPerGpu": 2}
+    sizes = [{"name": "All", "minParameters": 0, "gpus": 1, "sizeEfficiency": "1", "lora": {}, "train": {}}]
+    shared.write_text(yaml.safe_dump(make_policy(resources=[pool], size_classes=sizes)), encoding="utf-8")
+    assert main(["simulate", "--policy", str(shared), "--seeds", "1", "--count", "2", "--plot", "x.svg"]) == 2
+    assert "--plot draws whole GPUs" in capsys.readouterr().err

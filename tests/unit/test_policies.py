@@ -479,6 +479,12 @@ def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:
         presets.load("nope")
 
 
+def test_a_size_class_of_the_tiniest_models_is_looked_at_as_well() -> None:
+    tiny = {"name": "T", "minParameters": 0, "maxParameters": 1, "gpus": 1, "sizeEfficiency": "1"}
+    spec = policy_spec(size_classes=[{**tiny, "lora": {}, "train": {}}], estimation={"gpuMemory": "80G"})
+    assert [f.field for f in lint(spec)] == ["filters.minScore"]
+
+
 def test_a_finding_about_a_field_with_a_very_long_name_can_be_stored() -> None:
     spec = policy_spec(namespaces=[{"name": "n" * 253, "gpus": 99}])
     (found,) = [f for f in lint(spec, (node(),)) if f.field.startswith("namespaces")]

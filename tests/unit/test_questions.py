@@ -150,6 +150,7 @@ async def test_a_part_of_the_queue_can_be_asked_for(desk: Desk, query: str, name
     [
         ("/v1/queue?limit=0", 400, "limit 0 is not a whole number from 1 to 1000"),
         ("/v1/queue?limit=many", 400, "limit many"),
+        (f"/v1/queue?limit={'0' * 4400}5", 400, "limit 00000000000000000000 is not a whole number"),
         ("/v1/queue?limit=1001", 400, "limit 1001"),
         ("/v1/queue?polici=lab", 400, "unknown parameter polici"),
         ("/v1/queue?policy=nope", 404, "there is no CapacityPolicy nope"),

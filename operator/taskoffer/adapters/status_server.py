@@ -107,8 +107,9 @@ def _query(request: web.Request) -> QueueQuery:
     if unknown:
         raise UnansweredError(400, f"unknown parameter {unknown[0]}: policy, namespace and limit are known")
     limit = request.query.get("limit", str(_LISTED))
-    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit) <= MOST_LISTED:
-        raise UnansweredError(400, f"limit {limit} is not a whole number from 1 to {MOST_LISTED}")
+    short = len(limit) <= len(str(MOST_LISTED))
+    if not short or not limit.isascii() or not limit.isdigit() or not 1 <= int(limit) <= MOST_LISTED:
+        raise UnansweredError(400, f"limit {limit[:20]} is not a whole number from 1 to {MOST_LISTED}")
     return QueueQuery(request.query.get("policy"), request.query.get("namespace"), int(limit))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -19,6 +20,14 @@ M = TypeVar("M", bound=WireModel)
 
 SECONDS = 60.0
 """How long an answer may take; running a long queue ahead takes some seconds on a busy machine."""
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """Return what reading a kubeconfig raises that is damaged, or is something else."""
+    import yaml
+    from kubernetes import config
+
+    return (config.ConfigException, yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 class AskError(Exception):
@@ -66,7 +75,7 @@ class Target:
             return "default"
         try:
             contexts, active = config.list_kube_config_contexts(str(self.kubeconfig) if self.kubeconfig else None)
-        except config.ConfigException:
+        except _unreadable():
             return "default"
         chosen = next((c for c in contexts if c["name"] == self.context), active)
         return str((chosen.get("context") or {}).get("namespace") or "default")
@@ -74,15 +83,20 @@ class Target:
     def _at_address(self, path: str, query: Mapping[str, str]) -> tuple[int, str]:
         assert self.server is not None  # noqa: S101
         url = self.server.rstrip("/") + path + (f"?{urllib.parse.urlencode(query)}" if query else "")
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise AskError(f"--server {self.server} is not an address: write for example http://127.0.0.1:8080")
+        odd = AskError(f"--server {self.server} is not an address: write for example http://127.0.0.1:8080")
+        try:
+            scheme = urllib.parse.urlsplit(url).scheme
+        except ValueError:
+            raise odd from None
+        if scheme not in ("http", "https"):
+            raise odd
         try:
             with urllib.request.urlopen(url, timeout=SECONDS) as answer:  # noqa: S310 - the scheme was checked
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode(errors="replace")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise AskError(f"{self.server} does not answer: {reason}") from None
 
@@ -95,7 +109,7 @@ class Target:
             api = config.new_client_from_config(
                 str(self.kubeconfig) if self.kubeconfig else None, context=self.context, persist_config=False
             )
-        except (config.ConfigException, OSError) as error:
+        except _unreadable() as error:
             raise AskError(f"no usable kubeconfig: {error}; set KUBECONFIG, or give --server") from None
         proxied = f"/api/v1/namespaces/{self.operator_namespace}/services/{self.service}:http/proxy{path}"
         request = api.param_serialize(

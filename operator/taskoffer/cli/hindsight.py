@@ -68,6 +68,23 @@ def check_options(args: argparse.Namespace) -> None:
         raise CommandError(str(error), 1) from None
 
 
+def check_traces(
+    args: argparse.Namespace,
+    policies: Sequence[tuple[str, CapacityPolicySpec]],
+    traces: Sequence[Callable[[], Trace]],
+) -> None:
+    """Say before anything is computed what cannot be drawn or searched for.
+
+    Raises:
+        CommandError: when a policy to draw shares GPUs, or an offer to search for has a deadline.
+    """
+    shared = [name for name, spec in policies if spec.resources[0].units_per_gpu is not None]
+    if args.plot is not None and shared:
+        raise CommandError(f"--plot draws whole GPUs, and {shared[0]} shares them: leave it out", 2)
+    if args.best is not None and any(o.spec.deadline is not None for make in traces for o in make().offers):
+        raise CommandError("--best knows time limits and patience only: take spec.deadline out of the offers", 2)
+
+
 def search(
     traces: Sequence[tuple[str, Callable[[], Trace]]],
     policies: Sequence[tuple[str, CapacityPolicySpec]],

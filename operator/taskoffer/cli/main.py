@@ -25,7 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     command: Any = args.command
-    return int(command(args))
+    try:
+        code = int(command(args))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("taskoffer: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever reads has seen enough. Python would complain once more when it closes the stream at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

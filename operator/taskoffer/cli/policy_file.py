@@ -22,7 +22,8 @@ def read_policy(path: Path) -> CapacityPolicySpec:
         if not isinstance(manifest, dict) or manifest.get("kind") != "CapacityPolicy":
             raise CommandError(f"{path} holds no CapacityPolicy: give a manifest of this kind", 2)
         return CapacityPolicySpec.model_validate(manifest.get("spec") or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CommandError(f"{path} cannot be read: {error}", 2) from None
     except ValidationError as error:
         raise CommandError(f"{path} is not a valid CapacityPolicy:\n{error}", 1) from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        # Odd dates, numbers of thousands of digits and very deep nesting are no YAML errors to the reader of YAML.
+        raise CommandError(f"{path} cannot be read: {error}", 2) from None

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -181,6 +182,7 @@ def _simulate(args: argparse.Namespace) -> int:
     try:
         hindsight.check_options(args)
         works = _works(args)
+        hindsight.check_traces(args, works[0].policies, [work.make for work in works])
         cpus = args.jobs or len(os.sched_getaffinity(0))
         by_policy = _figures(works, cpus)
         found = _best(works, by_policy, args.best, cpus) if args.best is not None else []
@@ -238,7 +240,7 @@ def _read(path: Path) -> Trace:
     try:
         with _opened(path, "r") as file:
             return read_trace(file, str(path))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise CommandError(f"{path} cannot be read: {error}", 2) from None
     except TraceError as error:
         raise CommandError(str(error), 2) from None

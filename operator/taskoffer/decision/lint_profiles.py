@@ -29,7 +29,7 @@ def lint_profiles(
     tasks = tuple(task for task in task_types if task.accepted and task.name is not TaskType.IMAGE)
     found: list[LintFinding] = []
     for size in sizes if tasks else ():
-        largest = (size.max_parameters or _LARGEST) - 1
+        largest = max(1, (size.max_parameters or _LARGEST) - 1)
         smallest = max(1, size.min_parameters or min(_USUAL, largest // 2))
         found.extend(_lint_rank(size, tasks, smallest))
         if estimation is not None:
