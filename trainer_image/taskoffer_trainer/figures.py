@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from taskoffer.api.contract import Termination
 
@@ -17,11 +17,20 @@ def peaks() -> dict[str, int | None]:
     The GPU's is what is in use on it (the CUDA context and NCCL included, which no allocator counts) at the moment
     when torch's allocator held the most; a GPU of a pod has no other user. Without CUDA there is none.
     """
-    # ru_maxrss counts kibibytes on Linux.
-    return {
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_gpu_bytes": _peak_gpu_bytes(),
-    }
+    return {"peak_host_bytes": _peak_host_bytes(), "peak_gpu_bytes": _peak_gpu_bytes()}
+
+
+def _peak_host_bytes() -> int | None:
+    """Return the largest resident set of this program.
+
+    The kernel's VmHWM begins anew with a program; getrusage's ru_maxrss hands down that of whoever started it.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = next((line.split() for line in lines if line.startswith("VmHWM:")), [])
+    return int(found[1]) * 1024 if len(found) == 3 and found[2] == "kB" else None
 
 
 def _peak_gpu_bytes() -> int | None:
