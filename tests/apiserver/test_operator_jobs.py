@@ -323,7 +323,7 @@ def test_an_offer_that_was_deleted_and_made_again_is_another_offer(bench: Bench)
 def test_a_job_is_stopped_at_its_deadline(bench: Bench) -> None:
     bench.node()
     bench.policy()
-    bench.admitted("slow", seconds=3)
+    bench.admitted("slow", seconds=12)
     pod = bench.run("slow")
     bench.asked_to_stop(pod)
     assert "the deadline" in condition(bench.job_condition("slow", "Running", "Stopping"), "Running")["message"]

@@ -86,15 +86,15 @@ class _Cycle:
 
     def run(self) -> Plan:
         moves = tuple(find_moves(self.snapshot, self.room))
-        for shape, found, policy in self._in_order():
-            self._decide(found, policy, borrows=shape is None or bool(shape.borrows_from))
+        for found, policy in self._in_order():
+            self._decide(found, policy)
         for found, policy, obstacle in self._borrowers():
             self._borrow(found, policy, obstacle)
         return Plan(tuple(self.decisions), moves, self.wake_at, self.waiting + self.room.passed_over)
 
     # The order
 
-    def _in_order(self) -> Iterator[tuple[Shape | None, Waiting, PolicyView]]:
+    def _in_order(self) -> Iterator[tuple[Waiting, PolicyView]]:
         """Answer the offers for which capacity does not matter, then yield the others in order."""
         ranked: list[Waiting] = []
         policies: dict[str, PolicyView] = {}
@@ -113,7 +113,7 @@ class _Cycle:
         self.wanted = sum(found.evaluation.gpus for found in ranked)
         self.wanted += sum(shape.gpus * len(group) for shape, group in snapshot.standing.items())
         for shape, found in self._by_rank(ranked):
-            yield shape, found, snapshot.policies[shape.policy] if shape else policies[found.offer.uid]
+            yield found, snapshot.policies[shape.policy] if shape else policies[found.offer.uid]
 
     def _by_rank(self, ranked: Sequence[Waiting]) -> Iterator[tuple[Shape | None, Waiting]]:
         """Merge the ranked offers with the standing groups; a group ends where its obstacle is met again."""
@@ -138,11 +138,9 @@ class _Cycle:
         obstacle = self.room.still_stops(policy, found.evaluation, shape.reason)
         if obstacle is None:
             return 0
-        self._stopped(found, policy, obstacle)
-        # A shorter task of the same kind may still get past, and each large one keeps a node of its own.
-        one_by_one = obstacle.unless_seconds > 0 or (
-            shape.reserves and obstacle.reason is Reason.WAITING_FOR_CAPACITY and self.room.can_reserve(policy, found)
-        )
+        keeps = self._stopped(found, policy, obstacle)
+        # A shorter task of the same kind may still get past, and each large one may keep a node of its own.
+        one_by_one = obstacle.unless_seconds > 0 or keeps
         step = 1 if one_by_one else len(queue) - at
         if shape.borrows_from and obstacle.reason is Reason.WAITING_FOR_LANE:
             self.borrowing_groups.append((policy, queue, at))
@@ -196,7 +194,7 @@ class _Cycle:
         today = self.room.admitted_today[policy.name, offer.spec.task_type]
         return today < count and (least is None or score.total > least)
 
-    def _decide(self, found: Waiting, policy: PolicyView, *, borrows: bool) -> None:
+    def _decide(self, found: Waiting, policy: PolicyView) -> None:
         """Decide an offer that only capacity can stop."""
         offer, evaluation = found.offer, found.evaluation
         if evaluation.refusals and not self._below_floor(offer, policy, evaluation):
@@ -210,7 +208,7 @@ class _Cycle:
         if not self.room.rejects(policy, obstacle):
             # An offer that is refused keeps nothing from others.
             self._stopped(found, policy, obstacle)
-        if borrows and evaluation.borrows_from and obstacle.reason is Reason.WAITING_FOR_LANE:
+        if evaluation.borrows_from and obstacle.reason is Reason.WAITING_FOR_LANE:
             self.borrowers.append((found, policy, obstacle))
             return
         self._wait(offer, policy, evaluation, obstacle)
@@ -273,13 +271,17 @@ class _Cycle:
         booked = node.allocatable - self.room.timeline.ledger.free(node)
         return admitted(offer, policy, evaluation, node, booked, self.snapshot.now)
 
-    def _stopped(self, found: Waiting, policy: PolicyView, obstacle: Obstacle) -> None:
-        """Take in that an offer waits: its lane lends nothing, and a large one keeps a node."""
+    def _stopped(self, found: Waiting, policy: PolicyView, obstacle: Obstacle) -> bool:
+        """Take in that an offer waits: its lane lends nothing, and a large one keeps a node.
+
+        Tell whether others of its kind may keep nodes too.
+        """
         evaluation = found.evaluation
         if evaluation.lane is not None:
             self.room.lanes_wanted.add((policy.name, evaluation.lane))
-        if evaluation.reserves and obstacle.reason is Reason.WAITING_FOR_CAPACITY:
-            self.room.reserve(policy, found.offer, evaluation)
+        if not evaluation.reserves or obstacle.reason is not Reason.WAITING_FOR_CAPACITY:
+            return False
+        return self.room.reserve(policy, found.offer, evaluation)
 
     def _wait(self, offer: OfferView, policy: PolicyView, evaluation: Evaluation, obstacle: Obstacle) -> None:
         rejects = self.room.rejects(policy, obstacle)

@@ -15,7 +15,7 @@ from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.ledger import NodeView, Release, best_fit, open_ledger
 from taskoffer.decision.moments import later
-from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot, Waiting, end_of
+from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot, end_of
 from taskoffer.decision.timeline import Demand, Opening, Timeline
 
 CAPACITY_REASONS = frozenset(
@@ -154,7 +154,10 @@ class Room:
         return None
 
     def reserve(self, policy: PolicyView, offer: OfferView, evaluation: Evaluation) -> bool:
-        """Keep a node for an offer that waits for capacity. Tell whether there was one to keep."""
+        """Keep a node for an offer that waits for capacity, unless it is gone before it could start there.
+
+        Tell whether there was a node to keep for an offer of this size.
+        """
         nodes = [
             n
             for n in self.nodes(policy.name)
@@ -164,10 +167,11 @@ class Room:
             return False
         found = self.timeline.opening(Demand(evaluation.gpus, policy.name), nodes)
         ends = end_of(offer, evaluation)
-        if found is None or (ends is not None and found.at >= ends):
-            # Nothing says that it could start there, so keeping others off would help nobody.
+        if found is None:
+            # Nothing says when so much is free together, so keeping others off would help nobody.
             return False
-        self.keep(offer, evaluation, found)
+        if ends is None or found.at < ends:
+            self.keep(offer, evaluation, found)
         return True
 
     def keep(self, offer: OfferView, evaluation: Evaluation, opening: Opening) -> None:
@@ -193,11 +197,6 @@ class Room:
             f"none of the counts of GPUs that {policy.name} hands out is free in time",
             f"admitted once {evaluation.gpus} are free in time",
         )
-
-    def can_reserve(self, policy: PolicyView, found: Waiting) -> bool:
-        """Tell whether there is another node to keep for offers of this size."""
-        large = [n for n in self.nodes(policy.name) if n.ready and n.allocatable >= found.evaluation.gpus]
-        return any(n.name not in self.reservations for n in large)
 
     def opening(self, policy: PolicyView, evaluation: Evaluation) -> Opening | None:
         """Return when an offer of this kind can start first on the predicted timeline, or None where nothing says."""
