@@ -16,6 +16,7 @@ from datetime import datetime
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.preemption import Preemption
+from taskoffer.api.v1alpha1.trainingjob import TrainingJobStatus
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.moments import later
 from taskoffer.decision.room import Lack, Obstacle, Room
@@ -204,6 +205,23 @@ class Preemptions:
         if spread > 0:
             cost += running.at_stake * max(0.0, _in_time(until, left, spread) - _in_time(then, again, spread))
         return cost
+
+
+def seconds_left(status: TrainingJobStatus, needed: float) -> float:
+    """Return the seconds that a stopped job still needs: as its trainer said last, else as predicted less its runs.
+
+    Args:
+        status: The job's.
+        needed: What was predicted for the whole of it.
+    """
+    runs = [(a.started_at, a.finished_at) for a in status.attempts if a.started_at and a.finished_at]
+    told = status.trainer_status
+    if told is not None and told.estimated_remaining_seconds is not None and runs:
+        since, until = runs[-1]
+        if since <= told.last_updated_time:
+            passed = max(0.0, (until - told.last_updated_time).total_seconds())
+            return left_of(told.estimated_remaining_seconds, passed)
+    return left_of(needed, sum((until - since).total_seconds() for since, until in runs))
 
 
 def left_of(needed: float, ran: float) -> float:

@@ -130,6 +130,8 @@ class MoveRequest:
     count: int
     lane: str | None
     avoid_nodes: frozenset[str]
+    goes_on: bool = False
+    """Whether it was stopped for another offer: then it holds nothing, and waits for its turn."""
 
 
 Order = tuple[int, float, int, datetime, str]

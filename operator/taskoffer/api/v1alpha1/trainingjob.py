@@ -154,6 +154,7 @@ class Preemptor(WireModel):
     namespace: Name = Field(description="Its namespace.")
     name: Name = Field(description="Name of the TaskOffer.")
     uid: UID = Field(description="UID of the TaskOffer.")
+    asked_at: Time = Field(description="When the job was to stop.")
 
 
 class Attempt(WireModel):
