@@ -198,12 +198,24 @@ def _wire_type(schema: Schema) -> str:
 
 _ASKED = """
 `GET /v1/offers/{namespace}/{name}` answers with an [OfferAnswer](#offeranswer).
-`GET /v1/queue?policy=&namespace=&limit=` answers with a [QueueAnswer](#queueanswer); all three are optional, `limit` is
-50 unless given and at most 1000.
+`GET /v1/queue?policy=NAME&namespace=NAME&limit=NUMBER` answers with a [QueueAnswer](#queueanswer); all three are
+optional, `limit` is 50 unless given and at most 1000. A parameter that is given is not empty and is given once.
 
-Fields without a value are left out. Everything else is `{"message": ...}` with the status 400 (a parameter is wrong),
-404 (no such offer or policy), 409 (the stored admission cannot be read) or 503 (this replica has not listed every
-kind yet, an offer could not be read, or too many questions wait).
+Fields without a value are left out. Every other answer is an [Unanswered](#unanswered), `{"error": "..."}`, with the
+status that says which kind it is:
+
+| status | when |
+| --- | --- |
+| 400 | A parameter is unknown, empty, repeated or wrong; no object can have such a name; or the request is no HTTP. |
+| 404 | There is no such offer or policy, or nothing is served at that path. |
+| 405 | The method is not GET or HEAD: nothing is written here. |
+| 409 | The stored admission of the offer cannot be read. |
+| 500 | The replica failed over the question; its log says why. |
+| 503 | This replica has not listed every kind yet, an offer could not be read, or too many questions wait. |
+
+Asked through the API server's proxy, what the API server itself refuses is its own `Status` object. On the same port
+`/healthz` and `/readyz` are plain text for the kubelet, with 200 or 503 and what is wrong, and `/metrics` is
+Prometheus's text.
 """
 
 
@@ -217,7 +229,7 @@ def http_page() -> str:
         + _ASKED
     )
     answers = [inquiry.OfferAnswer, inquiry.Explained, inquiry.Cause, inquiry.Counterfactual, inquiry.Term]
-    for model in (*answers, inquiry.QueueAnswer, inquiry.Queued, inquiry.Start):
+    for model in (*answers, inquiry.QueueAnswer, inquiry.Queued, inquiry.Start, inquiry.Unanswered):
         schema = model.model_json_schema()
         rows = [(f"`{n}`", _wire_type(field), field["description"]) for n, field in schema["properties"].items()]
         text += f"\n## {model.__name__}\n\n{schema['description']}\n\n" + _table(("field", "type", "meaning"), rows)

@@ -301,8 +301,8 @@ def test_a_context_without_a_namespace_means_default(
         ),
         (status_of(503, "no endpoints available"), "has no replica that is ready: no endpoints available"),
         (status_of(500, "etcd is gone"), "taskoffer: etcd is gone"),
-        ((404, '{"message": "there is no TaskOffer a in namespace team"}'), "taskoffer: there is no TaskOffer a in"),
-        ((503, '{"message": "not listed every kind yet"}'), "taskoffer: not listed every kind yet"),
+        ((404, '{"error": "there is no TaskOffer a in namespace team"}'), "taskoffer: there is no TaskOffer a in"),
+        ((503, '{"error": "not listed every kind yet"}'), "taskoffer: not listed every kind yet"),
         ((502, ""), "taskoffer: HTTP status 502"),
         ((502, "[]"), "taskoffer: []"),
         ((200, "{}"), "the answer is not one that this version understands (leading: Field required)"),
@@ -336,6 +336,31 @@ def test_where_nobody_can_be_asked_it_is_said_why(
     for command in (["queue"], ["explain", "a"]):
         assert main([*command, *arguments]) == 1
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["explain", "a b"], "argument name: 'a b' is no name: use lower-case letters, digits, '-' and '.'"),
+        (["explain", "a/../b"], "argument name: 'a/../b' is no name"),
+        (["explain", "%"], "argument name: '%' is no name"),
+        (["explain", ""], "argument name: '' is empty: give a name"),
+        (["explain", "a", "-n", ""], "argument --namespace/-n: '' is empty: give a name"),
+        (["explain", "a", "-n", "x\ny"], r"argument --namespace/-n: 'x\ny' is no name"),
+        (["explain", "a", "--operator-namespace", "a/b"], "argument --operator-namespace: 'a/b' is no name"),
+        (["queue", "-n", "Team"], "argument --namespace/-n: 'Team' is no name"),
+        (["queue", "--policy", ""], "argument --policy: '' is empty: give a name"),
+        (["queue", "--limit", "0"], "argument --limit: 0 is not a number of offers to list: give 1 to 1000"),
+    ],
+)
+def test_what_no_object_can_be_called_is_told_before_anybody_is_asked(
+    server: Server, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--server", server.url])
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+    assert server.asked == []
 
 
 def test_an_api_server_that_does_not_answer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,7 +133,7 @@ class Target:
         except ValueError:
             told = {}
         told = told if isinstance(told, dict) else {}
-        message = str(told.get("message") or body.strip()[:300] or f"HTTP status {status}")
+        message = str(told.get("error") or told.get("message") or body.strip()[:300] or f"HTTP status {status}")
         if told.get("kind") != "Status":
             return message
         where = f"Service {self.service} in namespace {self.operator_namespace}"

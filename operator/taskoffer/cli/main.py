@@ -93,14 +93,14 @@ def _parser() -> argparse.ArgumentParser:
 
     simulate.add_commands(commands)
     explain = commands.add_parser("explain", help="say why an offer stands as it does, and what would change it")
-    explain.add_argument("name", help="name of the TaskOffer")
-    explain.add_argument("--namespace", "-n", help="its namespace (default: the kubeconfig context's)")
+    explain.add_argument("name", type=_name, help="name of the TaskOffer")
+    explain.add_argument("--namespace", "-n", type=_name, help="its namespace (default: the kubeconfig context's)")
     _asking(explain, _explain)
 
     queue = commands.add_parser("queue", help="show who waits, in order, with predicted starts")
-    queue.add_argument("--namespace", "-n", help="only offers of this namespace (default: all)")
-    queue.add_argument("--policy", help="only what this CapacityPolicy decides")
-    queue.add_argument("--limit", type=int, default=50, help="offers to list, 1 to 1000 (default: %(default)s)")
+    queue.add_argument("--namespace", "-n", type=_name, help="only offers of this namespace (default: all)")
+    queue.add_argument("--policy", type=_name, help="only what this CapacityPolicy decides")
+    queue.add_argument("--limit", type=_limit, default=50, help="offers to list, 1 to 1000 (default: %(default)s)")
     _asking(queue, _queue)
     return parser
 
@@ -118,11 +118,30 @@ def _asking(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace]
     command.add_argument("--context", help="context of the kubeconfig; default: the current one")
     command.add_argument(
         "--operator-namespace",
+        type=_name,
         default="taskoffer-system",
         metavar="NAMESPACE",
         help="where the operator's Service is (default: %(default)s)",
     )
     command.set_defaults(command=run)
+
+
+def _name(text: str) -> str:
+    from taskoffer.api.v1alpha1.meta import name_problem
+
+    problem = name_problem(text)
+    if problem is not None:
+        raise argparse.ArgumentTypeError(f"{text!r} {problem}")
+    return text
+
+
+def _limit(text: str) -> int:
+    from taskoffer.api.inquiry import MOST_LISTED
+
+    number = int(text)
+    if not 1 <= number <= MOST_LISTED:
+        raise argparse.ArgumentTypeError(f"{number} is not a number of offers to list: give 1 to {MOST_LISTED}")
+    return number
 
 
 def _window(text: str) -> int:
@@ -204,7 +223,7 @@ def _explain(args: argparse.Namespace) -> int:
     target = _target(args)
     namespace = args.namespace or target.namespace()
     try:
-        answer = target.ask(f"/v1/offers/{quote(namespace, safe='')}/{quote(args.name, safe='')}", {}, OfferAnswer)
+        answer = target.ask(f"/v1/offers/{quote(namespace, safe='')}/{args.name}", {}, OfferAnswer)
     except AskError as error:
         print(f"taskoffer: {error}", file=sys.stderr)
         return 1
