@@ -225,7 +225,8 @@ class CapacityPolicySpec(WireModel):
 
     node_selector: NodeSelector = Field(description="Nodes that the policy hands out.")
     resources: Annotated[tuple[ResourcePool, ...], Field(min_length=1, max_length=1)] = Field(
-        description="Resources that the policy hands out.", json_schema_extra=list_map("name")
+        description="The resource that is handed out; all policies of a cluster name the same one.",
+        json_schema_extra=list_map("name"),
     )
     filters: Filters = Field(description="Bounds that an offer must keep.")
     scoring: Scoring = Field(description="How offers are scored.")
