@@ -288,6 +288,64 @@ def test_a_context_without_a_namespace_means_default(
     assert "nothing here" in capsys.readouterr().err
 
 
+GONE = (404, '{"error": "there is no TaskOffer a in namespace x"}')
+
+
+@pytest.mark.parametrize(
+    ("named", "arguments", "asked", "why"),
+    [
+        ("team", [], f"{PROXY}/v1/offers/team/a", " (the kubeconfig's context c names that namespace: -n changes it)"),
+        (
+            None,
+            [],
+            f"{PROXY}/v1/offers/default/a",
+            " (the kubeconfig's context c names no namespace, so it is default: give -n)",
+        ),
+        ("team", ["-n", "mine"], f"{PROXY}/v1/offers/mine/a", ""),
+        (
+            "team",
+            ["--server"],
+            "/v1/offers/team/a",
+            " (the kubeconfig's context c names that namespace: -n changes it)",
+        ),
+    ],
+)
+def test_where_the_namespace_of_an_offer_that_is_not_there_came_from_is_said(
+    named: str | None,
+    arguments: list[str],
+    asked: str,
+    why: str,
+    server: Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.answers[asked] = GONE
+    config = str(kubeconfig(tmp_path, server.url, namespace=named))
+    where = [*arguments, server.url] if arguments == ["--server"] else arguments
+    assert main(["explain", "a", "--kubeconfig", config, *where]) == 1
+    assert [path for path, _ in server.asked] == [asked]
+    assert capsys.readouterr().err == f"taskoffer: there is no TaskOffer a in namespace x{why}\n"
+
+
+def test_with_an_address_alone_it_is_said_that_no_kubeconfig_was_read(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["/v1/offers/default/a"] = GONE
+    assert main(["explain", "a", "--server", server.url]) == 1
+    assert "(--server alone reads no kubeconfig, so the namespace is default: give -n)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("server_too", [False, True])
+def test_a_context_that_the_kubeconfig_does_not_have_is_told_with_those_that_it_has(
+    server_too: bool, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(kubeconfig(tmp_path, server.url))
+    where = ["--server", server.url] if server_too else []
+    assert main(["explain", "a", "--kubeconfig", config, "--context", "typo", *where]) == 1
+    assert "the kubeconfig has no context typo; it has c" in capsys.readouterr().err
+    assert server.asked == []
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [
@@ -341,10 +399,10 @@ def test_where_nobody_can_be_asked_it_is_said_why(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["explain", "a b"], "argument name: 'a b' is no name: use lower-case letters, digits, '-' and '.'"),
-        (["explain", "a/../b"], "argument name: 'a/../b' is no name"),
-        (["explain", "%"], "argument name: '%' is no name"),
-        (["explain", ""], "argument name: '' is empty: give a name"),
+        (["explain", "a b"], "argument NAME: 'a b' is no name: use lower-case letters, digits, '-' and '.'"),
+        (["explain", "a/../b"], "argument NAME: 'a/../b' is no name"),
+        (["explain", "%"], "argument NAME: '%' is no name"),
+        (["explain", ""], "argument NAME: '' is empty: give a name"),
         (["explain", "a", "-n", ""], "argument --namespace/-n: '' is empty: give a name"),
         (["explain", "a", "-n", "x\ny"], r"argument --namespace/-n: 'x\ny' is no name"),
         (["explain", "a", "--operator-namespace", "a/b"], "argument --operator-namespace: 'a/b' is no name"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import yaml
 import taskoffer
 from builders import make_policy
 from taskoffer.cli import main as command_line
+from taskoffer.cli.exit_codes import MEANINGS, Exit
 from taskoffer.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +35,28 @@ def test_every_command_explains_itself(arguments: list[str], capsys: pytest.Capt
         main(arguments)
     assert end.value.code == 0
     assert "usage: taskoffer" in capsys.readouterr().out
+
+
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    parser = command_line._parser()
+    (found,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(found.choices)
+
+
+@pytest.mark.parametrize("name", subcommands())
+def test_every_option_is_explained_and_every_exit_code_is_stated(name: str) -> None:
+    command = subcommands()[name]
+    for action in command._actions:
+        assert action.help, f"{name} {action.dest} is not explained"
+    shown = " ".join(command.format_help().split())
+    assert command.description
+    for code, meaning in MEANINGS[name].items():
+        assert f"{code:d} {meaning}" in shown
+    assert set(MEANINGS[name]) == set(Exit)
+
+
+def test_no_exit_code_is_stated_for_a_command_that_is_not_there() -> None:
+    assert set(MEANINGS) == set(subcommands())
 
 
 PRESETS = [

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from taskoffer.cli import hindsight
 from taskoffer.cli.errors import CommandError
+from taskoffer.cli.subcommand import add_command
 
 if TYPE_CHECKING:
     from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _QUIET_SECONDS = 2.0
 """What takes longer tells how far it is."""
 _SEEDS, _LOAD, _COUNT = 5, 1.0, 1000
+_LOADED = "GPU time that the offers need, as a multiple of what there is"
 
 _SIMULATE = """\
 Run offers through the operator's own admission under each policy, with a virtual clock and simulated nodes, and print
@@ -79,13 +81,13 @@ class _Drawn:
 
 def add_commands(commands: Any) -> None:
     """Add the two commands to the parser's."""
-    simulate = commands.add_parser("simulate", help="compare policies over a trace of offers", description=_SIMULATE)
+    simulate = add_command(commands, "simulate", "compare policies over a trace of offers", _SIMULATE, _simulate)
     simulate.add_argument(
         "--policy",
         action="append",
         required=True,
         metavar="POLICY",
-        help="name of a preset or YAML file of a CapacityPolicy; may be given several times",
+        help="name of a preset, or YAML file of one CapacityPolicy; may be given several times",
     )
     simulate.add_argument(
         "--offers",
@@ -98,7 +100,7 @@ def add_commands(commands: Any) -> None:
     simulate.add_argument(
         "--seeds", type=_whole, metavar="N", help=f"draw N traces, with the seeds 0 to N-1 (default: {_SEEDS})"
     )
-    simulate.add_argument("--load", type=_load, help=f"offered load of drawn traces (default: {_LOAD:g})")
+    simulate.add_argument("--load", type=_load, metavar="LOAD", help=f"{_LOADED}; of drawn traces (default: {_LOAD:g})")
     simulate.add_argument("--count", type=_count, metavar="N", help=f"offers of each drawn trace (default: {_COUNT})")
     simulate.add_argument("--nodes", type=_whole, default=1, metavar="N", help="simulated nodes (default: %(default)s)")
     simulate.add_argument(
@@ -111,19 +113,29 @@ def add_commands(commands: Any) -> None:
         "--json", type=Path, metavar="FILE", help="write the figures of every trace as JSON; - prints them instead"
     )
     hindsight.add_options(simulate)
-    simulate.set_defaults(command=_simulate)
 
-    trace = commands.add_parser("trace", help="write a random trace of offers", description=_TRACE)
-    trace.add_argument("--seed", type=_seed, default=0, help="of the random numbers (default: %(default)s)")
-    trace.add_argument("--load", type=_load, default=_LOAD, help="offered load (default: %(default)s)")
+    trace = add_command(commands, "trace", "write a random trace of offers", _TRACE, _trace)
     trace.add_argument(
-        "--count", type=_count, default=_COUNT, metavar="N", help="number of offers (default: %(default)s)"
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="seed of the random numbers: the same one draws the same trace (default: %(default)s)",
+    )
+    trace.add_argument("--load", type=_load, default=_LOAD, metavar="LOAD", help=f"{_LOADED} (default: %(default)g)")
+    trace.add_argument(
+        "--count", type=_count, default=_COUNT, metavar="N", help="number of offers to draw (default: %(default)s)"
     )
     trace.add_argument(
         "--gpus", type=_whole, default=8, metavar="N", help="GPUs that the load refers to (default: %(default)s)"
     )
-    trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="file to write (default: standard output)")
-    trace.set_defaults(command=_trace)
+    trace.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="file to write, compressed if its name ends in .gz (default: standard output)",
+    )
 
 
 def _whole(text: str) -> int:
