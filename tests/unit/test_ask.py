@@ -363,7 +363,7 @@ def test_a_context_that_the_kubeconfig_does_not_have_is_told_with_those_that_it_
         ((503, '{"error": "not listed every kind yet"}'), "taskoffer: not listed every kind yet"),
         ((502, ""), "taskoffer: HTTP status 502"),
         ((502, "[]"), "taskoffer: []"),
-        ((200, "{}"), "the answer is not one that this version understands (leading: Field required)"),
+        ((200, "{}"), "the answer is not one that this version understands (leading: is missing)"),
         ((200, "not JSON"), "the answer is not one that this version understands"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from taskoffer.api.base import WireModel
+from taskoffer.api.faults import path_of, what_is_wrong
 
 M = TypeVar("M", bound=WireModel)
 
@@ -76,9 +77,9 @@ class Target:
             return model.model_validate_json(body)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
+            what = ": ".join(filter(None, (path_of(first["loc"]), what_is_wrong(first)[0])))
             raise AskError(
-                f"the answer is not one that this version understands ({where}: {first['msg']}); "
+                f"the answer is not one that this version understands ({what}); "
                 "use the command line of the operator's version"
             ) from None
 

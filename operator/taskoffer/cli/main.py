@@ -154,6 +154,8 @@ def _preset(args: argparse.Namespace) -> int:
     import yaml
 
     from taskoffer import presets
+    from taskoffer.cli.errors import CommandError
+    from taskoffer.cli.policy_file import valid_spec
 
     if args.name is None:
         print("\n".join(presets.names()))
@@ -163,6 +165,12 @@ def _preset(args: argparse.Namespace) -> int:
     except KeyError as error:
         print(f"taskoffer: {error.args[0]}", file=sys.stderr)
         return Exit.USAGE
+    if args.image is not None:
+        try:
+            valid_spec(manifest, f"{args.name} with the image {args.image[:60]!r}")
+        except CommandError as error:
+            print(f"taskoffer: {error}", file=sys.stderr)
+            return Exit.USAGE
     print(yaml.safe_dump(manifest, sort_keys=False, width=120), end="")
     return 0
 

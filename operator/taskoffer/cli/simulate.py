@@ -264,7 +264,8 @@ def _opened(path: Path, mode: Literal["r", "w"]) -> Iterator[TextIO]:
     with path.open(f"{mode}b") as raw:
         # Without a name and a time in its header the same trace is the same file.
         packed = gzip.GzipFile("", mode, fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
-        with io.TextIOWrapper(packed, encoding="utf-8") as text:
+        # Editors of Windows begin a file with a mark of its encoding.
+        with io.TextIOWrapper(packed, encoding="utf-8-sig" if mode == "r" else "utf-8") as text:
             yield text
 
 

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, StringConstraints, ValidationError, mode
 
 from taskoffer.api.base import WireModel, spelled
 from taskoffer.api.contract import LoraSettings, TrainSettings
+from taskoffer.api.faults import what_is_wrong
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.learning import Learning
@@ -338,7 +339,7 @@ class CapacityPolicySpec(WireModel):
                         field = model.model_fields[str(fault["loc"][0])].alias
                         raise ValueError(
                             f"taskTypes[{task.name.value}] scales {field} of sizeClasses[{size.name}] to "
-                            f"{fault['input']}: {fault['msg']}; change the factor"
+                            f"{fault['input']}, which {what_is_wrong(fault)[0]}: change the factor"
                         ) from None
         return self
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
-from taskoffer.api.base import Time, WireModel, spelled
+from taskoffer.api.base import Time, WireModel, explained, spelled
 
 GROUP = "taskoffer.dev"
 VERSION = "v1alpha1"
@@ -158,11 +158,14 @@ Assignments = Annotated[tuple[Assignment, ...], Field(min_length=1, max_length=8
 """Where GPUs are booked, each place once: a list with a place that occurs twice could be read but not written."""
 
 
+_RELATIVE = explained(r"^[^/].*$|^$", "is relative to the volume's root: remove the leading '/'")
+
+
 class ClaimPath(WireModel):
     """A path on a PersistentVolumeClaim in the offer's own namespace."""
 
     claim_name: Name = Field(description="Name of the PersistentVolumeClaim.")
-    path: Annotated[str, StringConstraints(max_length=1024, pattern=r"^[^/].*$|^$")] = Field(
+    path: Annotated[str, StringConstraints(max_length=1024, pattern=_RELATIVE)] = Field(
         "",
         description="Path on the volume, relative to its root and without '..'; empty means the root.",
         json_schema_extra=rules(

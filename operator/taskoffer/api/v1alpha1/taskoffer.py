@@ -166,7 +166,10 @@ class Dataset(WireModel):
         wanted = _DATASET_MEMBERS[self.type]
         present = [m for m in _DATASET_MEMBERS.values() if getattr(self, m) is not None]
         if present != [wanted]:
-            raise ValueError(f"type {self.type.value} needs exactly the member {wanted}, found {present or 'none'}")
+            found = ", ".join(present) or "none of them"
+            raise ValueError(
+                f"type {self.type.value} goes with {wanted}, and there is {found}: set {wanted} alone, or change type"
+            )
         return self
 
 
@@ -364,7 +367,9 @@ class TaskOfferSpec(WireModel):
     def _check_time_limit(self) -> TaskOfferSpec:
         # The API server checks it with a rule of its own, but an object can have been stored before that rule.
         if self.time_limit_seconds < 1:
-            raise ValueError(f"timeLimitSeconds must be at least 1, got {self.time_limit_seconds}")
+            raise ValueError(
+                f"timeLimitSeconds must be at least 1, got {self.time_limit_seconds}: give the time limit in seconds"
+            )
         return self
 
     @model_validator(mode="after")
@@ -373,7 +378,7 @@ class TaskOfferSpec(WireModel):
         if self.dataset.type is not wanted:
             raise ValueError(
                 f"dataset.type {self.dataset.type.value} does not fit taskType {self.task_type.value}: "
-                f"it needs {wanted.value}"
+                f"set {wanted.value} together with its columns, or change taskType"
             )
         return self
 
