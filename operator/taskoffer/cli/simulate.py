@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from taskoffer.cli import hindsight
 from taskoffer.cli.errors import CommandError
+from taskoffer.cli.output_file import check_writable
 from taskoffer.cli.subcommand import add_command
 
 if TYPE_CHECKING:
@@ -171,6 +172,8 @@ def _trace(args: argparse.Namespace) -> int:
     from taskoffer.simulation.trace import write_trace
 
     try:
+        if args.output is not None:
+            check_writable(args.output)
         trace = generate(args.seed, args.load, args.count, gpus=args.gpus)
         if args.output is None:
             write_trace(trace, sys.stdout)
@@ -184,6 +187,9 @@ def _trace(args: argparse.Namespace) -> int:
         # Whoever reads has seen enough. Python would complain once more when it closes the stream at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except CommandError as error:
+        print(f"taskoffer: {error}", file=sys.stderr)
+        return error.code
     except OSError as error:
         print(f"taskoffer: {args.output or 'the trace'} cannot be written: {error}", file=sys.stderr)
         return 1
@@ -194,7 +200,7 @@ def _simulate(args: argparse.Namespace) -> int:
     try:
         hindsight.check_options(args)
         works = _works(args)
-        hindsight.check_traces(args, works[0].policies, [work.make for work in works])
+        hindsight.check_policies(args, works[0].policies)
         cpus = args.jobs or len(os.sched_getaffinity(0))
         by_policy = _figures(works, cpus)
         found = _best(works, by_policy, args.best, cpus) if args.best is not None else []
