@@ -314,7 +314,9 @@ def test_two_tasks_of_one_name_are_not_solved() -> None:
 
 def test_without_the_solver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ortools.sat.python.cp_model", None)
-    with pytest.raises(MissingExtraError, match=r"ortools is not installed: pip install taskoffer\[simulate\]"):
+    with pytest.raises(
+        MissingExtraError, match=r"ortools is not installed: pip install '.\[simulate\]' in the checkout"
+    ):
         solve([])
 
 

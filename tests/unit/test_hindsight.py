@@ -131,12 +131,12 @@ def test_without_the_extra_the_command_says_what_to_install_before_it_computes_a
     wanted: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing(module: str) -> object:
-        raise extras.MissingExtraError(f"{module.partition('.')[0]} is not installed: pip install taskoffer[simulate]")
+        raise extras.MissingExtraError(f"{module.partition('.')[0]} is not installed: pip install '.[simulate]'")
 
     monkeypatch.setattr(extras, "load", missing)
     assert main(["simulate", "--policy", "lab", "--seeds", "1", *wanted]) == 1
     told = capsys.readouterr()
-    assert "is not installed: pip install taskoffer[simulate]" in told.err
+    assert "is not installed: pip install '.[simulate]'" in told.err
     assert told.out == ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -78,7 +79,7 @@ def _add_run(commands: Any) -> None:
         metavar="ADDRESS",
         help="address to listen on for probes, metrics and questions (default: %(default)s, all of this machine)",
     )
-    run.add_argument("--port", type=int, default=8080, metavar="PORT", help="port there (default: %(default)s)")
+    run.add_argument("--port", type=_port, default=8080, metavar="PORT", help="port there (default: %(default)s)")
     run.add_argument(
         "--lease-namespace",
         default="taskoffer-system",
@@ -119,6 +120,13 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--verbose", "-v", action="store_true", help="log debug messages as well")
 
 
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65_535:
+        raise argparse.ArgumentTypeError(f"{number} is not a port: choose 1 to 65535, or 0 for any that is free")
+    return number
+
+
 def _window(text: str) -> int:
     seconds = int(text)
     if seconds < 10:
@@ -128,6 +136,8 @@ def _window(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from kubernetes.aio.config import ConfigException
+
     from taskoffer.handlers.run import Options
     from taskoffer.handlers.run import main as run_replica
     from taskoffer.reconcile.session import Settings
@@ -142,9 +152,24 @@ def _run(args: argparse.Namespace) -> int:
         watch_window=args.watch_window,
     )
     sys.setrecursionlimit(_NESTING)
-    return run_replica(Options(kubeconfig=kubeconfig, listen=args.listen, port=args.port, settings=settings))
+    try:
+        return run_replica(Options(kubeconfig=kubeconfig, listen=args.listen, port=args.port, settings=settings))
+    except ConfigException as error:
+        where = kubeconfig or "neither a kubeconfig nor a pod's ServiceAccount"
+        print(f"taskoffer: {where}: {error}; give --kubeconfig or set KUBECONFIG", file=sys.stderr)
+        return Exit.FAILED
+    except OSError as error:
+        if error.errno not in _UNUSABLE_ADDRESS:
+            raise
+        print(
+            f"taskoffer: {args.listen}:{args.port} cannot be listened on: {os.strerror(error.errno)}; "
+            "choose another --port or --listen",
+            file=sys.stderr,
+        )
+        return Exit.FAILED
 
 
+_UNUSABLE_ADDRESS = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
 _NESTING = 12_000
 """The API server stores what is nested up to 10,000 deep. At Python's own limit of 1,000 one such object would make
 every list that it is in unreadable."""
