@@ -237,3 +237,34 @@ def test_a_restart_does_not_see_free_gpus_where_a_pod_still_runs(bench: Bench, r
     bench.booked(node, 4)
     bench.end(pod, 143)
     bench.decided("second", "Admitted")
+
+
+def test_a_job_that_was_to_make_room_does_so_after_a_restart_and_the_offer_gets_its_gpus(
+    bench: Bench, replica: OperatorProcess
+) -> None:
+    bench.node(gpus=4)
+    started(bench, replica)
+    rules = {"rules": [{"by": ["high"], "of": ["low"]}], "minRunSeconds": 0, "resumeSeconds": 1}
+    predicting = {"gpuMemory": "80G", "duration": {"startSeconds": 1, "reserveSeconds": 0}}
+    bench.policy(queue={"priorities": ["low", "high"]}, preemption=rules, estimation=predicting)
+    bench.admitted("first", 4, seconds=36_000, rows=1000, priority_class="low")
+    pod = bench.run("first")
+    job = bench.get("first")["status"]["admission"]["jobName"]
+    with down(bench):
+        replica.kill(forget_lease=True)
+        urgent = bench.offer("urgent", 4, seconds=600, rows=100, priority_class="high")
+        # As a replica leaves it that dies right after it has written for whom the job is to stop.
+        (attempt,) = bench.training_job("first")["status"]["attempts"]
+        whom = {"namespace": bench.namespace, "name": "urgent", "uid": urgent["metadata"]["uid"]}
+        asked = {**attempt, "preemptedFor": {**whom, "askedAt": attempt["startedAt"]}}
+        bench.patch_status("trainingjobs", job, {"attempts": [asked]})
+        replica.start()
+    bench.asked_to_stop(pod)
+    replica.kill(forget_lease=True)
+    with down(bench):
+        bench.end(pod, 143)
+        bench.gone(bench.path("pods", pod, api="/api/v1"))
+        replica.start()
+    bench.end(bench.run("urgent"))
+    bench.end(bench.run("first", 2))
+    bench.finished("first", "Succeeded")
