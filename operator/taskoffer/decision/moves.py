@@ -30,6 +30,7 @@ def find_moves(snapshot: Snapshot, room: Room) -> Iterable[Move]:
         allowed = [n for n in room.nodes(request.policy) if n.name not in request.avoid_nodes]
         kept = _kept_without_pods(snapshot, request.offer_uid)
         node = best_fit([n for n in allowed if n.name not in kept], ledger, request.count)
+        again = node is None
         if node is not None:
             ledger.booked[node.name] = ledger.booked.get(node.name, 0) + request.count
         else:
@@ -38,15 +39,19 @@ def find_moves(snapshot: Snapshot, room: Room) -> Iterable[Move]:
             node = min(own, key=lambda n: n.name, default=None)
         if node is None:
             continue
+        devices = ledger.pick(request.offer_uid, node, request.count, again=again)
+        pool = policy.spec.resources[0]
         yield Move(
             request.key,
             request.offer_uid,
             (
                 Assignment(
                     node_name=node.name,
-                    resource_name=policy.spec.resources[0].name,
+                    resource_name=pool.name,
                     count=request.count,
                     lane=request.lane,
+                    device_class_name=pool.device_class_name if devices else None,
+                    devices=devices,
                 ),
             ),
         )
@@ -55,5 +60,5 @@ def find_moves(snapshot: Snapshot, room: Room) -> Iterable[Move]:
 def _kept_without_pods(snapshot: Snapshot, holder: str) -> dict[str, int]:
     """Return the GPUs by node that are booked for a holder although none of its Jobs or pods has them any more."""
     own = [c for c in snapshot.claims if c.holder == holder]
-    in_use = {c.node for c in own if c.source in ("job", "pod")}
+    in_use = {c.node for c in own if c.source in ("job", "pod", "claim")}
     return {c.node: c.count for c in own if c.node not in in_use}
