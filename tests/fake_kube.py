@@ -16,6 +16,7 @@ from typing import Any
 from taskoffer.adapters.kube import (
     BATCH_JOBS,
     CONFIG_MAPS,
+    DEVICE_CLASSES,
     EVENTS,
     JOBS_OF_TRAINING,
     LEASES,
@@ -23,6 +24,9 @@ from taskoffer.adapters.kube import (
     OFFERS,
     PODS,
     POLICIES,
+    RESOURCE_CLAIMS,
+    RESOURCE_SLICES,
+    WATCHED_DEVICES,
     ApiError,
     ConflictError,
     NotFoundError,
@@ -41,6 +45,9 @@ KINDS = {
     CONFIG_MAPS: "ConfigMap",
     EVENTS: "Event",
     LEASES: "Lease",
+    RESOURCE_SLICES: "ResourceSlice",
+    DEVICE_CLASSES: "DeviceClass",
+    RESOURCE_CLAIMS: "ResourceClaim",
 }
 WITH_STATUS = {OFFERS, JOBS_OF_TRAINING, POLICIES}
 
@@ -84,6 +91,8 @@ class FakeKube:
     logs: dict[str, str] = field(default_factory=dict)
     version: int = 100
     timeout: float = 4.0
+    refuses_devices: ApiError | None = field(default_factory=lambda: NotFoundError(404, "NotFound", "no such API"))
+    """What it says to those who ask for devices; None serves them."""
 
     # What tests do
 
@@ -137,6 +146,10 @@ class FakeKube:
         for start in range(0, len(found), 2):
             on_page(found[start : start + 2])
         return [], version
+
+    async def probe(self, resource: Resource) -> None:
+        if resource in WATCHED_DEVICES.values() and self.refuses_devices is not None:
+            raise self.refuses_devices
 
     async def get(self, resource: Resource, namespace: str | None, name: str) -> Object:
         return await self._call("get", resource, name, None, lambda: self.get_now(resource, name, namespace or ""))

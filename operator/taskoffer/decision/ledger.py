@@ -111,6 +111,11 @@ class Ledger:
             taken.setdefault(device.key, set()).add(holder)
         return found
 
+    def shared_devices(self, node: str, keys: Iterable[str]) -> str | None:
+        """Return one of these devices that several holders have, or None."""
+        known = self.devices.get(node, {})
+        return next((key for key in keys if len(known.get(key, ())) > 1), None)
+
     def lane_used(self, policy: str, lane: str) -> int:
         """Return the GPUs that are booked in a lane of a policy."""
         return self.lanes.get((policy, lane), 0)

@@ -40,7 +40,7 @@ from taskoffer.decision.job_facts import (
 from taskoffer.decision.lifecycle import step
 from taskoffer.decision.moves import Move
 from taskoffer.decision.snapshot import OfferKey
-from taskoffer.reconcile.attempts import NameTakenError, carry_out, name_taken, owned_by
+from taskoffer.reconcile.attempts import NameTakenError, carry_out, give_devices_back, name_taken, owned_by
 from taskoffer.reconcile.leftovers import offer_is_there, read_job_again, stop_strays
 from taskoffer.reconcile.observed import is_over, job_facts, left_of, log_tail
 from taskoffer.reconcile.outcomes import observe_errors
@@ -314,6 +314,7 @@ class Jobs:
             observe_errors(facts.job, made.status)
             session.cycle_wanted.set()
             session.want_job(key)
+        await give_devices_back(session, entry, made.status or facts.job.status)
         for notice in made.notices:
             subject = Subject(API_VERSION, "TrainingJob", key.namespace, key.name, entry.uid)
             session.events.emit(subject, notice.reason, notice.message, warning=notice.warning)

@@ -36,6 +36,7 @@ def job_facts(
         report=report,
         moved_to=moved.assignments if (moved := world.moved.get(key)) else None,
         progress_interval=timedelta(seconds=progress_interval),
+        devices_withdrawn=world.devices.withdrawn(job.status.attempts[-1].assignments if job.status.attempts else ()),
     )
 
 
