@@ -47,7 +47,8 @@ def choose(devices: Sequence[NodeDevice], taken: Collection[str], count: int) ->
     free = [place for place in _in_order(devices) if place.offered.device.key not in taken]
     if len(free) < count:
         return None
-    return tuple(place.offered.device for place in _closest(free, count, 0))
+    chosen = {place.offered.device.key for place in _closest(free, count, 0)}
+    return tuple(place.offered.device for place in free if place.offered.device.key in chosen)
 
 
 def _in_order(devices: Sequence[NodeDevice]) -> list[_Place]:
@@ -63,7 +64,9 @@ def _in_order(devices: Sequence[NodeDevice]) -> list[_Place]:
 
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
     """Order gpu-10 behind gpu-2."""
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name))
+    # The split puts numbers at the odd places.
+    parts = enumerate(re.split(r"([0-9]+)", name))
+    return tuple((int(part), "") if place % 2 else (-1, part) for place, part in parts)
 
 
 def _closest(free: Sequence[_Place], count: int, level: int) -> list[_Place]:

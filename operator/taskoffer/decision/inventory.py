@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pydantic import ValidationError
+
 from taskoffer.api.v1alpha1.devices import PCI_BUS_ID, PCIE_ROOT, UUID, Device, device_key
 from taskoffer.decision.devices import NodeDevice
 
@@ -171,7 +173,11 @@ def named(part: Slice, published: PublishedDevice) -> Device | None:
     for attribute in (f"{part.driver}/{UUID}", PCI_BUS_ID):
         value = published.attributes.get(attribute)
         if isinstance(value, str) and value:
-            return Device(driver=part.driver, pool=part.pool, name=published.name, attribute=attribute, value=value)
+            try:
+                return Device(driver=part.driver, pool=part.pool, name=published.name, attribute=attribute, value=value)
+            except ValidationError:
+                # The server bounds all of them; what has got past it could not be written into a status.
+                return None
     return None
 
 

@@ -8,10 +8,9 @@ from pydantic import Field, StringConstraints
 
 from taskoffer.api.base import WireModel
 
-DEVICE_GROUP = "resource.k8s.io"
-PCI_BUS_ID = f"{DEVICE_GROUP}/pciBusID"
-PCIE_ROOT = f"{DEVICE_GROUP}/pcieRoot"
-"""Attributes that Kubernetes itself defines for devices on a PCI bus (k8s.io/dynamic-resource-allocation)."""
+PCI_BUS_ID = "resource.kubernetes.io/pciBusID"
+PCIE_ROOT = "resource.kubernetes.io/pcieRoot"
+"""Attributes that Kubernetes itself defines (k8s.io/dynamic-resource-allocation/deviceattribute)."""
 
 UUID = "uuid"
 """Attribute in the driver's own domain; the drivers of several vendors publish it."""
