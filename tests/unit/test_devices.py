@@ -261,11 +261,10 @@ def test_a_device_that_a_foreign_claim_has_is_left_alone() -> None:
 def test_an_offer_is_charged_for_each_of_its_devices_whoever_names_them() -> None:
     views = [
         Claim("a", "node-a", 2, "admission", "lab", devices=keys("node-a", 2, 3)),
-        Claim("a", "node-a", 2, "claim", "lab", devices=keys("node-a", 0, 1)),
-        Claim("a", "node-a", 2, "claim", "lab", devices=keys("node-a", 0, 1)),
+        Claim("a", "node-a", 2, "claim", "lab", devices=keys("node-a", 1, 2)),
     ]
     assert open_ledger(views[:1]).booked == {"node-a": 2}
-    assert open_ledger(views).booked == {"node-a": 4}
+    assert open_ledger(views).booked == {"node-a": 3}
 
 
 def test_a_pod_whose_request_became_a_claim_is_charged_once() -> None:
@@ -301,6 +300,15 @@ def test_a_job_whose_device_somebody_else_got_takes_another_one() -> None:
     assert found.assignments[0].device_keys == keys("node-a", 1)
 
 
+@pytest.mark.parametrize(("count", "expected"), [(1, None), (2, keys("node-a", 1))])
+def test_a_job_that_stays_on_its_node_leaves_the_device_that_its_last_attempt_still_has(
+    count: int, expected: tuple[str, ...] | None
+) -> None:
+    views = [Claim("a", "node-a", 1, source, "lab", devices=keys("node-a", 0)) for source in ("admission", "claim")]  # type: ignore[arg-type]
+    moves = cycle([], nodes=[device_node(count=count)], claims=views, moves=[move(1)], policies=[PINNING]).moves
+    assert [found.assignments[0].device_keys for found in moves] == ([expected] if expected else [])
+
+
 def test_devices_that_two_holders_have_are_told() -> None:
     views = [Claim(holder, "node-a", 1, "admission", devices=keys("node-a", 0)) for holder in "ab"]
     ledger = open_ledger([*views, Claim("c", "node-a", 1, "admission", devices=keys("node-a", 1))])
@@ -318,7 +326,7 @@ class PinnedCluster(RuleBasedStateMachine):
         super().__init__()
         self.nodes = {name: device_node(name, count) for name, count in (("n0", 8), ("n1", 4))}
         self.booked: dict[str, Assignment] = {}
-        self.held: dict[str, Claim] = {}
+        self.held: dict[tuple[str, int], Claim] = {}
         self.foreign: dict[str, Claim] = {}
         self.waiting: list[OfferView] = []
         self.number = 0
@@ -341,8 +349,6 @@ class PinnedCluster(RuleBasedStateMachine):
         offered = {one.device.key for one in self.nodes[assignment.node_name].devices}
         assert set(assignment.device_keys) <= offered
         self.booked[uid] = assignment
-        keys = assignment.device_keys
-        self.held[uid] = Claim(uid, assignment.node_name, assignment.count, "claim", "lab", devices=keys)
 
     @rule(target=running, parameters=st.lists(st.sampled_from([ONE_GPU, TWO_GPUS, FOUR_GPUS]), max_size=5))
     def offers_come(self, parameters: list[int]) -> object:
@@ -363,16 +369,23 @@ class PinnedCluster(RuleBasedStateMachine):
         self.booked.pop(uid, None)
 
     @rule(uid=running)
-    def a_claim_is_given_back(self, uid: str) -> None:
-        self.held.pop(uid, None)
-        self.booked.pop(uid, None)
+    def an_attempt_claims_its_devices(self, uid: str) -> None:
+        if (found := self.booked.get(uid)) is not None:
+            self.number += 1
+            made = Claim(uid, found.node_name, found.count, "claim", "lab", devices=found.device_keys)
+            self.held[uid, self.number] = made
 
-    @rule(uid=running, over=st.booleans())
-    def an_attempt_moves(self, uid: str, over: bool) -> None:
+    @rule(uid=running, all_of_it=st.booleans())
+    def claims_are_given_back(self, uid: str, all_of_it: bool) -> None:
+        for held in [held for held in self.held if held[0] == uid]:
+            del self.held[held]
+        if all_of_it:
+            self.booked.pop(uid, None)
+
+    @rule(uid=running)
+    def an_attempt_moves(self, uid: str) -> None:
         if uid not in self.booked:
             return
-        if over:
-            self.held.pop(uid, None)
         wanted = MoveRequest(OfferKey("default", uid), uid, "lab", self.booked[uid].count, None, frozenset())
         nodes = list(self.nodes.values())
         for found in cycle([], nodes=nodes, claims=self.claims, moves=[wanted], policies=[PINNING]).moves:
