@@ -183,7 +183,11 @@ class FakeKube:
             place = self._place(resource, namespace, name)
             if uid is not None and self._found(place)["metadata"]["uid"] != uid:
                 raise ConflictError(409, "Conflict", "the UID in the precondition does not match")
-            self._remove(resource, place)
+            if self._found(place)["metadata"].get("finalizers"):
+                asked = {"metadata": {"deletionTimestamp": Clock.utcnow().strftime("%Y-%m-%dT%H:%M:%SZ")}}
+                self._store(resource, place, _merge(self._found(place), asked))
+            else:
+                self._remove(resource, place)
 
         await self._call("delete", resource, name, None, work)
 
@@ -281,7 +285,8 @@ class FakeKube:
                 self._remove(other[0], other)
 
     def _tell(self, resource: Resource, event: str, raw: Object) -> None:
-        watched = (NODES, PODS, BATCH_JOBS, JOBS_OF_TRAINING, POLICIES, OFFERS)
+        devices = WATCHED_DEVICES.values() if self.refuses_devices is None else ()
+        watched = (NODES, PODS, BATCH_JOBS, JOBS_OF_TRAINING, POLICIES, OFFERS, *devices)
         if self.observer is not None and self.watching and resource in watched:
             self.observer(KINDS[resource], event, copy.deepcopy(raw))
 
