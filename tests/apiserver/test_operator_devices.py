@@ -3,101 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
+from device_bench import (
+    GPU,
+    RIGHTS,
+    a_driver,
+    allocation,
+    chosen,
+    claims,
+    device_node,
+    foreign_pod,
+    pinning,
+    publish,
+    until_allocated,
+    until_no_claims,
+)
 from device_builders import API, CLASS, DRIVER, make_device_class, make_resource_claim, make_slice
 from operator_bench import SECONDS, Bench, condition
 from taskoffer_lab.api_client import ApiError
-from taskoffer_lab.install import project_root
 from taskoffer_lab.local_provider import LocalCluster
 from taskoffer_lab.process_table import wait_until
-
-Object = dict[str, Any]
-
-GPU = "nvidia.com/gpu"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def devices_allowed(operator_home: LocalCluster) -> Iterator[None]:
     """The rights that ship for pinning, before the operator starts, and a driver's DeviceClass."""
-    manifest = str(project_root() / "deploy" / "devices.yaml")
-    operator_home.kubectl("apply", "--server-side", "-f", manifest)
-    operator_home.api.request("POST", f"{API}/deviceclasses", make_device_class())
-    yield
-    operator_home.api.request("DELETE", f"{API}/deviceclasses/{CLASS}")
-    operator_home.kubectl("delete", "-f", manifest)
+    operator_home.kubectl("apply", "--server-side", "-f", RIGHTS)
+    with a_driver(operator_home):
+        yield
+    operator_home.kubectl("delete", "-f", RIGHTS)
 
 
 @pytest.fixture
 def pinned(bench: Bench, operator: object) -> Bench:
     """A bench whose policy pins GPUs."""
     return bench
-
-
-def device_node(bench: Bench, name: str = "a", devices: int = 8, **spec: Any) -> str:
-    """Add a node without a device plugin whose devices a DRA driver publishes; return its full name."""
-    node = bench.node(name, gpus=0)
-    publish(bench, make_slice(node, devices, **spec))
-    return node
-
-
-def publish(bench: Bench, made: Object) -> None:
-    """Publish a ResourceSlice as a driver does."""
-    bench.api.request("POST", f"{API}/resourceslices", made)
-    bench.clean_up(f"{API}/resourceslices/{made['metadata']['name']}")
-
-
-def pinning(bench: Bench, **fields: Any) -> Object:
-    """Create the bench's policy with pinned GPUs and wait until it is in force."""
-    pool = {"name": GPU, "counts": [1, 2, 4], "deviceClassName": CLASS}
-    return bench.policy(resources=[pool], **fields)
-
-
-def claims(bench: Bench) -> list[Object]:
-    """Return the ResourceClaims of the bench's namespace by name."""
-    found = bench.api.request("GET", bench.path("resourceclaims", api=API))["items"]
-    return sorted(found, key=lambda claim: str(claim["metadata"]["name"]))
-
-
-def allocation(claim: Object) -> list[str]:
-    """Return the devices that the scheduler gave to a claim."""
-    results = claim.get("status", {}).get("allocation", {}).get("devices", {}).get("results", [])
-    return sorted(result["device"] for result in results)
-
-
-def chosen(offer: Object) -> list[str]:
-    """Return the devices that the operator chose for an offer."""
-    (assignment,) = offer["status"]["admission"]["assignments"]
-    assert assignment["deviceClassName"] == CLASS
-    assert len(assignment["devices"]) == assignment["count"]
-    return sorted(device["name"] for device in assignment["devices"])
-
-
-def foreign_pod(bench: Bench, name: str, node: str, claim: str) -> None:
-    """Create a pod of somebody else that uses a ResourceClaim, for the scheduler to place on a node."""
-    term = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]}
-    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
-    container = {"name": "trainer", "image": "foreign.invalid/x", "resources": {"claims": [{"name": "g"}]}}
-    spec = {
-        "affinity": {"nodeAffinity": required},
-        "containers": [container],
-        "resourceClaims": [{"name": "g", "resourceClaimName": claim}],
-    }
-    bench.api.request("POST", bench.path("pods", api="/api/v1"), {"metadata": {"name": name}, "spec": spec})
-
-
-def until_allocated(bench: Bench, name: str) -> list[str]:
-    """Wait until a claim has its devices; return them."""
-    path = bench.path("resourceclaims", name, api=API)
-    wait_until(lambda: bool(allocation(bench.api.request("GET", path))), f"claim {name} allocated", SECONDS)
-    return allocation(bench.api.request("GET", path))
-
-
-def until_no_claims(bench: Bench) -> None:
-    """Wait until no ResourceClaim is left in the bench's namespace."""
-    wait_until(lambda: not claims(bench), "no claims left", SECONDS)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])

@@ -63,7 +63,7 @@ async def until_devices_come(session: Session) -> None:
     """
     devices = session.world.devices
     while True:
-        await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+        await asyncio.sleep(min(_LOOK_AGAIN_SECONDS, session.settings.resync))
         if devices.access is Access.WATCHED or not _wanted(session.world):
             continue
         found = await find_access(session.kube)
