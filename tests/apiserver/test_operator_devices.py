@@ -20,7 +20,7 @@ from device_bench import (
     until_allocated,
     until_no_claims,
 )
-from device_builders import API, CLASS, DRIVER, make_device_class, make_resource_claim, make_slice
+from device_builders import API, CLASS, DRIVER, make_device, make_device_class, make_resource_claim, make_slice
 from operator_bench import SECONDS, Bench, condition
 from taskoffer_lab.api_client import ApiError
 from taskoffer_lab.local_provider import LocalCluster
@@ -189,6 +189,42 @@ def test_a_policy_without_its_device_class_is_not_ready_until_that_comes(pinned:
     bench.policy_condition("Ready", "Ready")
     bench.decided("waits", "Admitted")
     bench.bound_pod("waits")
+
+
+def test_devices_that_are_named_by_different_attributes_are_allocated_together(pinned: Bench) -> None:
+    bench = pinned
+    node = bench.node("a", gpus=0)
+    plain, other = make_device("gpu-0", node), make_device("gpu-1", node)
+    del other["attributes"]["uuid"]
+    other["attributes"]["resource.kubernetes.io/pciBusID"] = {"string": "0000:3b:00.0"}
+    stranger = {"name": "nic-0", "attributes": {"speed": {"int": 400}}}
+    publish(bench, make_slice(node, [plain, other, stranger]))
+    pinning(bench)
+    offer = bench.admitted("mixed", 2)
+    bench.bound_pod("mixed")
+    (claim,) = claims(bench)
+    assert allocation(claim) == chosen(offer) == ["gpu-0", "gpu-1"]
+
+
+def test_a_foreign_pod_whose_request_becomes_a_claim_is_charged_once(pinned: Bench) -> None:
+    bench, node = pinned, device_node(pinned, "a", 4)
+    bridge = make_device_class(f"{bench.namespace}.bridge")
+    bridge["spec"]["extendedResourceName"] = GPU
+    bench.api.request("POST", f"{API}/deviceclasses", bridge)
+    bench.clean_up(f"{API}/deviceclasses/{bench.namespace}.bridge")
+    pinning(bench)
+    term = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]}
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
+    container = {"name": "trainer", "image": "foreign.invalid/x", "resources": {"limits": {GPU: "2"}}}
+    spec = {"affinity": {"nodeAffinity": required}, "containers": [container]}
+    bench.api.request("POST", bench.path("pods", api="/api/v1"), {"metadata": {"name": "bridged"}, "spec": spec})
+    wait_until(lambda: any(allocation(claim) for claim in claims(bench)), "the request became a claim", SECONDS)
+    bench.booked(node, 2)
+    (theirs,) = claims(bench)
+    offer = bench.admitted("mine", 2)
+    bench.bound_pod("mine")
+    assert set(allocation(theirs)) | set(chosen(offer)) == {f"gpu-{n}" for n in range(4)}
+    bench.booked(node, 4)
 
 
 def test_a_policy_cannot_both_pin_gpus_and_share_them_out(pinned: Bench) -> None:

@@ -302,6 +302,23 @@ def test_an_attempt_whose_device_was_withdrawn_is_followed_by_one_on_another_dev
     run_virtually(main())
 
 
+def test_a_pod_whose_device_somebody_else_got_first_is_given_up_and_tried_on_another_device() -> None:
+    async def main() -> None:
+        policy = pinning(attempts={"maxAttempts": 2, "backoffSeconds": 1, "startTimeoutSeconds": 60})
+        async with leading(with_devices(2), policy=policy) as rig:
+            rig.offer()
+            await job_of(rig)
+            rig.kube.put(RESOURCE_CLAIMS, allocated(make_resource_claim(), "gpu-0"))
+            job = await job_of(rig, 2)
+            assert claims(rig) == [f"{JOB}-2", "theirs"]
+            attempts = rig.kube.get_now(JOBS_OF_TRAINING, JOB)["status"]["attempts"]
+            devices = [[one["name"] for one in a["assignments"][0]["devices"]] for a in attempts]
+            assert devices == [["gpu-0"], ["gpu-1"]]
+            assert job["metadata"]["name"] == f"{JOB}-2"
+
+    run_virtually(main())
+
+
 def attempts(*outcomes: str | None) -> list[Object]:
     place = {"nodeName": "node-a", "resourceName": "nvidia.com/gpu", "count": 1}
     made = [{"jobName": f"j-{n}", "assignments": [place], "createdAt": rfc3339(NOW)} for n in range(1, 9)]
