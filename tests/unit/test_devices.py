@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
-from core_builders import FOUR_GPUS, ONE_GPU, TWO_GPUS, at, claim, cycle, decide, node, offer, policy
+from core_builders import FOUR_GPUS, NOW, ONE_GPU, TWO_GPUS, at, claim, cycle, decide, node, offer, policy, snapshot
 from device_builders import CLASS, DRIVER, make_device, make_device_class, make_slice
 from taskoffer.api.v1alpha1.devices import Device, device_key
 from taskoffer.api.v1alpha1.meta import Assignment
+from taskoffer.decision.cycle import plan
 from taskoffer.decision.devices import NodeDevice, choose
 from taskoffer.decision.inventory import ClassRule, Inventory, PublishedDevice, class_rule, inventory, nodes_of
 from taskoffer.decision.ledger import Claim, NodeView, open_ledger
-from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView
+from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, Resumption
 from taskoffer.reconcile.device_views import device_class_entry, slice_entry
 
 Object = dict[str, Any]
@@ -283,6 +284,27 @@ def test_a_job_that_moves_gets_devices_of_its_new_node() -> None:
     (assignment,) = found.assignments
     assert (assignment.node_name, assignment.device_keys) == ("node-b", keys("node-b", 0, 1))
     assert assignment.device_class_name == CLASS
+
+
+def test_a_job_that_goes_on_after_it_was_stopped_for_another_gets_free_devices() -> None:
+    stopped = Resumption(
+        key=OfferKey("default", "a-job"),
+        offer_uid="a",
+        name="default/a",
+        policy="lab",
+        gpus=2,
+        lane=None,
+        quota=None,
+        level=0,
+        since=NOW,
+        occupies=600.0,
+        left_for="b",
+        deadline=None,
+    )
+    other = Claim("b", "node-a", 2, "admission", "lab", devices=keys("node-a", 0, 1))
+    world = snapshot([], nodes=[device_node(count=4)], claims=[other], policies=[PINNING])
+    (found,) = plan(replace(world, resumptions=[stopped])).moves
+    assert found.assignments[0].device_keys == keys("node-a", 2, 3)
 
 
 def test_a_job_that_cannot_move_gets_its_own_devices_again() -> None:

@@ -10,12 +10,13 @@ from functools import lru_cache
 from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.devices import Device
-from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, ExplanationItem, TaskOfferSpec
+from taskoffer.decision.devices import assignment
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.naming import job_name
+from taskoffer.decision.preemption import Choice
 from taskoffer.decision.room import Obstacle
 from taskoffer.decision.snapshot import OfferTerms, OfferView, PolicyView, Sibling, Snapshot
 from taskoffer.decision.timeline import Opening
@@ -125,6 +126,23 @@ def ends_earlier(evaluation: Evaluation, gpus: int, opening: Opening, ends: date
     return Answer(Verdict.WAIT, reason, message, total, items)
 
 
+def waits_for(evaluation: Evaluation, policy: PolicyView, choice: Choice) -> Answer:
+    """Answer an offer for which running jobs are to stop."""
+    assert policy.spec is not None  # noqa: S101
+    shown = ", ".join(f"{running.name} ({running.gpus})" for running in choice.leaving[:_TOLD_CONSTRAINTS])
+    more = f" and {len(choice.leaving) - _TOLD_CONSTRAINTS} more" if len(choice.leaving) > _TOLD_CONSTRAINTS else ""
+    message = (
+        f"needs {evaluation.gpus} x {policy.spec.resources[0].name}; {shown}{more} on {choice.node} save, stop and go "
+        "on later, for which the policy's preemption is set"
+    )
+    reason = Reason.WAITING_FOR_PREEMPTION
+    remedy = _remedy(reason, f"admitted once {choice.gpus} GPU(s) of them are free")
+    total = evaluation.score.total if evaluation.score else None
+    return Answer(
+        Verdict.WAIT, reason, message, total, _explanation(evaluation, [_constraint(reason, message), remedy])
+    )
+
+
 def admitted(
     offer: OfferView,
     policy: PolicyView,
@@ -163,16 +181,7 @@ def admitted(
             job_name=job_name(offer.key.name, offer.uid),
             decided_at=now,
             deadline=deadline_of(offer.spec, now),
-            assignments=(
-                Assignment(
-                    node_name=node.name,
-                    resource_name=resource,
-                    count=evaluation.gpus,
-                    lane=evaluation.lane,
-                    device_class_name=pool.device_class_name if devices else None,
-                    devices=devices,
-                ),
-            ),
+            assignments=(assignment(pool, node.name, evaluation.gpus, evaluation.lane, devices),),
         ),
     )
 

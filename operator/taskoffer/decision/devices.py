@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 
+from taskoffer.api.v1alpha1.capacitypolicy import ResourcePool
 from taskoffer.api.v1alpha1.devices import Device
+from taskoffer.api.v1alpha1.meta import Assignment
 
 _QUAD, _PAIR = 4, 2
 """Neighbours that boards and NVLink bridges join, and sizes of tasks: blocks of these are kept whole."""
@@ -30,6 +32,20 @@ class _Place:
 
 
 Cost = tuple[int, ...]
+
+
+def assignment(
+    pool: ResourcePool, node: str, count: int, lane: str | None, devices: tuple[Device, ...] | None
+) -> Assignment:
+    """Return the record of a booking; without devices whoever hands out the resource chooses them."""
+    return Assignment(
+        node_name=node,
+        resource_name=pool.name,
+        count=count,
+        lane=lane,
+        device_class_name=pool.device_class_name if devices else None,
+        devices=devices,
+    )
 
 
 def choose(devices: Sequence[NodeDevice], taken: Collection[str], count: int) -> tuple[Device, ...] | None:

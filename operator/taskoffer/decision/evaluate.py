@@ -22,6 +22,7 @@ from taskoffer.decision.outcomes import NOTHING, Group, Learned, group_of
 from taskoffer.decision.prediction import estimates_of, refusals_of
 from taskoffer.decision.score import PLACES, score_of
 from taskoffer.decision.sizing import billions
+from taskoffer.decision.value import at_stake
 from taskoffer.decision.verdict import Refusal, Score
 
 
@@ -79,6 +80,10 @@ class Evaluation:
     it ends first."""
     reserves: bool = False
     """Whether a node is kept for it while it waits for capacity."""
+    preempts: bool = False
+    """Whether running jobs may be stopped for it."""
+    at_stake: float = 0.0
+    """What an admitted job would lose if it were certain to be late instead of in time, by expected value."""
     floor: tuple[int, Decimal | None] | None = None
     """Admissions of its task type within a day below which another score suffices, and that score."""
 
@@ -126,6 +131,7 @@ def evaluate(
     if score is not None:
         refusals.extend(_check_score(facts, score))
     finish = facts.prediction.finish if facts.prediction is not None else None
+    priority = _priority(facts)
     return Evaluation(
         refusals=tuple(refusals),
         score=score,
@@ -137,7 +143,7 @@ def evaluate(
         ttl=policy.filters.offer_ttl_seconds,
         seconds=facts.prediction.seconds if facts.prediction is not None else 0.0,
         occupies=finish.seconds if finish is not None else float(spec.time_limit_seconds),
-        priority=_priority(facts),
+        priority=priority,
         urgency=policy.scoring.expected_value.urgency_seconds if policy.scoring.expected_value else None,
         quota=namespace if facts.limit is not None and facts.limit.gpus is not None else None,
         borrows_from=facts.lane.borrow_from if facts.lane else (),
@@ -148,6 +154,8 @@ def evaluate(
         ),
         spare_share=_spare_share(facts),
         reserves=_reserves(facts),
+        preempts=_preempts(facts, priority),
+        at_stake=_at_stake(facts),
         floor=_floor(facts),
         group=group_of(spec, policy) if policy.learning is not None else None,
     )
@@ -175,6 +183,22 @@ def _priority(facts: Facts) -> Priority | None:
 def _reserves(facts: Facts) -> bool:
     least = facts.policy.queue.reserve_from_gpus if facts.policy.queue is not None else None
     return least is not None and facts.gpus is not None and facts.gpus >= least
+
+
+def _preempts(facts: Facts, priority: Priority | None) -> bool:
+    rules = facts.policy.preemption
+    if rules is None:
+        return False
+    names = facts.policy.queue.priorities if facts.policy.queue is not None else ()
+    return not rules.rules or any(names[priority.level if priority else 0] in rule.by for rule in rules.rules)
+
+
+def _at_stake(facts: Facts) -> float:
+    scoring, task, parameters = facts.policy.scoring.expected_value, facts.task, facts.parameters
+    if facts.policy.preemption is None or scoring is None or task is None or parameters is None:
+        return 0.0
+    success = facts.learned.success_rate(facts.known, Decimal(task.success_rate))
+    return at_stake(facts.spec, task, parameters, scoring, success)
 
 
 def _floor(facts: Facts) -> tuple[int, Decimal | None] | None:

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from taskoffer.api.v1alpha1.meta import Assignment
+from taskoffer.decision.devices import assignment
 from taskoffer.decision.ledger import best_fit
 from taskoffer.decision.room import Room
-from taskoffer.decision.snapshot import OfferKey, Snapshot
+from taskoffer.decision.snapshot import OfferKey, Resumption, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +41,19 @@ def find_moves(snapshot: Snapshot, room: Room) -> Iterable[Move]:
         if node is None:
             continue
         devices = ledger.pick(request.offer_uid, node, request.count, again=again)
-        pool = policy.spec.resources[0]
-        yield Move(
-            request.key,
-            request.offer_uid,
-            (
-                Assignment(
-                    node_name=node.name,
-                    resource_name=pool.name,
-                    count=request.count,
-                    lane=request.lane,
-                    device_class_name=pool.device_class_name if devices else None,
-                    devices=devices,
-                ),
-            ),
-        )
+        made = assignment(policy.spec.resources[0], node.name, request.count, request.lane, devices)
+        yield Move(request.key, request.offer_uid, (made,))
+
+
+def resume(wanted: Resumption, snapshot: Snapshot, room: Room) -> Move | None:
+    """Find GPUs for a job that was stopped for another, and book them. Its limits are those of a new job."""
+    policy = snapshot.policies.get(wanted.policy)
+    if policy is None or policy.spec is None or room.obstacle(policy, wanted) is not None:
+        return None
+    node = room.place(policy, wanted, wanted.offer_uid, wanted.name)
+    devices = room.timeline.ledger.pick(wanted.offer_uid, node, wanted.gpus)
+    made = assignment(policy.spec.resources[0], node.name, wanted.gpus, wanted.lane, devices)
+    return Move(wanted.key, wanted.offer_uid, (made,))
 
 
 def _kept_without_pods(snapshot: Snapshot, holder: str) -> dict[str, int]:

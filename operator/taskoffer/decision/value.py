@@ -68,6 +68,13 @@ def expectation_of(
     )
 
 
+def at_stake(
+    spec: TaskOfferSpec, task: TaskTypeRule, parameters: int, scoring: ExpectedValue, success: Decimal
+) -> float:
+    """Return what a task's expected earnings lose between being certainly in time and being certainly late."""
+    return min(1.0, float(success)) * (value_of(spec, task, parameters, scoring) + float(scoring.penalty))
+
+
 def value_of(spec: TaskOfferSpec, task: TaskTypeRule, parameters: int, scoring: ExpectedValue) -> float:
     """Return what the task is worth when it ends in time."""
     if spec.value is not None:
