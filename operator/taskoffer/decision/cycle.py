@@ -116,7 +116,7 @@ class _Cycle:
         policies: dict[str, PolicyView] = {}
         resolved: dict[str | None, tuple[PolicyView | None, Reason | None, str]] = {}
         snapshot = self.snapshot
-        heirs = {running.leaving_for for running in snapshot.running} | {it.left_for for it in snapshot.resumptions}
+        heirs = snapshot.heirs
         for offer in snapshot.offers:
             if offer.spec is not None and offer.spec.policy_name not in resolved:
                 resolved[offer.spec.policy_name] = snapshot.policy_for(offer.spec)

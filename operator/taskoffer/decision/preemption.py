@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -20,7 +20,7 @@ from taskoffer.api.v1alpha1.trainingjob import TrainingJobStatus
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.moments import later
 from taskoffer.decision.room import Lack, Obstacle, Room
-from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView, Running, Snapshot, end_of
+from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView, Resumption, Running, Snapshot, end_of
 
 _CURABLE = frozenset(
     {
@@ -66,6 +66,22 @@ class Choice:
     def gpus(self) -> int:
         """GPUs that come free."""
         return sum(running.gpus for running in self.leaving)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A running job that may end for an offer."""
+
+    level: int
+    """Its priority; below all others once it has been asked to stop anyhow."""
+    cost: float
+    running: Running
+
+    @property
+    def place(self) -> tuple[int, float, int, int, str]:
+        """Where it stands among all: the lowest first."""
+        running = self.running
+        return self.level, self.cost / running.gpus, running.preempted, running.gpus, running.holder
 
 
 @dataclass(slots=True)
@@ -165,46 +181,65 @@ class Preemptions:
         """Return which jobs are to end so that an offer can start on a node, or None."""
         rules = spec.preemption
         assert rules is not None  # noqa: S101
-        candidates: list[tuple[tuple[int, float, int, str], Running, float]] = []
+        candidates: list[Candidate] = []
         for running in self._jobs.get(policy, ()):
             if running.node != lack.node:
                 continue
             if running.leaving_for is not None:
                 if running.leaving_for == offer.uid or running.leaving_for not in self._pending:
-                    candidates.append(((-1, 0.0, 0, running.holder), running, 0.0))
+                    candidates.append(Candidate(-1, 0.0, running))
             elif _allows(rules, spec, evaluation, running):
                 cost = self._cost(rules, spec, evaluation, running)
                 if cost is not None:
-                    place = running.level, cost / running.gpus, running.preempted, running.holder
-                    candidates.append((place, running, cost))
-        candidates.sort(key=lambda candidate: candidate[0])
-        taken = _enough(lack, [running for _, running, _ in candidates])
-        if taken is None:
+                    candidates.append(Candidate(running.level, cost, running))
+        chosen = min(_enough(lack, candidates), key=_dearness, default=None)
+        if chosen is None:
             return None
-        return Choice(lack.node, taken, sum(cost for _, running, cost in candidates if running in taken))
+        return Choice(lack.node, tuple(one.running for one in chosen), sum(one.cost for one in chosen))
 
     def _cost(
         self, rules: Preemption, spec: CapacityPolicySpec, evaluation: Evaluation, running: Running
     ) -> float | None:
         """Return what a job is expected to lose when it goes on after the offer, or None where it would be late.
 
-        That is the value of the GPU time that going on takes, and what its probability of ending in time loses.
+        That is the GPU-hours that going on takes and, by expected value, what those are worth and what the probability
+        of ending in time loses.
         """
         now = self.snapshot.now
         left = max(_LEAST_REMAINING, (running.ends - now).total_seconds())
         again = left + rules.resume_seconds
-        cost = max(0.0, running.score) * running.gpus * rules.resume_seconds / 3600
+        scoring = spec.scoring.expected_value
+        worth = max(0.0, running.score) if scoring is not None else 1.0
+        cost = worth * running.gpus * rules.resume_seconds / 3600
         if running.deadline is None:
             return cost
         until = (running.deadline - now).total_seconds()
         then = until - evaluation.occupies
         if then < again:
             return None
-        scoring = spec.scoring.expected_value
         spread = float(scoring.duration_spread) if scoring is not None else 0.0
         if spread > 0:
             cost += running.at_stake * max(0.0, _in_time(until, left, spread) - _in_time(then, again, spread))
         return cost
+
+
+def goes_on(gone: Running, now: datetime, resume_seconds: float) -> Resumption:
+    """Return the wait of a job that has been stopped, of which nothing is known but what was predicted at a moment."""
+    assert gone.leaving_for is not None  # noqa: S101
+    return Resumption(
+        key=gone.key,
+        offer_uid=gone.holder,
+        name=gone.name,
+        policy=gone.policy,
+        gpus=gone.gpus,
+        lane=gone.lane,
+        quota=gone.quota,
+        level=gone.level,
+        since=gone.started,
+        occupies=left_of((gone.ends - now).total_seconds(), 0) + resume_seconds,
+        left_for=gone.leaving_for,
+        deadline=gone.deadline,
+    )
 
 
 def seconds_left(status: TrainingJobStatus, needed: float) -> float:
@@ -238,22 +273,30 @@ def _allows(rules: Preemption, spec: CapacityPolicySpec, evaluation: Evaluation,
     return any(names[own] in rule.by and names[running.level] in rule.of for rule in rules.rules)
 
 
-def _enough(lack: Lack, candidates: Sequence[Running]) -> tuple[Running, ...] | None:
-    """Return the first candidates whose end gives what is lacking, without those that turn out not to be needed."""
-    taken: list[Running] = []
-    for running in candidates:
-        left = lack.without(taken)
+def _enough(lack: Lack, candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
+    """Yield who could end to give what is lacking: each one that does alone, and several, the least dear first."""
+    yield from ([one] for one in candidates if lack.without([one.running]).nothing)
+    taken: list[Candidate] = []
+    for one in sorted(candidates, key=lambda it: it.place):
+        left = lack.without([it.running for it in taken])
         if left.nothing:
             break
-        if left.helped_by(running):
-            taken.append(running)
-    if not lack.without(taken).nothing:
-        return None
-    for running in reversed(tuple(taken)):
-        others = [other for other in taken if other is not running]
-        if lack.without(others).nothing:
+        if left.helped_by(one.running):
+            taken.append(one)
+    if not lack.without([it.running for it in taken]).nothing:
+        return
+    for one in reversed(tuple(taken)):
+        others = [it for it in taken if it is not one]
+        if lack.without([it.running for it in others]).nothing:
             taken = others
-    return tuple(taken)
+    yield taken
+
+
+def _dearness(chosen: Sequence[Candidate]) -> tuple[int, float, int, int, list[str]]:
+    """Return how dear it is that some jobs end: the highest priority, the cost, the GPUs, their number, and names."""
+    level, cost = max(one.level for one in chosen), sum(one.cost for one in chosen)
+    gpus, names = sum(one.running.gpus for one in chosen), sorted(one.running.holder for one in chosen)
+    return level, round(cost, 6), gpus, len(chosen), names
 
 
 def _in_time(limit: float, predicted: float, spread: float) -> float:

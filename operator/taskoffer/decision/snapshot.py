@@ -166,7 +166,7 @@ class Running:
     preempted: int = 0
     """How often it has been stopped already."""
     score: float = 0.0
-    """Expected earnings for each GPU-hour, where the policy scores by expected value; else what its offer scored."""
+    """What its offer scored: the expected earnings for each GPU-hour, where the policy scores by expected value."""
     at_stake: float = 0.0
     """What it would lose if it were certain to be late instead of certain to be in time."""
     leaving_for: str | None = None
@@ -346,6 +346,12 @@ class Snapshot:
     resumptions: Sequence[Resumption] = ()
     admitted_today: Mapping[tuple[str, TaskType], int] = field(default_factory=dict)
     """Offers that were admitted within the last 24 hours, by policy and task type, where a policy counts them."""
+
+    @property
+    def heirs(self) -> frozenset[str]:
+        """UIDs of the offers for which jobs stop or have stopped."""
+        leaving = (running.leaving_for for running in self.running if running.leaving_for is not None)
+        return frozenset(leaving) | {waits.left_for for waits in self.resumptions}
 
     def policy_for(self, spec: TaskOfferSpec | OfferTerms) -> tuple[PolicyView | None, Reason | None, str]:
         """Return the policy that decides an offer, or the reason and message why there is none.
