@@ -154,18 +154,17 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {**sized({**SMALL, "lora": {"r": 40_000}}), "task_types": [{**TASK, "loraRankFactor": "2"}]},
-        "taskTypes[InstructText] scales r of sizeClasses[S] to 80000: "
-        "Input should be less than or equal to 65536; change the factor",
+        "taskTypes[InstructText] scales r of sizeClasses[S] to 80000, which must be at most 65536: change the factor",
     ),
     (
         {**sized({**SMALL, "lora": {"r": 1, "loraAlpha": 1_000_000}}), "task_types": [{**TASK, "loraRankFactor": "2"}]},
-        "taskTypes[InstructText] scales loraAlpha of sizeClasses[S] to 2000000: "
-        "Input should be less than or equal to 1048576; change the factor",
+        "taskTypes[InstructText] scales loraAlpha of sizeClasses[S] to 2000000, which "
+        "must be at most 1048576: change the factor",
     ),
     (
         {**sized(SMALL), "task_types": [{**TASK, "learningRateFactor": "0"}]},
-        "taskTypes[InstructText] scales learningRate of sizeClasses[S] to 0.0: "
-        "Input should be greater than 0; change the factor",
+        "taskTypes[InstructText] scales learningRate of sizeClasses[S] to 0.0, which "
+        "must be above 0: change the factor",
     ),
     (
         {**sized({**SMALL, "gpus": 8})},

@@ -111,5 +111,7 @@ def test_is_not_drawn(
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtraError, match=r"matplotlib is not installed: pip install taskoffer\[simulate\]"):
+    with pytest.raises(
+        MissingExtraError, match=r"matplotlib is not installed: pip install '.\[simulate\]' in the checkout"
+    ):
         draw({"a": []}, tmp_path / "a.png")

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 
 from taskoffer.api.tasks import TaskType
-from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, FullMode, LaneRule, LintFinding
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, FullMode, LintFinding
+from taskoffer.api.v1alpha1.lanes import LaneRule
+from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.api.v1alpha1.scoring import TermName, TermWeight
-from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, Architecture
+from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT
 from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.lint_profiles import finding, lint_profiles
 

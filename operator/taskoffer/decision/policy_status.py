@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from taskoffer.api.reasons import Reason
-from taskoffer.api.v1alpha1.capacitypolicy import (
-    Capacity,
-    CapacityPolicyStatus,
-    NodeCapacity,
-)
+from taskoffer.api.v1alpha1.capacity import Capacity, NodeCapacity
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicyStatus
 from taskoffer.decision.conditions import set_condition
 from taskoffer.decision.ledger import Ledger, NodeView
 from taskoffer.decision.lint import lint

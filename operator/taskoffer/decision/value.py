@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
-from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, TaskTypeRule
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
+from taskoffer.api.v1alpha1.profiles import TaskTypeRule
 from taskoffer.api.v1alpha1.scoring import ExpectedValue
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.finish import Finish
