@@ -104,6 +104,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         "resources[nvidia.com/gpu].counts must be [1] with unitsPerGpu 4: several units can be parts of one GPU",
     ),
     (
+        {"resources": [{"name": "nvidia.com/gpu", "counts": [1], "unitsPerGpu": 2, "deviceClassName": "gpu.x.com"}]},
+        "resources[nvidia.com/gpu].deviceClassName pins whole GPUs and unitsPerGpu shares them out: remove one",
+    ),
+    (
         sized({**SMALL, "minParameters": 10}),
         "sizeClasses[S].maxParameters must be greater than minParameters: raise it or remove it",
     ),

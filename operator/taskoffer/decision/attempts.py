@@ -7,8 +7,8 @@ from datetime import datetime
 
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Condition
-from taskoffer.api.v1alpha1.trainingjob import Attempt, AttemptOutcome
-from taskoffer.decision.conditions import condition_of
+from taskoffer.api.v1alpha1.trainingjob import Attempt, AttemptOutcome, TrainingJobStatus
+from taskoffer.decision.conditions import condition_of, is_true
 from taskoffer.decision.job_facts import JobFacts, OfferEnd, Refusal
 from taskoffer.decision.moments import later
 from taskoffer.decision.naming import attempt_name
@@ -55,6 +55,14 @@ def says_refused(conditions: Sequence[Condition], number: int) -> bool:
 def asked_again_at(refusal: Refusal) -> datetime:
     """Return when the API server is asked again: a quota may be raised, a webhook may come back."""
     return later(refusal.at, min(_LONGEST_PAUSE, _PAUSE * 2 ** min(refusal.times - 1, 10)))
+
+
+def needs_devices(status: TrainingJobStatus, job_name: str) -> bool:
+    """Tell whether the attempt of this name may still use the devices that were claimed for it."""
+    if is_true(status.conditions, "Complete") or is_true(status.conditions, "Failed"):
+        return False
+    last = status.attempts[-1] if status.attempts else None
+    return last is None or (last.job_name == job_name and last.outcome is None)
 
 
 def need_of(last: Attempt) -> str:

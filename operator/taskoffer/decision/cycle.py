@@ -292,8 +292,9 @@ class _Cycle:
     def _admit(self, offer: OfferView, policy: PolicyView, evaluation: Evaluation, wanted: int) -> Answer:
         node = self.room.book(policy, offer, evaluation)
         self.wanted -= wanted
-        booked = node.allocatable - self.room.timeline.ledger.free(node)
-        return admitted(offer, policy, evaluation, node, booked, self.snapshot.now)
+        ledger = self.room.timeline.ledger
+        booked, devices = node.allocatable - ledger.free(node), ledger.pick(offer.uid, node, evaluation.gpus)
+        return admitted(offer, policy, evaluation, node, booked, self.snapshot.now, devices)
 
     def _resume(self, before: Order | None) -> None:
         """Let jobs go on that were stopped for others and come before this place in the order."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from taskoffer.api.v1alpha1.meta import Assignment
+from taskoffer.decision.devices import assignment
 from taskoffer.decision.ledger import best_fit
 from taskoffer.decision.room import Room
 from taskoffer.decision.snapshot import OfferKey, Resumption, Snapshot
@@ -30,6 +31,7 @@ def find_moves(snapshot: Snapshot, room: Room) -> Iterable[Move]:
         allowed = [n for n in room.nodes(request.policy) if n.name not in request.avoid_nodes]
         kept = _kept_without_pods(snapshot, request.offer_uid)
         node = best_fit([n for n in allowed if n.name not in kept], ledger, request.count)
+        again = node is None
         if node is not None:
             ledger.booked[node.name] = ledger.booked.get(node.name, 0) + request.count
         else:
@@ -38,18 +40,9 @@ def find_moves(snapshot: Snapshot, room: Room) -> Iterable[Move]:
             node = min(own, key=lambda n: n.name, default=None)
         if node is None:
             continue
-        yield Move(
-            request.key,
-            request.offer_uid,
-            (
-                Assignment(
-                    node_name=node.name,
-                    resource_name=policy.spec.resources[0].name,
-                    count=request.count,
-                    lane=request.lane,
-                ),
-            ),
-        )
+        devices = ledger.pick(request.offer_uid, node, request.count, again=again)
+        made = assignment(policy.spec.resources[0], node.name, request.count, request.lane, devices)
+        yield Move(request.key, request.offer_uid, (made,))
 
 
 def resume(wanted: Resumption, snapshot: Snapshot, room: Room) -> Move | None:
@@ -58,22 +51,13 @@ def resume(wanted: Resumption, snapshot: Snapshot, room: Room) -> Move | None:
     if policy is None or policy.spec is None or room.obstacle(policy, wanted) is not None:
         return None
     node = room.place(policy, wanted, wanted.offer_uid, wanted.name)
-    return Move(
-        wanted.key,
-        wanted.offer_uid,
-        (
-            Assignment(
-                node_name=node.name,
-                resource_name=policy.spec.resources[0].name,
-                count=wanted.gpus,
-                lane=wanted.lane,
-            ),
-        ),
-    )
+    devices = room.timeline.ledger.pick(wanted.offer_uid, node, wanted.gpus)
+    made = assignment(policy.spec.resources[0], node.name, wanted.gpus, wanted.lane, devices)
+    return Move(wanted.key, wanted.offer_uid, (made,))
 
 
 def _kept_without_pods(snapshot: Snapshot, holder: str) -> dict[str, int]:
     """Return the GPUs by node that are booked for a holder although none of its Jobs or pods has them any more."""
     own = [c for c in snapshot.claims if c.holder == holder]
-    in_use = {c.node for c in own if c.source in ("job", "pod")}
+    in_use = {c.node for c in own if c.source in ("job", "pod", "claim")}
     return {c.node: c.count for c in own if c.node not in in_use}

@@ -47,6 +47,9 @@ def policy_status(facts: PolicyFacts) -> CapacityPolicyStatus:
 
     if facts.valid:
         put("Ready", True, Reason.READY, f"generation {facts.generation} is in force")
+    elif facts.policy.cause is Reason.DEVICES_NOT_AVAILABLE:
+        # The spec is as it should be, and comes into force by itself once the cluster has what it asks for.
+        put("Ready", False, Reason.DEVICES_NOT_AVAILABLE, facts.policy.problem)
     else:
         kept = (
             f"generation {facts.policy.generation} stays in force" if spec else "no valid version is known: mend spec"
@@ -68,11 +71,14 @@ def policy_status(facts: PolicyFacts) -> CapacityPolicyStatus:
         )
     else:
         put("Linted", True, Reason.NO_FINDINGS, "no findings")
+    active, generation = spec, facts.policy.generation if spec is not None else None
+    if facts.policy.cause is Reason.DEVICES_NOT_AVAILABLE:
+        active, generation = facts.before.active_spec, facts.before.active_generation
     return CapacityPolicyStatus(
         observed_generation=facts.generation,
         conditions=conditions,
-        active_spec=spec,
-        active_generation=facts.policy.generation if spec is not None else None,
+        active_spec=active,
+        active_generation=generation,
         lint=findings,
         capacity=capacity,
     )

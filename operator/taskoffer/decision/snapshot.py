@@ -107,6 +107,8 @@ class PolicyView:
     is_default: bool = False
     created: datetime | None = None
     problem: str = ""
+    cause: Reason = Reason.INVALID_POLICY
+    """Of what kind the problem is, if there is one."""
 
     @property
     def ref(self) -> PolicyRef:

@@ -25,6 +25,7 @@ from taskoffer.api.v1alpha1.meta import (
     Conditions,
     DecimalString,
     GpuCount,
+    Name,
     ObjectMeta,
     list_map,
     rule,
@@ -43,6 +44,15 @@ DEFAULT_POLICY_ANNOTATION = "taskoffer.dev/is-default-policy"
 class ResourcePool(WireModel):
     """An extended resource that the policy hands out in whole units."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.deviceClassName) || !has(self.unitsPerGpu)",
+                "deviceClassName pins whole GPUs and unitsPerGpu shares them out: remove one of the two",
+            )
+        )
+    )
+
     name: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(
         description="Extended resource, for example nvidia.com/gpu."
     )
@@ -54,9 +64,19 @@ class ResourcePool(WireModel):
         description="Units that one GPU is shared out as (time-slicing replicas, MIG instances); a task then gets one "
         "unit, and its share of memory and speed. Absent means whole GPUs.",
     )
+    device_class_name: Name | None = Field(
+        None,
+        description="DeviceClass (resource.k8s.io/v1) whose devices are the GPUs, for example gpu.nvidia.com: the "
+        "operator then chooses the very GPUs of each task and claims them. Absent leaves that to the device plugin.",
+    )
 
     @model_validator(mode="after")
     def _check_shared(self) -> ResourcePool:
+        if self.units_per_gpu is not None and self.device_class_name is not None:
+            raise ValueError(
+                f"resources[{self.name}].deviceClassName pins whole GPUs and unitsPerGpu shares them out: remove one "
+                "of the two"
+            )
         if self.units_per_gpu is not None and self.counts != (1,):
             raise ValueError(
                 f"resources[{self.name}].counts must be [1] with unitsPerGpu {self.units_per_gpu}: several units can "

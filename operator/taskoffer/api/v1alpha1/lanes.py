@@ -33,7 +33,7 @@ class LaneRule(WireModel):
 
 
 class Lane(WireModel):
-    """A share of the GPUs for some kinds of task. Lanes are counts: the device plugin picks the GPUs."""
+    """A share of the GPUs for some kinds of task. Lanes are counts, not certain GPUs."""
 
     name: Label = Field(description="Name of the lane.")
     gpus: Annotated[int, Field(ge=1, le=4096)] = Field(description="GPUs of the lane, over all nodes.")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
 from taskoffer.api.base import Time, WireModel, explained, spelled
+from taskoffer.api.v1alpha1.devices import Device
 
 GROUP = "taskoffer.dev"
 VERSION = "v1alpha1"
@@ -146,6 +147,17 @@ class Assignment(WireModel):
     lane: Annotated[str, StringConstraints(max_length=63)] | None = Field(
         None, description="Lane of the policy that the GPUs are booked in."
     )
+    device_class_name: Name | None = Field(
+        None, description="DeviceClass that the GPUs are claimed from; absent where the device plugin chooses them."
+    )
+    devices: Annotated[tuple[Device, ...], Field(min_length=1, max_length=8)] | None = Field(
+        None, description="The very GPUs, where they are claimed.", json_schema_extra=ATOMIC_LIST
+    )
+
+    @property
+    def device_keys(self) -> tuple[str, ...]:
+        """What the ledger calls its devices; empty where nobody has chosen any."""
+        return tuple(device.key for device in self.devices or ())
 
 
 def _on_different_places(assignments: tuple[Assignment, ...]) -> tuple[Assignment, ...]:
