@@ -25,7 +25,7 @@ from taskoffer.adapters.kube import (
     UnknownOutcomeError,
 )
 from taskoffer.adapters.lease import LeadershipLostError
-from taskoffer.adapters.metrics import WRITE_RETRIES
+from taskoffer.adapters.metrics import PREEMPTIONS, WRITE_RETRIES
 from taskoffer.api.contract import ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION
@@ -329,6 +329,8 @@ class Jobs:
         if facts.preemptor is not None and session.world.preempting.get(key) == facts.preemptor:
             # Its status says so now; or it is not what it was when it was chosen, and the cycle has to choose again.
             del session.world.preempting[key]
+            if made.status is not None and made.status.attempts[-1].preempted_for == facts.preemptor:
+                PREEMPTIONS.labels(facts.job.spec.run.policy_ref.name).inc()
             session.cycle_wanted.set()
         for notice in made.notices:
             subject = Subject(API_VERSION, "TrainingJob", key.namespace, key.name, entry.uid)
