@@ -82,4 +82,5 @@ def move_request(facts: JobFacts, last: Attempt, avoid_nodes: frozenset[str]) ->
         count=first.count,
         lane=first.lane,
         avoid_nodes=avoid_nodes,
+        last=first,
     )
