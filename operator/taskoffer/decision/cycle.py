@@ -32,6 +32,7 @@ from taskoffer.decision.snapshot import (
     Waiting,
     can_start,
     end_of,
+    next_raise,
     ttl_end,
     waiting,
 )
@@ -324,6 +325,11 @@ class _Cycle:
         Tell whether others of its kind may keep nodes too.
         """
         evaluation = found.evaluation
+        if obstacle.reason is Reason.WAITING_BEHIND_RESERVATION:
+            # Once its waiting has raised it, it may come before the offer that the node is kept for.
+            rises = next_raise(found.offer, evaluation, self.snapshot.now)
+            if rises is not None:
+                self._wake(rises)
         if evaluation.lane is not None:
             self.room.lanes_wanted.add((policy.name, evaluation.lane))
         if not evaluation.reserves or obstacle.reason is not Reason.WAITING_FOR_CAPACITY:
