@@ -27,7 +27,7 @@ from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.decision.cycle import Plan, plan
 from taskoffer.decision.forecast import forecasts
 from taskoffer.decision.ledger import open_ledger
-from taskoffer.decision.preemption import goes_on
+from taskoffer.decision.preemption import Preemptions, goes_on
 from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Resumption, Running, Snapshot
 
 QUEUE = {"priorities": ["low", "middle", "high"]}
@@ -98,7 +98,7 @@ CHOICES: dict[str, tuple[list[OfferView], list[Running], dict[str, str]]] = {
     ),
     "whoever stops for an offer that is gone serves another": (
         [high(gpus=2)],
-        [running("a", 4), running("b", 4, leaving_for="gone-uid", ends=60)],
+        [running("a", 4), running("b", 4, leaving_for="gone-uid", heir_is_gone=True, ends=60)],
         {},
     ),
     "whoever stops for another offer does not count": (
@@ -294,6 +294,7 @@ def crowds(draw: st.DrawFn) -> tuple[list[OfferView], list[Running]]:
             f"o{i}",
             gpus=draw(st.sampled_from([1, 2, 4])),
             priority_class=draw(st.sampled_from(names)),
+            hours=draw(st.sampled_from([0.5, 1, 3])),
             created=at(-draw(st.integers(0, 500))),
             expires_at=draw(st.sampled_from([None, rfc3339(at(900))])),
         )
@@ -318,6 +319,7 @@ def crowds(draw: st.DrawFn) -> tuple[list[OfferView], list[Running]]:
                 deadline=draw(st.sampled_from([None, at(4000), at(200_000)])),
                 preempted=draw(st.integers(0, 3)),
                 leaving_for=asked,
+                heir_is_gone=asked == "gone-uid" or (asked is not None and not offers),
             )
         )
     return offers, jobs
@@ -370,6 +372,22 @@ def test_who_is_promised_gpus_gets_them_once_they_are_free_and_nothing_is_given_
     then = plan(world(rest, left, nodes=NODES, resumptions=back))
     admitted = {d.offer.uid for d in then.decisions if d.answer.admission is not None}
     assert promised <= admitted
+
+
+@given(crowds(), st.sampled_from([RULED, None]))
+@fast
+def test_what_was_tried_in_vain_would_be_tried_in_vain_again(
+    crowd: tuple[list[OfferView], list[Running]], rules: PolicyView | None
+) -> None:
+    offers, jobs = crowd
+    if rules is None:
+        value = {"expectedValue": {}, "terms": None}
+        rules = policy(queue=QUEUE, scoring=value, estimation=HOURLY, preemption={"gainFactor": "1"})
+    shown = world(offers, jobs, nodes=NODES, rules=rules)
+    with pytest.MonkeyPatch.context() as patch:
+        made = plan(shown)
+        patch.setattr(Preemptions, "_tried_in_vain", lambda *_: False)
+        assert plan(shown) == made
 
 
 def test_an_offer_that_stands_with_its_wait_is_looked_at_when_jobs_may_be_stopped_for_it() -> None:

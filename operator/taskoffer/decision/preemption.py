@@ -90,15 +90,18 @@ class Preemptions:
 
     snapshot: Snapshot
     evictions: list[Eviction] = field(default_factory=list)
-    _jobs: dict[str, list[Running]] = field(init=False)
-    """By policy: those that may be asked to stop, and those that have been."""
+    _jobs: dict[str, dict[str, list[Running]]] = field(init=False)
+    """By policy and node: those that may be asked to stop, and those that have been."""
     _young: dict[str, datetime] = field(default_factory=dict)
     """By policy: when the next job has run long enough to be asked."""
-    _pending: Collection[str] = field(init=False)
+    _in_vain: dict[tuple[object, ...], list[tuple[float, float]]] = field(init=False)
+    """By kind of offer: how long those would run and what they would earn for which nobody can be stopped."""
+    _heirs: Collection[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._jobs = defaultdict(list)
-        self._pending = {offer.uid for offer in self.snapshot.offers} if self.snapshot.running else ()
+        self._jobs = defaultdict(lambda: defaultdict(list))
+        self._in_vain = defaultdict(list)
+        self._heirs = self.snapshot.heirs
         for running in self.snapshot.running:
             policy = self.snapshot.policies.get(running.policy)
             rules = policy.spec.preemption if policy is not None and policy.spec is not None else None
@@ -112,7 +115,7 @@ class Preemptions:
         if running.leaving_for is None and ripe > self.snapshot.now:
             self._young[running.policy] = min(ripe, self._young.get(running.policy, ripe))
             return
-        self._jobs[running.policy].append(running)
+        self._jobs[running.policy][running.node].append(running)
 
     def next_at(self, policy: str) -> datetime | None:
         """Return when another job of the policy has run long enough, or None where time changes nothing."""
@@ -137,19 +140,45 @@ class Preemptions:
             return None
         if not self.deserves_a_look(policy, offer, evaluation, room):
             return None
+        if self._tried_in_vain(policy, offer, evaluation):
+            return None
         ends = later(self.snapshot.now, evaluation.occupies)
         nodes = (n for n in room.nodes(policy.name) if n.ready and n.allocatable >= evaluation.gpus)
         lent = (n for n in nodes if room.lends(n, evaluation.gpus, ends))
-        found = (self._on(policy.name, spec, room.lack(policy, n, evaluation), offer, evaluation) for n in lent)
+        jobs = self._jobs[policy.name]
+        found = (
+            self._on(spec, room.lack(policy, n, evaluation), offer, evaluation, jobs[n.name])
+            for n in lent
+            if n.name in jobs
+        )
         best = min((c for c in found if c is not None), key=lambda c: (c.cost, c.gpus, c.node), default=None)
         if best is None or not self._gains(spec.preemption, evaluation, best.cost):
+            tried = evaluation.occupies, _earns(spec.preemption, evaluation)
+            self._in_vain[_kind_of(policy, evaluation)].append(tried)
             return None
         return best
 
+    def _tried_in_vain(self, policy: PolicyView, offer: OfferView, evaluation: Evaluation) -> bool:
+        """Tell whether the search was in vain for an offer of the kind that runs no longer and earns no less.
+
+        During a cycle less and less can be stopped, and the longer an offer runs the more it costs the others.
+        """
+        rules = policy.spec.preemption if policy.spec is not None else None
+        if rules is None or offer.uid in self._heirs:
+            # Those who stop for it count for nobody else.
+            return False
+        earns = _earns(rules, evaluation)
+        tried = self._in_vain.get(_kind_of(policy, evaluation), ())
+        return any(runs <= evaluation.occupies and earned >= earns for runs, earned in tried)
+
     def take(self, room: Room, policy: PolicyView, offer: OfferView, evaluation: Evaluation, choice: Choice) -> None:
         """Promise an offer what its choice frees; what it needs beside that is kept for it now."""
-        promised = {running.holder for running in choice.leaving}
-        self._jobs[policy.name] = [r for r in self._jobs[policy.name] if r.holder not in promised]
+        on_node = self._jobs[policy.name][choice.node]
+        left = [running for running in on_node if running not in choice.leaving]
+        if left:
+            self._jobs[policy.name][choice.node] = left
+        else:
+            del self._jobs[policy.name][choice.node]
         self.evictions.extend(
             Eviction(running.key, running.holder, offer.key, offer.uid) for running in choice.asked_now
         )
@@ -160,11 +189,9 @@ class Preemptions:
     @staticmethod
     def _gains(rules: Preemption, evaluation: Evaluation, cost: float) -> bool:
         """Tell whether an offer is expected to earn enough for what it costs the others."""
-        if rules.gain_factor is None or cost <= 0 or evaluation.score is None:
+        if rules.gain_factor is None or cost <= 0:
             return True
-        gained = float(evaluation.score.total) - float(rules.gpu_hour_price)
-        earns = gained * evaluation.gpus * evaluation.occupies / 3600
-        return earns >= float(rules.gain_factor) * cost
+        return _earns(rules, evaluation) >= float(rules.gain_factor) * cost
 
     @staticmethod
     def _would_miss(room: Room, policy: PolicyView, offer: OfferView, evaluation: Evaluation) -> bool:
@@ -176,17 +203,15 @@ class Preemptions:
         return opening is None or opening.at >= ends
 
     def _on(
-        self, policy: str, spec: CapacityPolicySpec, lack: Lack, offer: OfferView, evaluation: Evaluation
+        self, spec: CapacityPolicySpec, lack: Lack, offer: OfferView, evaluation: Evaluation, jobs: Sequence[Running]
     ) -> Choice | None:
         """Return which jobs are to end so that an offer can start on a node, or None."""
         rules = spec.preemption
         assert rules is not None  # noqa: S101
         candidates: list[Candidate] = []
-        for running in self._jobs.get(policy, ()):
-            if running.node != lack.node:
-                continue
+        for running in jobs:
             if running.leaving_for is not None:
-                if running.leaving_for == offer.uid or running.leaving_for not in self._pending:
+                if running.leaving_for == offer.uid or running.heir_is_gone:
                     candidates.append(Candidate(-1, 0.0, running))
             elif _allows(rules, spec, evaluation, running):
                 cost = self._cost(rules, spec, evaluation, running)
@@ -221,6 +246,20 @@ class Preemptions:
         if spread > 0:
             cost += running.at_stake * max(0.0, _in_time(until, left, spread) - _in_time(then, again, spread))
         return cost
+
+
+def _kind_of(policy: PolicyView, evaluation: Evaluation) -> tuple[object, ...]:
+    """Return what offers have in common for which the same jobs may be stopped."""
+    level = evaluation.priority.level if evaluation.priority is not None else 0
+    return policy.name, evaluation.gpus, evaluation.lane, evaluation.quota, level
+
+
+def _earns(rules: Preemption, evaluation: Evaluation) -> float:
+    """Return what an offer is expected to earn more than others would with its GPU-hours; unweighed it is enough."""
+    if rules.gain_factor is None or evaluation.score is None:
+        return math.inf
+    gained = float(evaluation.score.total) - float(rules.gpu_hour_price)
+    return gained * evaluation.gpus * evaluation.occupies / 3600
 
 
 def goes_on(gone: Running, now: datetime, resume_seconds: float) -> Resumption:
@@ -275,19 +314,20 @@ def _allows(rules: Preemption, spec: CapacityPolicySpec, evaluation: Evaluation,
 
 def _enough(lack: Lack, candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
     """Yield who could end to give what is lacking: each one that does alone, and several, the least dear first."""
-    yield from ([one] for one in candidates if lack.without([one.running]).nothing)
+    yield from ([one] for one in candidates if lack.met_by((one.running,)))
+    if not lack.met_by(one.running for one in candidates):
+        return
     taken: list[Candidate] = []
+    left = lack
     for one in sorted(candidates, key=lambda it: it.place):
-        left = lack.without([it.running for it in taken])
-        if left.nothing:
+        if left.met_by(()):
             break
         if left.helped_by(one.running):
             taken.append(one)
-    if not lack.without([it.running for it in taken]).nothing:
-        return
+            left = left.without(one.running)
     for one in reversed(tuple(taken)):
         others = [it for it in taken if it is not one]
-        if lack.without([it.running for it in others]).nothing:
+        if lack.met_by(it.running for it in others):
             taken = others
     yield taken
 

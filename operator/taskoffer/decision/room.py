@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
@@ -86,10 +86,15 @@ class Lack:
     quota_gpus: int = 0
     slots: int = 0
 
-    @property
-    def nothing(self) -> bool:
-        """Tell whether nothing is missing."""
-        return max(self.gpus, self.lane_gpus, self.quota_gpus, self.slots) <= 0
+    def met_by(self, ended: Iterable[Running]) -> bool:
+        """Tell whether nothing is missing any more once jobs on the node have ended."""
+        gpus, lane_gpus, quota_gpus, slots = self.gpus, self.lane_gpus, self.quota_gpus, self.slots
+        for running in ended:
+            gpus -= running.gpus
+            lane_gpus -= running.gpus if running.lane == self.lane else 0
+            quota_gpus -= running.gpus if running.quota == self.quota else 0
+            slots -= 1
+        return gpus <= 0 and lane_gpus <= 0 and quota_gpus <= 0 and slots <= 0
 
     def helped_by(self, running: Running) -> bool:
         """Tell whether the end of a job on the node gives something that is missing."""
@@ -97,14 +102,14 @@ class Lack:
         in_quota = self.quota_gpus > 0 and running.quota == self.quota
         return self.gpus > 0 or in_lane or in_quota or self.slots > 0
 
-    def without(self, ended: Sequence[Running]) -> Lack:
-        """Return what is still missing once jobs on the node have ended."""
+    def without(self, running: Running) -> Lack:
+        """Return what is still missing once a job on the node has ended."""
         return replace(
             self,
-            gpus=self.gpus - sum(running.gpus for running in ended),
-            lane_gpus=self.lane_gpus - sum(running.gpus for running in ended if running.lane == self.lane),
-            quota_gpus=self.quota_gpus - sum(running.gpus for running in ended if running.quota == self.quota),
-            slots=self.slots - len(ended),
+            gpus=self.gpus - running.gpus,
+            lane_gpus=self.lane_gpus - (running.gpus if running.lane == self.lane else 0),
+            quota_gpus=self.quota_gpus - (running.gpus if running.quota == self.quota else 0),
+            slots=self.slots - 1,
         )
 
 

@@ -173,6 +173,8 @@ class Running:
     """What it would lose if it were certain to be late instead of certain to be in time."""
     leaving_for: str | None = None
     """UID of the offer for which it has been asked to stop."""
+    heir_is_gone: bool = False
+    """Whether that offer does not wait any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,11 @@ def _running(world: World, entry: OfferEntry, job: TrainingJob, policies: Mappin
     if entry.admission is None or attempt is None or attempt.outcome is not None or attempt.started_at is None:
         return None
     name = entry.admission.policy_ref.name
+    policy = policies.get(name)
+    if policy is None or policy.spec is None or policy.spec.preemption is None:
+        return None
     made = _evaluated(world, entry, name, policies)
-    if made is None or made[0].preemption is None:
+    if made is None:
         return None
     evaluation, (place,) = made[1], attempt.assignments
     asked = attempt.preempted_for or world.preempting.get(entry.job_key)
@@ -58,6 +61,7 @@ def _running(world: World, entry: OfferEntry, job: TrainingJob, policies: Mappin
         score=float(evaluation.score.total) if evaluation.score is not None else 0.0,
         at_stake=evaluation.at_stake,
         leaving_for=asked.uid if asked is not None else None,
+        heir_is_gone=asked is not None and asked.uid not in world.by_state[OfferState.PENDING],
     )
 
 
@@ -104,6 +108,6 @@ def _evaluated(
 ) -> tuple[CapacityPolicySpec, Evaluation] | None:
     """Return what a policy in force makes of an admitted offer, or None where there is no such policy."""
     policy = policies.get(policy_name)
-    if policy is None or policy.spec is None or entry.read_spec()[0] is None:
+    if policy is None or policy.spec is None or entry.read_view().spec is None:
         return None
     return policy.spec, evaluation_of(entry, policy, policy.spec, world.outcomes.learned(policy.name))
