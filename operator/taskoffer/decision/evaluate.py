@@ -317,8 +317,8 @@ def _check_gpus(facts: Facts) -> Iterator[Refusal]:
 
 def _check_prediction(facts: Facts) -> Iterator[Refusal]:
     lane_gpus = facts.lane.gpus if facts.lane is not None else None
-    if facts.prediction is not None and facts.gpus is not None:
-        yield from refusals_of(facts.prediction, facts.spec, facts.policy, facts.gpus, lane_gpus, facts.learned)
+    if facts.outlook is not None and facts.gpus is not None:
+        yield from refusals_of(facts.outlook, facts.spec, facts.policy, facts.gpus, lane_gpus)
 
 
 def _check_score(facts: Facts, score: Score) -> Iterator[Refusal]:

@@ -19,9 +19,9 @@ from taskoffer.api.v1alpha1.capacitypolicy import (
 from taskoffer.api.v1alpha1.queueing import NamespaceLimit
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Learned
-from taskoffer.decision.prediction import Prediction, fewest_gpu_hours, holding_counts, predict
+from taskoffer.decision.prediction import Outlook, Prediction
 from taskoffer.decision.sizing import family_of, parameters_of, size_class_of
-from taskoffer.decision.value import most_valuable
+from taskoffer.decision.value import Stakes, most_valuable
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,10 @@ class Facts:
     options: tuple[tuple[int, Prediction], ...] = ()
     """Counts among which the cycle may choose, with what is predicted on them."""
     prediction: Prediction | None = None
+    outlook: Outlook | None = None
+    """What is predicted on any count, where the policy has settings for such a task."""
+    stakes: Stakes | None = None
+    """What the task may earn and cost, where the policy scores by that."""
     learned: Learned = NOTHING
     known: Estimate = UNKNOWN
     """What outcomes have shown of tasks like this one."""
@@ -63,14 +67,17 @@ def gather(
     lane, lane_rule = _lane_of(spec, size, policy)
     task = next((t for t in policy.task_types if t.name is spec.task_type), None)
     limit = next((n for n in policy.namespaces if n.name == namespace), None)
-    sized = size is not None and task is not None
+    outlook = Outlook(spec, policy, learned) if size is not None and task is not None else None
+    scoring, stakes = policy.scoring.expected_value, None
+    if scoring is not None and task is not None and parameters is not None:
+        stakes = Stakes(spec, task, parameters, scoring, learned)
     options: tuple[tuple[int, Prediction], ...] = ()
     if spec.gpu_count is not None:
         gpus: int | None = spec.gpu_count
     elif lane_rule is not None:
         gpus = lane_rule.gpus_per_task
     else:
-        chosen, options = _choose(spec, policy, limit, learned) if sized else (None, ())
+        chosen, options = _choose(outlook, policy, limit, stakes) if outlook is not None else (None, ())
         gpus = chosen if chosen is not None else _usual_gpus(parameters, size, task, policy)
     return Facts(
         spec=spec,
@@ -85,28 +92,29 @@ def gather(
         limit=limit,
         gpus=gpus,
         options=options,
-        prediction=predict(spec, policy, gpus, learned) if sized and gpus is not None else None,
-        known=learned.about(spec, policy, gpus) if sized and gpus is not None else UNKNOWN,
+        prediction=outlook.on(gpus) if outlook is not None and gpus is not None else None,
+        outlook=outlook,
+        stakes=stakes,
+        known=outlook.known(gpus) if outlook is not None and gpus is not None else UNKNOWN,
         served=served,
     )
 
 
 def _choose(
-    spec: TaskOfferSpec, policy: CapacityPolicySpec, limit: NamespaceLimit | None, learned: Learned
+    outlook: Outlook, policy: CapacityPolicySpec, limit: NamespaceLimit | None, stakes: Stakes | None
 ) -> tuple[int | None, tuple[tuple[int, Prediction], ...]]:
     """Choose the number of GPUs where neither the offer nor a lane says it, or the counts for the cycle to choose."""
+    most = limit.gpus if limit is not None else None
     if policy.gpu_choice is GpuChoice.FEWEST_GPU_HOURS:
-        return fewest_gpu_hours(spec, policy, learned), ()
+        return outlook.fewest_gpu_hours(), ()
     if policy.gpu_choice is GpuChoice.MOST_VALUE:
-        most = limit.gpus if limit is not None else None
-        chosen, scoring = most_valuable(spec, policy, learned), policy.scoring.expected_value
+        chosen, scoring = most_valuable(outlook, stakes) if stakes is not None else None, policy.scoring.expected_value
         if chosen is None or scoring is None or scoring.spare_share is None:
             return chosen, ()
-        larger = (it for it in holding_counts(spec, policy, learned) if it[0] >= chosen)
-        return chosen, tuple(it for it in larger if most is None or it[0] <= most)
+        larger = ((gpus, it) for gpus, it, _ in outlook.holding() if gpus >= chosen)
+        return chosen, tuple((gpus, it) for gpus, it in larger if most is None or gpus <= most)
     if policy.gpu_choice is GpuChoice.EARLIEST_END:
-        most = limit.gpus if limit is not None else None
-        found = tuple((gpus, it) for gpus, it in holding_counts(spec, policy, learned) if most is None or gpus <= most)
+        found = tuple((gpus, it) for gpus, it, _ in outlook.holding() if most is None or gpus <= most)
         # The smallest count stands for the offer as long as nothing is free for it.
         return min((gpus for gpus, _ in found), default=None), found
     return None, ()

@@ -8,7 +8,6 @@ from functools import lru_cache
 from taskoffer.api.v1alpha1.scoring import TermName
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem
 from taskoffer.decision.facts import Facts
-from taskoffer.decision.value import expectation_of
 from taskoffer.decision.verdict import Score
 
 PLACES = Decimal("0.0001")
@@ -61,11 +60,10 @@ def _weighted(name: TermName, weight: str, text: str, basis: str) -> Explanation
 
 
 def _expected_terms(facts: Facts) -> list[ExplanationItem] | None:
-    scoring, finish = facts.policy.scoring.expected_value, facts.prediction.finish if facts.prediction else None
-    if scoring is None or finish is None or facts.task is None or facts.parameters is None:
+    scoring, stakes, found = facts.policy.scoring.expected_value, facts.stakes, facts.prediction
+    if scoring is None or stakes is None or found is None or found.finish is None:
         return None
-    success = facts.learned.success_rate(facts.known, Decimal(facts.task.success_rate))
-    expected = expectation_of(facts.spec, facts.task, facts.parameters, finish, scoring, success)
+    expected = stakes.on(found.finish, facts.known)
     odds = f"{expected.in_time:.2f} in time x {expected.success:.2f} success{_success_basis(facts)}"
     hours = f"{expected.gpu_hours:.3g} GPU-hours"
     return [
