@@ -19,7 +19,7 @@ from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
 from taskoffer.decision.facts import Facts, gather
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.outcomes import NOTHING, Group, Learned, group_of
-from taskoffer.decision.prediction import estimates_of, refusals_of
+from taskoffer.decision.prediction import Prediction, estimates_of, refusals_of
 from taskoffer.decision.score import PLACES, score_of
 from taskoffer.decision.sizing import billions
 from taskoffer.decision.verdict import Refusal, Score
@@ -43,7 +43,7 @@ class Option(NamedTuple):
     """From the admission to the result."""
     needed: float
     """The same with the reserve."""
-    estimates: tuple[ExplanationItem, ...]
+    prediction: Prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,8 @@ class Evaluation:
     lane: str | None
     rank: int = 0
     """The score in steps of its last place, for sorting."""
-    estimates: tuple[ExplanationItem, ...] = ()
+    prediction: Prediction | None = None
+    """What is predicted on its GPUs; None where the policy does not estimate."""
     seconds: float = 0.0
     """What the task is predicted to take, with the reserve; 0 where nothing is predicted."""
     ttl: int | None = None
@@ -85,6 +86,11 @@ class Evaluation:
     group: Group | None = None
     """Whose outcomes it rests on; None where the policy does not learn."""
 
+    @property
+    def estimates(self) -> tuple[ExplanationItem, ...]:
+        """The prediction as the offer's status tells it, put into words when somebody asks."""
+        return estimates_of(self.prediction)
+
     def seconds_on(self, gpus: int) -> float:
         """Return for how long the offer holds so many GPUs, if it may choose them, else its own number."""
         return next((option.seconds for option in self.options if option.gpus == gpus), self.occupies)
@@ -92,7 +98,7 @@ class Evaluation:
     @property
     def least_seconds(self) -> float:
         """What the task takes at least, with the reserve, on any of its counts; 0 where nothing is predicted."""
-        return min((option.needed for option in self.options), default=self.seconds)
+        return min([option.needed for option in self.options]) if self.options else self.seconds
 
     def in_lane(self, lane: str) -> Evaluation:
         """Return the same for another lane."""
@@ -100,7 +106,7 @@ class Evaluation:
 
     def on(self, option: Option) -> Evaluation:
         """Return the same for another number of GPUs."""
-        return replace(self, gpus=option.gpus, occupies=option.seconds, estimates=option.estimates)
+        return replace(self, gpus=option.gpus, occupies=option.seconds, prediction=option.prediction)
 
 
 def evaluate(
@@ -133,7 +139,7 @@ def evaluate(
         size_class=facts.size.name if facts.size else "",
         lane=facts.lane.name if facts.lane else None,
         rank=int(score.total / PLACES) if score is not None else 0,
-        estimates=estimates_of(facts.prediction),
+        prediction=facts.prediction,
         ttl=policy.filters.offer_ttl_seconds,
         seconds=facts.prediction.seconds if facts.prediction is not None else 0.0,
         occupies=finish.seconds if finish is not None else float(spec.time_limit_seconds),
@@ -142,7 +148,7 @@ def evaluate(
         quota=namespace if facts.limit is not None and facts.limit.gpus is not None else None,
         borrows_from=facts.lane.borrow_from if facts.lane else (),
         options=tuple(
-            Option(gpus, found.finish.seconds, found.seconds, estimates_of(found))
+            Option(gpus, found.finish.seconds, found.seconds, found)
             for gpus, found in facts.options
             if found.finish is not None
         ),
