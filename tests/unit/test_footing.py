@@ -15,13 +15,14 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.learning import Learning
 from taskoffer.api.v1alpha1.taskoffer import Architecture, ClockMode, TaskOfferSpec
 from taskoffer.decision.compute import Speed, Work, image_seconds, text_seconds
+from taskoffer.decision.facts import gather, traits_of
 from taskoffer.decision.fit import Fit, Subject, fit
 from taskoffer.decision.footing import footings_of
 from taskoffer.decision.memory import IMAGE_MODELS
-from taskoffer.decision.outcomes import NOTHING, Estimate, Kind, Learned, group_of
-from taskoffer.decision.prediction import Outlook, Prediction
+from taskoffer.decision.outcomes import Estimate, Kind, Learned, group_of
+from taskoffer.decision.prediction import Prediction, outlook_of
 from taskoffer.decision.recipe import estimation_of, requested_settings
-from taskoffer.decision.sizing import parameters_of
+from taskoffer.decision.sizing import family_of, parameters_of, size_class_of
 
 COUNTS = (1, 2, 4, 8)
 POLICIES = [
@@ -130,18 +131,35 @@ def test_each_offer_is_told_what_it_would_be_told_alone(asked: list[tuple[Any, A
         spec = spec_of(**fields)
         known = Estimate(memories=4, memory_factor=Decimal(memory), durations=4, duration_factor=Decimal(duration))
         if footings_of(spec, policy) is None:
-            assert Outlook(spec, policy).on(counts[0]) is None
+            assert outlook_of(spec, policy).on(counts[0]) is None
             continue
         if group_of(spec, policy) is None:
             with pytest.raises(ValueError, match=f"no settings for {spec.task_type.value} on {spec.model.name}"):
-                Outlook(spec, policy).on(counts[0])
+                outlook_of(spec, policy).on(counts[0])
             continue
-        outlook = Outlook(spec, policy, learned(spec, policy, counts[0], known))
+        outlook = outlook_of(spec, policy, learned(spec, policy, counts[0], known))
         assert outlook.on(counts[0]) is not None
         assert outlook.known(counts[0]) is known
         for gpus in counts:
             check(outlook.on(gpus), spec, policy, gpus)
-            check(Outlook(spec, policy, NOTHING).on(gpus), spec, policy, gpus)
+            check(outlook_of(spec, policy).on(gpus), spec, policy, gpus)
+        gathered = gather(spec, policy, "default", learned(spec, policy, counts[0], known))
+        assert gathered.outlook is not None
+        assert [gathered.outlook.on(gpus) for gpus in counts] == [outlook.on(gpus) for gpus in counts]
+
+
+@given(st.lists(st.tuples(OFFERS, st.sampled_from(POLICIES)), max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_what_a_policy_knows_of_an_offer_is_what_its_name_and_size_say(asked: list[tuple[Any, Any]]) -> None:
+    for fields, policy in asked:
+        spec = spec_of(**fields)
+        found, parameters = traits_of(spec, policy), parameters_of(spec.model, policy.filters.unknown_parameters)
+        assert found.parameters == parameters
+        assert found.family is family_of(spec.model.name, policy.families)
+        assert found.size is (size_class_of(parameters, policy.size_classes) if parameters else None)
+        assert found.group == group_of(spec, policy)
+        assert found.task is next((task for task in policy.task_types if task.name is spec.task_type), None)
+        assert found.footings is footings_of(spec, policy)
 
 
 def test_offers_that_train_the_same_share_their_footings_and_others_do_not() -> None:

@@ -139,11 +139,6 @@ _UNTIED_FROM = 4 * 10**9
 """Small models share the embedding with the output layer, larger ones do not (Llama 3, Qwen 2.5)."""
 
 
-def base_name(model_name: str) -> str:
-    """Return the part of a model's name that says what it is: without its owner, in small letters."""
-    return model_name.rsplit("/", 1)[-1].lower()
-
-
 @lru_cache(maxsize=4096)
 def shape_of(model_name: str, parameters: int) -> ModelShape:
     """Return the shape of a model: its own when it is known by name, else one of its size.
@@ -156,7 +151,7 @@ def shape_of(model_name: str, parameters: int) -> ModelShape:
     """
     if parameters < 1:
         raise ValueError(f"a model has at least one parameter, got {parameters}")
-    name = base_name(model_name)
+    name = model_name.rsplit("/", 1)[-1].lower()
     for pattern, shape in _PATTERNS:
         if pattern.search(name) and abs(shape.parameters / parameters - 1) <= 0.1:
             return shape

@@ -7,7 +7,6 @@ Filters return every cause; only the spec and the policy's constants can make a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
 from taskoffer.decision.facts import Facts, gather
 from taskoffer.decision.finish import duration_text
-from taskoffer.decision.outcomes import NOTHING, Group, Learned, group_of
+from taskoffer.decision.outcomes import NOTHING, Group, Learned
 from taskoffer.decision.prediction import Prediction, estimates_of, refusals_of
 from taskoffer.decision.score import PLACES, score_of
 from taskoffer.decision.sizing import billions
@@ -46,8 +45,7 @@ class Option(NamedTuple):
     prediction: Prediction
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """The part of a decision that does not depend on capacity."""
 
     refusals: tuple[Refusal, ...]
@@ -102,11 +100,11 @@ class Evaluation:
 
     def in_lane(self, lane: str) -> Evaluation:
         """Return the same for another lane."""
-        return replace(self, lane=lane)
+        return self._replace(lane=lane)
 
     def on(self, option: Option) -> Evaluation:
         """Return the same for another number of GPUs."""
-        return replace(self, gpus=option.gpus, occupies=option.seconds, prediction=option.prediction)
+        return self._replace(gpus=option.gpus, occupies=option.seconds, prediction=option.prediction)
 
 
 def evaluate(
@@ -155,7 +153,7 @@ def evaluate(
         spare_share=_spare_share(facts),
         reserves=_reserves(facts),
         floor=_floor(facts),
-        group=group_of(spec, policy) if policy.learning is not None else None,
+        group=facts.group if policy.learning is not None else None,
     )
 
 

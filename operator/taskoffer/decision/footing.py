@@ -10,10 +10,8 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import NamedTuple
 
-from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
-from taskoffer.api.v1alpha1.taskoffer import Architecture, TaskOfferSpec
-from taskoffer.decision.architecture import base_name
+from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.finish import Pacing, pacing_of
 from taskoffer.decision.fit import Fit, Subject, fit
 from taskoffer.decision.identity import Itself
@@ -80,25 +78,13 @@ def footings_of(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Footings | N
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
     if policy.estimation is None or parameters is None:
         return None
-    model, image = spec.model, spec.dataset.image
-    resolution = image.resolution if image is not None else None
-    return _by_name(Itself(policy), base_name(model.name), model.architecture, parameters, spec.task_type, resolution)
+    resolution = spec.dataset.image.resolution if spec.dataset.image is not None else None
+    return footings_under(Itself(policy), Subject.of(spec.model, parameters, spec.task_type, resolution))
 
 
 @lru_cache(maxsize=4096)
-def _by_name(
-    policy: Itself[CapacityPolicySpec],
-    name: str,
-    architecture: Architecture | None,
-    parameters: int,
-    task: TaskType,
-    resolution: int | None,
-) -> Footings:
-    return _alike(policy, Subject(name, architecture, parameters, task, resolution or 1024))
-
-
-@lru_cache(maxsize=4096)
-def _alike(policy: Itself[CapacityPolicySpec], subject: Subject) -> Footings:
+def footings_under(policy: Itself[CapacityPolicySpec], subject: Subject) -> Footings:
+    """Return the footings of a subject, the same value for all subjects that are alike."""
     return Footings(policy.value, subject)
 
 

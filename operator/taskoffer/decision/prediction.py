@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,9 +13,9 @@ from taskoffer.api.v1alpha1.learning import MOST_BYTES, MOST_SECONDS, Predicted
 from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, ExplanationItem, TaskOfferSpec
 from taskoffer.decision.finish import Finish, duration_text
 from taskoffer.decision.fit import Fit
-from taskoffer.decision.footing import footing_on, footings_of
+from taskoffer.decision.footing import Footings, footing_on, footings_of
 from taskoffer.decision.memory import GIB
-from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Kind, Learned, group_of
+from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Group, Kind, Learned, group_of
 from taskoffer.decision.verdict import Refusal
 
 _TOLD_CLAMPS = 3
@@ -64,13 +64,28 @@ class Outlook:
 
     __slots__ = ("_footings", "_found", "_group", "_learned", "_spec", "counts")
 
-    def __init__(self, spec: TaskOfferSpec, policy: CapacityPolicySpec, learned: Learned = NOTHING) -> None:
-        self.counts = policy.resources[0].counts
-        """The numbers of GPUs that the policy hands out."""
+    def __init__(
+        self,
+        spec: TaskOfferSpec,
+        counts: Sequence[int],
+        footings: Footings | None,
+        group: Group | None,
+        learned: Learned = NOTHING,
+    ) -> None:
+        """Take what is known of an offer.
+
+        Args:
+            spec: The offer.
+            counts: The numbers of GPUs that the policy hands out.
+            footings: What the offer shares with others that train the same; None where nothing is estimated.
+            group: Whose outcomes count for it.
+            learned: What the policy has learned.
+        """
+        self.counts = counts
         self._spec = spec
+        self._footings = footings
+        self._group = group if learned.estimates else None
         self._learned = learned
-        self._footings = footings_of(spec, policy)
-        self._group = group_of(spec, policy) if learned.estimates else None
         self._found: dict[int, Prediction | None] = {}
 
     def known(self, gpus: int) -> Estimate:
@@ -121,6 +136,12 @@ class Outlook:
         return min(hours, default=(0, None))[1]
 
 
+def outlook_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, learned: Learned = NOTHING) -> Outlook:
+    """Return the outlook of an offer under a policy."""
+    group = group_of(spec, policy) if learned.estimates else None
+    return Outlook(spec, policy.resources[0].counts, footings_of(spec, policy), group, learned)
+
+
 def predict(
     spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, learned: Learned = NOTHING
 ) -> Prediction | None:
@@ -129,7 +150,7 @@ def predict(
     Raises:
         ValueError: when the policy has no size class or task type for the offer.
     """
-    return Outlook(spec, policy, learned).on(gpus)
+    return outlook_of(spec, policy, learned).on(gpus)
 
 
 def refusals_of(
