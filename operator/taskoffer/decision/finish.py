@@ -59,7 +59,9 @@ class Pacing(NamedTuple):
         training = self.pace.seconds(work) * self.stretch * factor
         seconds = self.start + training + self.around
         counted = training if spec.clock_mode is ClockMode.TRAINING else seconds
-        return Finish(self, rows, training, seconds, counted, spec.time_limit_seconds, learned)
+        limit = spec.time_limit_seconds
+        in_time = counted <= _budget(limit, self.reserve)
+        return Finish(self, rows, training, seconds, counted, limit, in_time, learned)
 
 
 class Finish(NamedTuple):
@@ -75,6 +77,8 @@ class Finish(NamedTuple):
     counted: float
     """What the clock of the offer counts: all of it from the admission on, or from the start of the container."""
     limit: float
+    in_time: bool
+    """Whether the result is there before the reserve begins."""
     learned: str = ""
     """How outcomes have corrected it."""
 
@@ -96,12 +100,7 @@ class Finish(NamedTuple):
     @property
     def budget(self) -> float:
         """The time limit without the reserve."""
-        return max(0.0, self.limit - self.pacing.reserve)
-
-    @property
-    def in_time(self) -> bool:
-        """Tell whether the result is there before the reserve begins."""
-        return self.counted <= self.budget
+        return _budget(self.limit, self.pacing.reserve)
 
     @property
     def least_limit(self) -> int:
@@ -122,6 +121,10 @@ class Finish(NamedTuple):
     def numbers(self) -> str:
         """Say the prediction and its limit."""
         return f"{duration_text(self.counted)} of {duration_text(self.budget)} on {self.gpus} GPU(s): {self.basis}"
+
+
+def _budget(limit: float, reserve: float) -> float:
+    return max(0.0, limit - reserve)
 
 
 def finish_of(

@@ -14,6 +14,7 @@ from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, ExplanationItem
 from taskoffer.decision.finish import Finish, duration_text
 from taskoffer.decision.fit import Fit
 from taskoffer.decision.footing import Footings, footing_on, footings_of
+from taskoffer.decision.identity import Itself
 from taskoffer.decision.memory import GIB
 from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Group, Kind, Learned, group_of
 from taskoffer.decision.verdict import Refusal
@@ -44,8 +45,7 @@ class Prediction(NamedTuple):
     @property
     def memory_numbers(self) -> str:
         """Say the peak and its limit, and how it was corrected."""
-        basis = self.known.memory_basis
-        return f"{self.fit.numbers}, {basis}" if basis else self.fit.numbers
+        return _memory_numbers(self.fit, self.known.memory_basis)
 
     def record(self) -> Predicted:
         """Return what the formulas say and the factors beside it, for a job to keep until it is measured."""
@@ -103,13 +103,13 @@ class Outlook:
         return self._found[gpus]
 
     def _predict(self, gpus: int) -> Prediction | None:
-        footings, spec, known = self._footings, self._spec, self.known(gpus)
-        if footings is None:
+        if self._footings is None:
             return None
-        fit, pacing = footing_on(footings, spec, gpus, known.memory_factor)
+        spec, known = self._spec, self.known(gpus)
+        fit, pacing = footing_on(self._footings, spec, gpus, known.memory_factor)
         if pacing is None or not (spec.dataset.rows or pacing.max_steps > 0):
             return Prediction(fit, None, known)
-        basis = known.duration_basis
+        basis = known.duration_basis if known is not UNKNOWN else ""
         # A factor of which nothing would be told does not count.
         factor = float(known.duration_factor) if basis else 1.0
         return Prediction(fit, pacing.finish(spec, factor, basis), known)
@@ -121,11 +121,15 @@ class Outlook:
         """
         for gpus in self.counts:
             found = self.on(gpus)
-            if found is None or (found.finish is None and found.fit.fits):
+            if found is None:
+                return
+            finish = found.finish
+            if finish is not None:
+                if finish.in_time:
+                    yield gpus, found, finish
+            elif found.fit.fits:
                 # Nothing says so, on whatever count.
                 return
-            if found.finish is not None and found.holds:
-                yield gpus, found, found.finish
 
     def fewest_gpu_hours(self) -> int | None:
         """Return the count with which the task holds and takes the fewest GPU-hours, or None.
@@ -195,17 +199,28 @@ def estimates_of(found: Prediction | None) -> tuple[ExplanationItem, ...]:
     """Return the prediction as the offer's status tells it."""
     if found is None:
         return ()
-    items = [_estimate("PeakMemory", f"{found.fit.peak / GIB:.1f}GiB", found.memory_numbers)]
-    if found.finish is not None:
-        items.append(_estimate("Duration", duration_text(found.finish.seconds), found.finish.numbers))
-    return (*items, *(_clamped(clamp) for clamp in found.fit.clamps[:_TOLD_CLAMPS]))
-
-
-def _clamped(clamp: Clamp) -> ExplanationItem:
-    return _estimate(clamp.reason, f"{clamp.requested} -> {clamp.effective}"[:64], clamp.message[:400])
+    peak, *clamps = _memory_estimates(Itself(found.fit), "" if found.known is UNKNOWN else found.known.memory_basis)
+    if found.finish is None:
+        return (peak, *clamps)
+    seconds = duration_text(found.finish.seconds)
+    duration = ExplanationItem(type="Estimate", name="Duration", value=seconds, message=found.finish.numbers)
+    return (peak, duration, *clamps)
 
 
 @lru_cache(maxsize=4096)
-def _estimate(name: str, value: str, message: str) -> ExplanationItem:
-    """Return an estimate. Offers of a queue share most of theirs, and the values are immutable."""
-    return ExplanationItem(type="Estimate", name=name, value=value, message=message)
+def _memory_estimates(fits: Itself[Fit], basis: str) -> tuple[ExplanationItem, ...]:
+    """Return what is told of memory: the peak, and what was clamped. All offers that train the same are told it."""
+    fit = fits.value
+    peak = ExplanationItem(
+        type="Estimate", name="PeakMemory", value=f"{fit.peak / GIB:.1f}GiB", message=_memory_numbers(fit, basis)
+    )
+    return (peak, *(_clamped(clamp) for clamp in fit.clamps[:_TOLD_CLAMPS]))
+
+
+def _memory_numbers(fit: Fit, basis: str) -> str:
+    return f"{fit.numbers}, {basis}" if basis else fit.numbers
+
+
+def _clamped(clamp: Clamp) -> ExplanationItem:
+    value = f"{clamp.requested} -> {clamp.effective}"[:64]
+    return ExplanationItem(type="Estimate", name=clamp.reason, value=value, message=clamp.message[:400])
