@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from functools import lru_cache
 from typing import NamedTuple
 
 from taskoffer.api.contract import SERVED_TASK_TYPES
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
+from taskoffer.api.v1alpha1.queueing import Queue
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
 from taskoffer.decision.facts import Facts, gather
 from taskoffer.decision.finish import duration_text
+from taskoffer.decision.identity import Itself
 from taskoffer.decision.outcomes import NOTHING, Group, Learned
 from taskoffer.decision.prediction import Prediction, estimates_of, refusals_of
 from taskoffer.decision.score import PLACES, score_of
@@ -163,13 +166,18 @@ def _spare_share(facts: Facts) -> float | None:
 
 
 def _priority(facts: Facts) -> Priority | None:
-    queue = facts.policy.queue
-    if queue is None:
+    if facts.policy.queue is None:
         return None
-    names = queue.priorities
-    name = facts.spec.priority_class_name or queue.default_priority
-    level = names.index(name) if name in names else 0
     highest = facts.limit.highest_priority if facts.limit is not None else None
+    return _priority_in(Itself(facts.policy.queue), facts.spec.priority_class_name, highest)
+
+
+@lru_cache(maxsize=4096)
+def _priority_in(among: Itself[Queue], asked: str | None, highest: str | None) -> Priority:
+    """Return the priority of all offers that ask for this class, where they may ask for one up to the highest."""
+    queue = among.value
+    names, name = queue.priorities, asked or queue.default_priority
+    level = names.index(name) if name in names else 0
     if highest in names:
         # Nobody has asked for the default, so it gives way to the namespace's limit instead of being refused.
         level = min(level, names.index(highest))

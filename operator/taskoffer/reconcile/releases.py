@@ -55,8 +55,8 @@ def end_of_booking(
 def _predicted(world: World, entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]) -> datetime:
     """Return the end that was predicted at the admission, at the latest the deadline."""
     gpus = sum(part.count for part in admission.assignments)
-    if entry.evaluation is not None and entry.evaluation[0][0] == admission.policy_ref.uid:
-        seconds = entry.evaluation[2].seconds_on(gpus)
+    if entry.evaluation is not None and entry.evaluation.policy_uid == admission.policy_ref.uid:
+        seconds = entry.evaluation.made.seconds_on(gpus)
     else:
         seconds = _evaluated_anew(world, entry, admission, policies)
     ends = later(admission.decided_at, seconds)
