@@ -21,12 +21,25 @@ from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.cycle import Decision, Plan, plan
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.ledger import Claim, NodeView, Release, Source
-from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Sibling, Snapshot
+from taskoffer.decision.snapshot import (
+    MoveRequest,
+    OfferKey,
+    OfferView,
+    PolicyView,
+    Resumption,
+    Running,
+    Sibling,
+    Snapshot,
+)
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 
 ONE_GPU, TWO_GPUS, FOUR_GPUS = 500_000, 2_000_000, 5_000_000
 """Model sizes to which the lab preset gives 1, 2 and 4 GPUs."""
+
+
+HIGH_TAKES: dict[str, Any] = {"rules": [{"by": ["high"], "of": ["low"]}]}
+"""Preemption of the priority low by the priority high."""
 
 
 def at(seconds: float) -> datetime:
@@ -110,6 +123,34 @@ def claim(
     return Claim(holder, at_node, count, source, policy, lane, namespace)
 
 
+def running(
+    name: str, gpus: int = 1, *, on: str = "node-a", started: float = -3600, ends: float = 3600, **fields: Any
+) -> Running:
+    """Return a running job of the lowest priority that has two hours until its deadline."""
+    settled: dict[str, Any] = {"lane": None, "quota": None, "level": 0, "deadline": at(7200), **fields}
+    return Running(
+        OfferKey("default", f"{name}-job"),
+        f"{name}-uid",
+        f"default/{name}",
+        "lab",
+        on,
+        gpus,
+        started=at(started),
+        ends=at(ends),
+        **settled,
+    )
+
+
+def claims_of(jobs: Iterable[Running]) -> list[Claim]:
+    """Return what running jobs hold."""
+    return [Claim(j.holder, j.node, j.gpus, "job", j.policy, j.lane, j.quota) for j in jobs]
+
+
+def releases_of(jobs: Iterable[Running]) -> list[Release]:
+    """Return when running jobs are predicted to end."""
+    return [Release(j.holder, j.node, j.gpus, j.ends, j.policy, j.lane, j.quota, j.name) for j in jobs]
+
+
 def evaluations_of(
     offers: Iterable[OfferView], policies: dict[str, PolicyView], base: Snapshot
 ) -> dict[tuple[str, str], Evaluation]:
@@ -134,6 +175,8 @@ def snapshot(
     siblings: Sequence[OfferView] = (),
     releases: Sequence[Release] = (),
     admitted_today: dict[tuple[str, TaskType], int] | None = None,
+    running: Sequence[Running] = (),
+    resumptions: Sequence[Resumption] = (),
     now: datetime = NOW,
 ) -> Snapshot:
     """Return what a cycle decides on; ``siblings`` are decided offers that share task ids with the pending ones."""
@@ -153,6 +196,8 @@ def snapshot(
         moves=moves,
         releases=releases,
         admitted_today=admitted_today or {},
+        running=running,
+        resumptions=resumptions,
     )
     return replace(base, evaluations=evaluations_of(offers, by_name, base))
 

@@ -7,6 +7,7 @@ import pytest
 
 from core_builders import (
     FOUR_GPUS,
+    HIGH_TAKES,
     NOW,
     TWO_GPUS,
     answers,
@@ -18,6 +19,7 @@ from core_builders import (
     offer,
     places,
     policy,
+    running,
 )
 from taskoffer.api.reasons import ADMIT_REASONS, REJECT_REASONS, WAIT_REASONS, Reason
 from taskoffer.api.v1alpha1.meta import PolicyRef
@@ -225,6 +227,18 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
         Reason.WAITING_FOR_EARLIER_END,
         "on 4 GPU(s), which node-a is predicted to have free at 2026-01-31T12:10:00Z; on 1 GPU(s) from now on it "
         "would be 2026-01-31T",
+    ),
+    (
+        "a job of a lower priority is stopped for it",
+        offer(gpus=2, priority_class="high"),
+        {
+            "policies": [policy(queue={"priorities": ["low", "high"]}, preemption=HIGH_TAKES)],
+            "claims": [claim("x-uid", count=8)],
+            "running": [running("x", 8, deadline=None)],
+        },
+        Verdict.WAIT,
+        Reason.WAITING_FOR_PREEMPTION,
+        "needs 2 x nvidia.com/gpu; default/x (8) on node-a save, stop and go on later",
     ),
     (
         "its priority is not one of the policy's",

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from builders import merged
-from core_builders import NOW, at, claim, node, offer, policy, snapshot
+from core_builders import HIGH_TAKES, NOW, at, claim, node, offer, policy, running, snapshot
 from taskoffer.api.base import rfc3339
 from taskoffer.api.inquiry import Counterfactual, Explained
 from taskoffer.api.reasons import REJECT_REASONS, WAIT_REASONS, Reason
@@ -263,6 +263,16 @@ CASES: dict[str, tuple[Reason, OfferView, dict[str, Any], str]] = {
         Reason.WAITING_FOR_EARLIER_END,
         offer(**TASK),
         {"policies": [policy(estimation=HOURLY, size_classes=[ALL], gpu_choice="EarliestEnd")], **ONE_FULL},
+        "with gpuCount 1",
+    ),
+    "a job that stops for it": (
+        Reason.WAITING_FOR_PREEMPTION,
+        offer(gpus=2, priority_class="high"),
+        {
+            "policies": [policy(queue={"priorities": ["low", "high"]}, preemption=HIGH_TAKES)],
+            "claims": [claim("x-uid", count=7)],
+            "running": [running("x", 7, deadline=None)],
+        },
         "with gpuCount 1",
     ),
     "suspended": (Reason.SUSPENDED, offer(active=False), {}, "with active true"),

@@ -19,7 +19,7 @@ from taskoffer.adapters.metrics import LEARNED_DURATION_FACTOR, LEARNED_SUCCESS_
 from taskoffer.api.tasks import TaskType
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.outcomes import Kind
-from taskoffer.reconcile import world as world_module
+from taskoffer.reconcile import evaluations
 from taskoffer.reconcile.world import World
 from virtual_time import run_virtually, virtual_time
 
@@ -120,7 +120,7 @@ def test_standing_offers_are_evaluated_again_and_only_those_that_it_concerns(mon
         asked.append(spec.task_id)
         return evaluate(spec, *rest)
 
-    monkeypatch.setattr(world_module, "evaluate", noting)
+    monkeypatch.setattr(evaluations, "evaluate", noting)
     cluster = Cluster()
     standing(cluster, "small")
     standing(cluster, "large", parameters=5_000_000)

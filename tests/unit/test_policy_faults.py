@@ -84,6 +84,22 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         "queue.defaultPriority middle is not one of priorities ['low', 'high']: name one of them or remove it",
     ),
     (
+        {"preemption": {}},
+        "preemption needs rules, gainFactor or both: set one, or remove preemption",
+    ),
+    (
+        {"queue": {"priorities": ["low", "high"]}, "preemption": {"rules": [{"by": ["high"], "of": ["low", "high"]}]}},
+        "preemption.rules: high is in both by and of: jobs of one priority would stop each other in turn",
+    ),
+    (
+        {"queue": {"priorities": ["low"]}, "preemption": {"rules": [{"by": ["high"], "of": ["low"]}]}},
+        "preemption.rules[0] names high, which is not one of queue.priorities ['low']: name one of them, or add it",
+    ),
+    (
+        {"preemption": {"gainFactor": "1"}},
+        "preemption.gainFactor needs scoring.expectedValue: set it, or use rules alone",
+    ),
+    (
         {"resources": [{"name": "nvidia.com/gpu", "counts": [1, 2], "unitsPerGpu": 4}]},
         "resources[nvidia.com/gpu].counts must be [1] with unitsPerGpu 4: several units can be parts of one GPU",
     ),

@@ -148,6 +148,12 @@ def test_how_long_a_task_may_take(preset: str, seconds: int, refused: bool) -> N
     assert (Reason.TIME_LIMIT_TOO_LONG in reasons(preset, seconds=seconds)) is refused
 
 
+BY_FAMILY: dict[str, Any] = {
+    "scoring": {"terms": [{"name": "ModelPerformance", "weight": "1"}], "expectedValue": None, "cap": None},
+    "gpu_choice": None,
+    "preemption": None,
+}
+"""A score of nothing but the family's success rate."""
 ACCEPTED = [(preset, set(TYPES)) for preset in WRITTEN[1:]] + [(H100, {"InstructText", "GRPO", "Image"})]
 
 
@@ -172,8 +178,7 @@ UNKNOWN_FAMILY = [(ACCURACY, "0.75"), (BALANCED, "0.75"), (MARKET, "0.85"), (EXP
 @pytest.mark.parametrize("preset", WRITTEN)
 @pytest.mark.parametrize(("model", "rate"), FAMILIES.items())
 def test_the_seven_families_are_taken_at_their_success_rates(preset: str, model: str, rate: str) -> None:
-    plain = {"scoring": {"terms": [{"name": "ModelPerformance", "weight": "1"}], "expectedValue": None, "cap": None}}
-    found = judged(preset, {**plain, "gpu_choice": None}, model=model)
+    found = judged(preset, BY_FAMILY, model=model)
     assert found.score is not None
     assert found.score.total == Decimal(rate)
     assert Reason.MODEL_FAMILY_NOT_ACCEPTED not in reasons(preset, model=model)
@@ -194,7 +199,11 @@ def test_the_first_document_refuses_other_families() -> None:
 @pytest.mark.parametrize(("preset", "rate"), UNKNOWN_FAMILY)
 def test_what_other_families_count_as(preset: str, rate: str) -> None:
     plain = {"scoring": {"terms": [{"name": "ModelPerformance", "weight": "1"}], "expectedValue": None, "cap": None}}
-    found = judged(preset, {**plain, "gpu_choice": None, "filters": {"minScore": None}}, model="tiiuae/falcon-7b")
+    found = judged(
+        preset,
+        {**plain, "gpu_choice": None, "preemption": None, "filters": {"minScore": None}},
+        model="tiiuae/falcon-7b",
+    )
     assert found.refusals == ()
     assert found.score is not None
     assert found.score.total == Decimal(rate)

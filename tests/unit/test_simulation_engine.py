@@ -16,7 +16,7 @@ from taskoffer.decision.prediction import predict
 from taskoffer.simulation.engine import Fleet, Result, simulate
 from taskoffer.simulation.market import generate
 from taskoffer.simulation.trace import Trace
-from taskoffer.simulation.truth import duration_of, expiry_of, settings_under, tasks_of
+from taskoffer.simulation.truth import again_of, duration_of, expiry_of, settings_under, tasks_of
 
 H100 = policy_spec(preset="strategy-8xh100")
 SIZES = presets.load("market-table")["spec"]["sizeClasses"]
@@ -311,8 +311,10 @@ def check(trace: Trace, result: Result, fleet: Fleet) -> None:
         assert expiry is None or run.start < expiry
         assert run.end - run.start <= offer.spec.time_limit_seconds + 1e-6
         assert run.worth == (offer.worth if run.outcome == "InTime" else 0)
-        if run.start < run.end:
-            changes[run.node] += [(run.end, -run.gpus), (run.start, run.gpus)]
+        assert (run.parts[0].start, run.parts[-1].end) == (run.start, run.end)
+        for part in run.parts:
+            if part.start < part.end:
+                changes[part.node] += [(part.end, -run.gpus), (part.start, run.gpus)]
     for node in changes.values():
         booked = 0
         for _, change in sorted(node):
@@ -336,10 +338,13 @@ def test_a_drawn_trace_keeps_the_books_and_hindsight_knows_every_job_that_was_do
     result = simulate(trace, policy, fleet=fleet)
     check(trace, result, fleet)
     tasks = {task.name: task for task in tasks_of(trace, policy)}
+    offers = {offer.name: offer for offer in trace.offers}
     done = [run for run in result.runs if run.outcome == "InTime"]
     assert len(done) > 10
     for run in done:
-        assert tasks[run.name].seconds_by_gpus[run.gpus] == pytest.approx(run.end - run.start)
+        again = len(run.stretches) - 1 if run.stretches else 0
+        seconds = tasks[run.name].seconds_by_gpus[run.gpus] + again * again_of(offers[run.name])
+        assert run.seconds == pytest.approx(seconds)
         assert tasks[run.name].arrival <= run.start <= tasks[run.name].last_start
 
 

@@ -38,6 +38,10 @@ class Reason(StrEnum):
         "WaitingForEarlierEnd",
         "The task is predicted to end earlier if it starts later on more GPUs than are free now.",
     )
+    WAITING_FOR_PREEMPTION = (
+        "WaitingForPreemption",
+        "Running jobs were asked to save and stop; the offer is admitted once their GPUs are free.",
+    )
     INVENTORY_NOT_READY = (
         "InventoryNotReady",
         "No Ready and schedulable node offers the resource that the policy names.",
@@ -92,6 +96,10 @@ class Reason(StrEnum):
         "Overbooked",
         "More was booked on a node than it has; the newest admission that has not started is revoked.",
     )
+    PREEMPTED = (
+        "Preempted",
+        "The job's GPUs were taken back for another offer; it goes on from its last step once GPUs are free.",
+    )
     START_TIMEOUT = "StartTimeout", "The pod did not start in time; the offer is decided again."
 
     # TrainingJob
@@ -134,6 +142,7 @@ WAIT_REASONS = frozenset(
         Reason.WAITING_FOR_QUOTA,
         Reason.WAITING_BEHIND_RESERVATION,
         Reason.WAITING_FOR_EARLIER_END,
+        Reason.WAITING_FOR_PREEMPTION,
         Reason.INVENTORY_NOT_READY,
         Reason.POLICY_NOT_FOUND,
         Reason.POLICY_NOT_READY,

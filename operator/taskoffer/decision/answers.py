@@ -15,6 +15,7 @@ from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.naming import job_name
+from taskoffer.decision.preemption import Choice
 from taskoffer.decision.room import Obstacle
 from taskoffer.decision.snapshot import OfferTerms, OfferView, PolicyView, Sibling, Snapshot
 from taskoffer.decision.timeline import Opening
@@ -122,6 +123,23 @@ def ends_earlier(evaluation: Evaluation, gpus: int, opening: Opening, ends: date
     items = _explanation(evaluation, [constraint, _remedy(reason, f"admitted once {gpus} are free on one node")])
     total = evaluation.score.total if evaluation.score else None
     return Answer(Verdict.WAIT, reason, message, total, items)
+
+
+def waits_for(evaluation: Evaluation, policy: PolicyView, choice: Choice) -> Answer:
+    """Answer an offer for which running jobs are to stop."""
+    assert policy.spec is not None  # noqa: S101
+    shown = ", ".join(f"{running.name} ({running.gpus})" for running in choice.leaving[:_TOLD_CONSTRAINTS])
+    more = f" and {len(choice.leaving) - _TOLD_CONSTRAINTS} more" if len(choice.leaving) > _TOLD_CONSTRAINTS else ""
+    message = (
+        f"needs {evaluation.gpus} x {policy.spec.resources[0].name}; {shown}{more} on {choice.node} save, stop and go "
+        "on later, for which the policy's preemption is set"
+    )
+    reason = Reason.WAITING_FOR_PREEMPTION
+    remedy = _remedy(reason, f"admitted once {choice.gpus} GPU(s) of them are free")
+    total = evaluation.score.total if evaluation.score else None
+    return Answer(
+        Verdict.WAIT, reason, message, total, _explanation(evaluation, [_constraint(reason, message), remedy])
+    )
 
 
 def admitted(

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Condition
-from taskoffer.api.v1alpha1.trainingjob import Attempt
+from taskoffer.api.v1alpha1.trainingjob import Attempt, AttemptOutcome
 from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.job_facts import JobFacts, OfferEnd, Refusal
 from taskoffer.decision.moments import later
@@ -60,7 +60,8 @@ def asked_again_at(refusal: Refusal) -> datetime:
 def need_of(last: Attempt) -> str:
     """Say what the attempt after this one waits for."""
     wanted = " + ".join(f"{a.count} x {a.resource_name}" for a in last.assignments)
-    return f"the next attempt waits for {wanted} on another node"
+    where = "one node" if last.outcome is AttemptOutcome.PREEMPTED else "another node"
+    return f"the next attempt waits for {wanted} on {where}"
 
 
 def move_request(facts: JobFacts, last: Attempt, avoid_nodes: frozenset[str]) -> MoveRequest:

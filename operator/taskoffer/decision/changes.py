@@ -351,4 +351,5 @@ _PROPOSALS: dict[Reason, tuple[Proposal, ...]] = {
     Reason.WAITING_FOR_QUOTA: _FULL,
     Reason.WAITING_BEHIND_RESERVATION: (*_FULL, _no_longer_than),
     Reason.WAITING_FOR_EARLIER_END: (_gpu_counts,),
+    Reason.WAITING_FOR_PREEMPTION: _FULL,
 }

@@ -1,7 +1,8 @@
 """The admission cycle: one pure function from a snapshot to a plan for all pending offers.
 
 Order of decisions: attempts of admitted jobs that must move come first, then offers by priority, deadline, score, age
-and UID. An offer that does not fit now does not hold up the ones behind it, unless the policy keeps a node for it.
+and UID. Jobs that were stopped for others go on before the offers of their priority, but after the one that they made
+room for. An offer that does not fit now does not hold up the ones behind it, unless the policy keeps a node for it.
 Last come those that may borrow from a lane whose own offers are all served.
 """
 
@@ -15,14 +16,17 @@ from datetime import datetime
 from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import PolicyRef
-from taskoffer.decision.answers import admitted, duplicate_of, ends_earlier, rejection, too_late, waits
+from taskoffer.decision.answers import admitted, duplicate_of, ends_earlier, rejection, too_late, waits, waits_for
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.moments import later
-from taskoffer.decision.moves import Move, find_moves
+from taskoffer.decision.moves import Move, find_moves, resume
+from taskoffer.decision.preemption import Eviction, Preemptions
 from taskoffer.decision.room import Obstacle, Room
 from taskoffer.decision.snapshot import (
     OfferView,
+    Order,
     PolicyView,
+    Resumption,
     Shape,
     Snapshot,
     Waiting,
@@ -53,6 +57,8 @@ class Plan:
     wake_at: datetime | None = None
     waiting: int = 0
     """Offers that wait after this cycle, whether or not their answer changed."""
+    evictions: tuple[Eviction, ...] = ()
+    """Running jobs that are to stop for offers of the plan that wait for that."""
 
 
 def plan(snapshot: Snapshot) -> Plan:
@@ -69,6 +75,10 @@ class _Cycle:
 
     snapshot: Snapshot
     room: Room = field(init=False)
+    preemptions: Preemptions = field(init=False)
+    resumptions: list[Resumption] = field(init=False)
+    """Jobs that wait to go on, in reverse order."""
+    moves: list[Move] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     wake_at: datetime | None = None
     waiting: int = 0
@@ -82,15 +92,21 @@ class _Cycle:
 
     def __post_init__(self) -> None:
         self.room = Room(self.snapshot)
+        self.preemptions = Preemptions(self.snapshot)
+        self.resumptions = sorted(self.snapshot.resumptions, key=lambda it: it.order(self.snapshot.now), reverse=True)
         self.wake_at = self.snapshot.standing_end
 
     def run(self) -> Plan:
-        moves = tuple(find_moves(self.snapshot, self.room))
+        self.moves.extend(find_moves(self.snapshot, self.room))
         for found, policy in self._in_order():
+            self._resume(found.order)
             self._decide(found, policy)
+        self._resume(None)
         for found, policy, obstacle in self._borrowers():
             self._borrow(found, policy, obstacle)
-        return Plan(tuple(self.decisions), moves, self.wake_at, self.waiting + self.room.passed_over)
+        waiting = self.waiting + self.room.passed_over
+        evictions = tuple(self.preemptions.evictions)
+        return Plan(tuple(self.decisions), tuple(self.moves), self.wake_at, waiting, evictions)
 
     # The order
 
@@ -100,6 +116,7 @@ class _Cycle:
         policies: dict[str, PolicyView] = {}
         resolved: dict[str | None, tuple[PolicyView | None, Reason | None, str]] = {}
         snapshot = self.snapshot
+        heirs = snapshot.heirs
         for offer in snapshot.offers:
             if offer.spec is not None and offer.spec.policy_name not in resolved:
                 resolved[offer.spec.policy_name] = snapshot.policy_for(offer.spec)
@@ -107,7 +124,7 @@ class _Cycle:
             if early is not None or policy is None or evaluation is None:
                 self._answer(offer, policy, evaluation, early)
             else:
-                ranked.append(waiting(offer, evaluation, snapshot.now))
+                ranked.append(waiting(offer, evaluation, snapshot.now, is_heir=offer.uid in heirs))
                 policies[offer.uid] = policy
         ranked.sort()
         self.wanted = sum(found.evaluation.gpus for found in ranked)
@@ -138,9 +155,13 @@ class _Cycle:
         obstacle = self.room.still_stops(policy, found.evaluation, shape.reason)
         if obstacle is None:
             return 0
+        looks = shape.preempts and self.preemptions.may_stop_any(policy)
+        if looks and self.preemptions.deserves_a_look(policy, found.offer, found.evaluation, self.room):
+            return 0
         keeps = self._stopped(found, policy, obstacle)
-        # A shorter task of the same kind may still get past, and each large one may keep a node of its own.
-        one_by_one = obstacle.unless_seconds > 0 or keeps
+        # A shorter task of the same kind may still get past, and each large one may keep a node of its own. Whether
+        # jobs are stopped for an offer depends on its own end.
+        one_by_one = obstacle.unless_seconds > 0 or keeps or looks
         step = 1 if one_by_one else len(queue) - at
         if shape.borrows_from and obstacle.reason is Reason.WAITING_FOR_LANE:
             self.borrowing_groups.append((policy, queue, at))
@@ -205,10 +226,13 @@ class _Cycle:
             chosen, better = self._choose(found, policy)
             self._answer(offer, policy, evaluation, better or self._admit(offer, policy, chosen, evaluation.gpus))
             return
+        may_borrow = bool(evaluation.borrows_from) and obstacle.reason is Reason.WAITING_FOR_LANE
+        if not may_borrow and self._preempts(found, policy, obstacle):
+            return
         if not self.room.rejects(policy, obstacle):
             # An offer that is refused keeps nothing from others.
             self._stopped(found, policy, obstacle)
-        if evaluation.borrows_from and obstacle.reason is Reason.WAITING_FOR_LANE:
+        if may_borrow:
             self.borrowers.append((found, policy, obstacle))
             return
         self._wait(offer, policy, evaluation, obstacle)
@@ -271,6 +295,28 @@ class _Cycle:
         booked = node.allocatable - self.room.timeline.ledger.free(node)
         return admitted(offer, policy, evaluation, node, booked, self.snapshot.now)
 
+    def _resume(self, before: Order | None) -> None:
+        """Let jobs go on that were stopped for others and come before this place in the order."""
+        while self.resumptions and (before is None or self.resumptions[-1].order(self.snapshot.now) < before):
+            move = resume(self.resumptions.pop(), self.snapshot, self.room)
+            if move is not None:
+                self.moves.append(move)
+
+    def _preempts(self, found: Waiting, policy: PolicyView, obstacle: Obstacle) -> bool:
+        """Have running jobs stopped for an offer, where the policy says so; tell whether it waits for that now."""
+        offer, evaluation = found.offer, found.evaluation
+        if not evaluation.preempts:
+            return False
+        choice = self.preemptions.choose(self.room, policy, offer, evaluation, obstacle)
+        if choice is None:
+            if (ripe := self.preemptions.next_at(policy.name)) is not None:
+                self._wake(ripe)
+            return False
+        self.preemptions.take(self.room, policy, offer, evaluation, choice)
+        told = _says(offer, Reason.WAITING_FOR_PREEMPTION)
+        self._answer(offer, policy, evaluation, None if told else waits_for(evaluation, policy, choice))
+        return True
+
     def _stopped(self, found: Waiting, policy: PolicyView, obstacle: Obstacle) -> bool:
         """Take in that an offer waits: its lane lends nothing, and a large one keeps a node.
 
@@ -310,7 +356,7 @@ class _Cycle:
             if obstacle is None:
                 self.room.passed_over -= 1
             self._answer(found.offer, policy, borrowed, self._admit(found.offer, policy, borrowed, borrowed.gpus))
-        elif obstacle is not None:
+        elif obstacle is not None and not self._preempts(found, policy, obstacle):
             self._wait(found.offer, policy, found.evaluation, obstacle)
 
     # The plan

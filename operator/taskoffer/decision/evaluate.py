@@ -81,6 +81,10 @@ class Evaluation(NamedTuple):
     it ends first."""
     reserves: bool = False
     """Whether a node is kept for it while it waits for capacity."""
+    preempts: bool = False
+    """Whether running jobs may be stopped for it."""
+    at_stake: float = 0.0
+    """What an admitted job would lose if it were certain to be late instead of in time, by expected value."""
     floor: tuple[int, Decimal | None] | None = None
     """Admissions of its task type within a day below which another score suffices, and that score."""
 
@@ -133,6 +137,7 @@ def evaluate(
     if score is not None:
         refusals.extend(_check_score(facts, score))
     finish = facts.prediction.finish if facts.prediction is not None else None
+    priority = _priority(facts)
     return Evaluation(
         refusals=tuple(refusals),
         score=score,
@@ -144,7 +149,7 @@ def evaluate(
         ttl=policy.filters.offer_ttl_seconds,
         seconds=facts.prediction.seconds if facts.prediction is not None else 0.0,
         occupies=finish.seconds if finish is not None else float(spec.time_limit_seconds),
-        priority=_priority(facts),
+        priority=priority,
         urgency=policy.scoring.expected_value.urgency_seconds if policy.scoring.expected_value else None,
         quota=namespace if facts.limit is not None and facts.limit.gpus is not None else None,
         borrows_from=facts.lane.borrow_from if facts.lane else (),
@@ -155,6 +160,8 @@ def evaluate(
         ),
         spare_share=_spare_share(facts),
         reserves=_reserves(facts),
+        preempts=_preempts(facts, priority),
+        at_stake=facts.stakes.lateness(facts.known) if facts.stakes is not None and policy.preemption else 0.0,
         floor=_floor(facts),
         group=facts.group if policy.learning is not None else None,
     )
@@ -187,6 +194,14 @@ def _priority_in(among: Itself[Queue], asked: str | None, highest: str | None) -
 def _reserves(facts: Facts) -> bool:
     least = facts.policy.queue.reserve_from_gpus if facts.policy.queue is not None else None
     return least is not None and facts.gpus is not None and facts.gpus >= least
+
+
+def _preempts(facts: Facts, priority: Priority | None) -> bool:
+    rules = facts.policy.preemption
+    if rules is None:
+        return False
+    names = facts.policy.queue.priorities if facts.policy.queue is not None else ()
+    return not rules.rules or any(names[priority.level if priority else 0] in rule.by for rule in rules.rules)
 
 
 def _floor(facts: Facts) -> tuple[int, Decimal | None] | None:

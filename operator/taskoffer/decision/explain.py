@@ -295,7 +295,8 @@ class _Search:
 
 
 def _waits_for_capacity(answer: Answer) -> bool:
-    return answer.reason.value in CAPACITY_REASONS or answer.reason is Reason.WAITING_FOR_EARLIER_END
+    later = (Reason.WAITING_FOR_EARLIER_END, Reason.WAITING_FOR_PREEMPTION)
+    return answer.reason.value in CAPACITY_REASONS or answer.reason in later
 
 
 def _hopeless(policy: PolicyView | None, evaluation: Evaluation | None) -> bool:

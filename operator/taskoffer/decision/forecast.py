@@ -7,7 +7,7 @@ as is predicted of it. Offers that are yet to come are not known, so this is wha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -15,13 +15,17 @@ from taskoffer.api.base import rfc3339
 from taskoffer.decision.cycle import Decision, plan
 from taskoffer.decision.ledger import Claim, Release
 from taskoffer.decision.moments import later
+from taskoffer.decision.moves import Move
+from taskoffer.decision.preemption import Eviction, goes_on
 from taskoffer.decision.rerun import undecided
-from taskoffer.decision.snapshot import OfferView, Snapshot
+from taskoffer.decision.snapshot import OfferKey, OfferView, Resumption, Running, Snapshot
 from taskoffer.decision.timeline import end_expected
 from taskoffer.decision.verdict import Verdict
 
 STEPS = 64
 """Ends of jobs that are looked ahead to."""
+_STOPS_IN = 60
+"""Seconds that a job is taken to need to save and stop."""
 SPREAD = 0.15
 """Standard deviation of the logarithm of measured over predicted time where a policy does not say it; the default of
 ``scoring.expectedValue.durationSpread``."""
@@ -48,11 +52,15 @@ class _Run:
     pending: dict[str, OfferView]
     claims: list[Claim] = field(init=False)
     releases: list[Release] = field(init=False)
+    running: dict[str, Running] = field(init=False)
+    resumptions: dict[OfferKey, Resumption] = field(init=False)
     starts: dict[str, datetime] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         now = self.snapshot.now
+        self.running = {running.holder: running for running in self.snapshot.running}
+        self.resumptions = {waits.key: waits for waits in self.snapshot.resumptions}
         self.claims = list(self.snapshot.claims)
         self.releases = [
             replace(release, ends=later(now, (end_expected(release, now) - now).total_seconds() * self.factor))
@@ -70,6 +78,7 @@ class _Run:
             ended = {(r.holder, r.node) for r in self.releases if r.ends <= now}
             self.releases = [r for r in self.releases if r.ends > now]
             self.claims = [c for c in self.claims if (c.holder, c.node) not in ended]
+            self._make_room({holder for holder, _ in ended})
         return Forecast(self.starts, self.refused, False)
 
     def _cycle(self, now: datetime) -> None:
@@ -80,6 +89,8 @@ class _Run:
                 offers=list(self.pending.values()),
                 claims=self.claims,
                 releases=self.releases,
+                running=list(self.running.values()),
+                resumptions=list(self.resumptions.values()),
                 standing={},
                 standing_end=None,
             )
@@ -94,6 +105,35 @@ class _Run:
                 self.refused[decision.offer.uid] = (
                     f"refused as {decision.answer.reason} at about {rfc3339(now.replace(microsecond=0))}"
                 )
+
+        for move in made.moves:
+            if move.key in self.resumptions:
+                self._go_on(move, now)
+        for eviction in made.evictions:
+            self._stop(eviction, now)
+
+    def _stop(self, eviction: Eviction, now: datetime) -> None:
+        """Have a job end soon, for an offer."""
+        self.running[eviction.holder] = replace(self.running[eviction.holder], leaving_for=eviction.preemptor_uid)
+        soon = later(now, _STOPS_IN)
+        self.releases = [replace(r, ends=soon) if r.holder == eviction.holder else r for r in self.releases]
+
+    def _make_room(self, ended: Collection[str]) -> None:
+        """Let the jobs that have ended for others wait to go on."""
+        for holder in ended:
+            gone = self.running.pop(holder, None)
+            policy = self.snapshot.policies.get(gone.policy) if gone is not None else None
+            rules = policy.spec.preemption if policy is not None and policy.spec is not None else None
+            if gone is not None and gone.leaving_for is not None and rules is not None:
+                self.resumptions[gone.key] = goes_on(gone, self.snapshot.now, rules.resume_seconds)
+
+    def _go_on(self, move: Move, now: datetime) -> None:
+        """Book what a job goes on with that was stopped for another."""
+        waits, (part,) = self.resumptions.pop(move.key), move.assignments
+        where = (move.offer_uid, part.node_name, part.count)
+        ends = later(now, waits.occupies * self.factor)
+        self.claims.append(Claim(*where, "admission", waits.policy, part.lane, waits.quota))
+        self.releases.append(Release(*where, ends, waits.policy, part.lane, waits.quota, waits.name))
 
     def _start(self, decision: Decision, now: datetime) -> None:
         offer, admission, policy = decision.offer, decision.answer.admission, decision.policy

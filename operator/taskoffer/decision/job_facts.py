@@ -10,7 +10,7 @@ from taskoffer.api.contract import ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
-from taskoffer.api.v1alpha1.trainingjob import Attempt, TrainingJob, TrainingJobStatus
+from taskoffer.api.v1alpha1.trainingjob import Attempt, Preemptor, TrainingJob, TrainingJobStatus
 from taskoffer.decision.snapshot import MoveRequest
 
 
@@ -88,6 +88,8 @@ class JobFacts:
     report: ProgressReport | None = None
     moved_to: tuple[Assignment, ...] | None = None
     """The next attempt's place, once the cycle has found one for it."""
+    preemptor: Preemptor | None = None
+    """The offer for which the cycle wants the job to stop, where that is not in its status yet."""
     progress_interval: timedelta = timedelta(seconds=10)
     log_tail: str | None = None
     """Last lines of a failed pod's log; None until they were asked for."""

@@ -8,23 +8,21 @@ offer's admission alone.
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from taskoffer.api.contract import ExitCode, Termination
 from taskoffer.api.reasons import Reason
-from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import ClockMode
 from taskoffer.api.v1alpha1.trainingjob import (
     Attempt,
     AttemptOutcome,
-    StepStatus,
-    TrainingJobStatus,
+    Preemptor,
 )
 from taskoffer.decision.abandoned import abandoned, pods_of_no_attempt, stop_and_fail, stray_jobs
 from taskoffer.decision.attempts import asked_again_at, end_of_offer, first_attempt, move_request, need_of, says_refused
-from taskoffer.decision.conditions import condition_of, is_true, set_condition
+from taskoffer.decision.conditions import condition_of, is_true
+from taskoffer.decision.job_draft import JobDraft
 from taskoffer.decision.job_facts import (
-    Action,
     DeleteJob,
     EnsureAttempt,
     JobFacts,
@@ -37,16 +35,12 @@ from taskoffer.decision.job_facts import (
 )
 from taskoffer.decision.measured import with_measured
 from taskoffer.decision.moments import later
-from taskoffer.decision.naming import attempt_name
 from taskoffer.decision.snapshot import MoveRequest
 from taskoffer.decision.trainer_words import (
     PERMANENT_EXIT_CODES,
-    at_its_end,
-    clamps_of,
     last_words,
     parse_termination,
     result_of,
-    trainer_status_of,
 )
 
 _NOT_STARTED = "the pod has not started"
@@ -77,24 +71,15 @@ def _step(facts: JobFacts) -> JobPlan:
     return _Pass(facts, attempts).run()
 
 
-class _Pass:
-    """One look at an unfinished job. Methods return the plan; helpers change nothing but this object."""
+class _Pass(JobDraft):
+    """One look at an unfinished job. Methods return the plan."""
 
     def __init__(self, facts: JobFacts, attempts: tuple[Attempt, ...]) -> None:
-        self.facts = facts
-        self.run_spec = facts.job.spec.run
+        super().__init__(facts, attempts)
         self.limits = facts.job.spec.run.limits
-        self.attempts = list(attempts)
-        self.current = attempts[-1]
         self.job = facts.jobs.get(self.current.job_name)
         own = [p for p in facts.pods if p.job_name == self.current.job_name]
         self.pod = max(own, key=lambda p: (not p.terminal, p.created, p.name), default=None)
-        self.notices: list[Notice] = []
-        self.conditions = facts.job.status.conditions
-        self.actions: list[Action] = []
-        self.wake_at: datetime | None = None
-        self.trainer_status = facts.job.status.trainer_status
-        self.result = facts.job.status.result
 
     def run(self) -> JobPlan:
         if self._cancelled():
@@ -113,6 +98,8 @@ class _Pass:
         lost = self._lost_node()
         if lost is not None:
             return lost
+        if self.current.preempted_for is not None:
+            return self._make_room(self.current.preempted_for)
         if self.job is None and self.pod is None:
             return self._create()
         if self.pod is None or self.pod.started_at is None:
@@ -121,6 +108,11 @@ class _Pass:
 
     # What the job looks like
 
+    @property
+    def _tried(self) -> int:
+        """Attempts that have ended by themselves, or run."""
+        return sum(attempt.outcome is not AttemptOutcome.PREEMPTED for attempt in self.attempts)
+
     def _cancelled(self) -> bool:
         offer = self.facts.offer
         return offer is not None and (not offer.active or offer.finished)
@@ -128,9 +120,6 @@ class _Pass:
     def _by_own_clock(self, moment: datetime) -> datetime:
         """Clocks of other machines may be off; whatever they saw of this attempt lies between its beginning and now."""
         return max(self.current.created_at, min(moment, self.facts.now))
-
-    def _wake(self, moment: datetime) -> None:
-        self.wake_at = min(self.wake_at, moment) if self.wake_at else moment
 
     # The cases
 
@@ -188,6 +177,9 @@ class _Pass:
             self.notices.append(Notice(Reason.RUNNING, f"attempt {len(self.attempts)} runs on {pod.node}"))
         self._condition("Running", True, Reason.RUNNING, f"attempt {len(self.attempts)} runs on {pod.node}")
         self._take_report()
+        if self.facts.preemptor is not None:
+            self._amend(preempted_for=self.facts.preemptor)
+            self._wake(self.facts.now)
         return self._plan("Running")
 
     def _lost_node(self) -> JobPlan | None:
@@ -228,6 +220,8 @@ class _Pass:
         if self.facts.log_tail is None:
             return JobPlan(failed_pod=pod.name)
         code = pod.exit_code
+        if self.current.preempted_for is not None and code not in PERMANENT_EXIT_CODES:
+            return self._preempted(self.current.preempted_for, finished, code)
         stopped = code == ExitCode.STOPPED
         self._amend(
             outcome=AttemptOutcome.STOPPED if stopped else AttemptOutcome.FAILED,
@@ -248,13 +242,34 @@ class _Pass:
             return self._complete(None)
         return self._retry_or_fail(f"attempt {len(self.attempts)} ended: its pod was removed")
 
+    def _make_room(self, preemptor: Preemptor) -> JobPlan:
+        """Ask the pod to stop for another offer; once it is gone the attempt is over."""
+        whom = f"{preemptor.namespace}/{preemptor.name}"
+        if self.job is not None and not self.job.finished and not self.job.suspended:
+            self.actions.append(SuspendJob(self.job.name))
+            why = f"attempt {len(self.attempts)} saves and stops for {whom}, and goes on later"
+            self.notices.append(Notice(Reason.PREEMPTED, why))
+        elif self.pod is None:
+            return self._preempted(preemptor, self.facts.now, None)
+        self._take_report()
+        self._condition("Running", True, Reason.STOPPING, f"attempt {len(self.attempts)} saves and stops for {whom}")
+        return self._plan("Running")
+
+    def _preempted(self, preemptor: Preemptor, finished: datetime, code: int | None) -> JobPlan:
+        """The attempt has given its GPUs back for another offer. It does not count as one that failed."""
+        message = f"stopped for {preemptor.namespace}/{preemptor.name}"
+        self._amend(outcome=AttemptOutcome.PREEMPTED, finished_at=finished, exit_code=code, message=message)
+        self._condition("Running", False, Reason.PREEMPTED, f"attempt {len(self.attempts)} {message}")
+        self._wake(self.facts.now)
+        return self._plan("Pending")
+
     def _retry_or_fail(self, summary: str) -> JobPlan:
         if self.current.deadline is not None and self.facts.now >= self.current.deadline:
             return self._fail(Reason.DEADLINE_EXCEEDED, f"the deadline has passed; {summary}")
-        if len(self.attempts) >= self.limits.max_attempts:
+        if self._tried >= self.limits.max_attempts:
             return self._fail(
                 Reason.ATTEMPTS_EXHAUSTED,
-                f"{summary} (attempt {len(self.attempts)} of {self.limits.max_attempts})",
+                f"{summary} (attempt {self._tried} of {self.limits.max_attempts})",
             )
         self.notices.append(Notice(Reason.ATTEMPT_FAILED, summary, warning=True))
         self._condition("Running", False, Reason.ATTEMPT_FAILED, summary)
@@ -266,7 +281,7 @@ class _Pass:
         self._amend(outcome=outcome, finished_at=self.facts.now, message=message[:1024])
         if self.job is not None:
             self.actions.append(DeleteJob(self.job.name, self.job.uid))
-        if len(self.attempts) >= self.limits.max_attempts:
+        if self._tried >= self.limits.max_attempts:
             return self._fail(Reason.ATTEMPTS_EXHAUSTED, f"attempt {len(self.attempts)}: {message}")
         self.notices.append(Notice(reason, f"attempt {len(self.attempts)}: {message}", warning=True))
         self._condition("Running", None if reason is Reason.NODE_LOST else False, reason, message)
@@ -276,11 +291,17 @@ class _Pass:
     def _next_attempt(self) -> JobPlan:
         """The last attempt is over: place the next one, on the same GPUs where that is possible."""
         last = self.current
+        if last.deadline is not None and self.facts.now >= last.deadline:
+            return self._stop(Reason.DEADLINE_EXCEEDED, f"the deadline {last.deadline:%Y-%m-%dT%H:%M:%SZ} has passed")
+        if last.deadline is not None:
+            self._wake(last.deadline)
+        if last.outcome is AttemptOutcome.PREEMPTED:
+            return self._go_on(last)
         move_away = last.outcome in (AttemptOutcome.NODE_LOST, AttemptOutcome.START_TIMEOUT)
         # A Job whose pod has failed ends by itself and keeps the log; one that was given up would go on.
         if move_away and self.job is not None and not self.job.finished:
             self.actions.append(DeleteJob(self.job.name, self.job.uid))
-        if len(self.attempts) >= self.limits.max_attempts:
+        if self._tried >= self.limits.max_attempts:
             return self._fail(
                 Reason.ATTEMPTS_EXHAUSTED, f"attempt {len(self.attempts)}: {last.message or last.outcome}"
             )
@@ -301,6 +322,20 @@ class _Pass:
         self._wake(self.facts.now)
         return self._plan("Pending")
 
+    def _go_on(self, last: Attempt) -> JobPlan:
+        """The last attempt gave its GPUs to another offer, so that the next one begins wherever GPUs are free."""
+        if self.pod is not None and not self.pod.terminal:
+            return self._plan("Pending")
+        if self.job is not None and not self.job.finished:
+            # A suspended Job never ends by itself, and there is no log of its pod to keep.
+            self.actions.append(DeleteJob(self.job.name, self.job.uid))
+        if self.facts.moved_to is not None:
+            self._append(self.facts.moved_to)
+            self._wake(self.facts.now)
+            return self._plan("Pending")
+        self._condition("Running", False, Reason.PREEMPTED, f"{last.message}; {need_of(last)}")
+        return self._plan("Pending", move=replace(self._move(avoid=False), goes_on=True))
+
     def _is_ready(self, node: str) -> bool:
         health = self.facts.nodes.get(node)
         return health is not None and health.ready
@@ -308,20 +343,6 @@ class _Pass:
     def _move(self, avoid: bool) -> MoveRequest:
         avoided = (a.node_name for a in self.current.assignments if avoid and not self._is_ready(a.node_name))
         return move_request(self.facts, self.current, frozenset(avoided))
-
-    def _append(self, assignments: tuple[Assignment, ...]) -> None:
-        number = len(self.attempts) + 1
-        self.attempts.append(
-            Attempt(
-                job_name=attempt_name(self.facts.job.metadata.name, number),
-                assignments=assignments,
-                created_at=self.facts.now,
-                # Stamped once: by the admission, or when a container first started.
-                deadline=self.current.deadline,
-            )
-        )
-        node = ", ".join(a.node_name for a in assignments)
-        self._condition("Running", False, Reason.PENDING, f"attempt {number} is placed on {node}")
 
     def _stop(self, reason: Reason, why: str) -> JobPlan:
         """Ask the pods to stop, and end the job once all of them have ended."""
@@ -352,49 +373,3 @@ class _Pass:
         self._condition("Failed", True, reason, message)
         self.notices.append(Notice(reason, message, warning=reason is not Reason.CANCELLED))
         return self._plan("Failed")
-
-    # Putting the plan together
-
-    def _amend(self, **changes: object) -> None:
-        self.current = self.current.model_copy(update=changes)
-        self.attempts[-1] = self.current
-
-    def _condition(self, kind: str, status: bool | None, reason: Reason, message: str) -> None:
-        self.conditions = set_condition(
-            self.conditions,
-            kind,
-            status,
-            reason,
-            message,
-            now=self.facts.now,
-            generation=self.facts.job.metadata.generation,
-        )
-
-    def _take_report(self, *, final: bool = False) -> None:
-        report, before = self.facts.report, self.trainer_status
-        if report is None or report.job_name != self.facts.job.metadata.name:
-            return
-        passed = report.last_updated_time - before.last_updated_time if before is not None else None
-        if passed is None or passed >= (timedelta.resolution if final else self.facts.progress_interval):
-            self.trainer_status = trainer_status_of(report)
-
-    def _plan(self, train: str, *, move: MoveRequest | None = None) -> JobPlan:
-        before = self.facts.job.status
-        if self.trainer_status is not None and train == "Succeeded":
-            self.trainer_status = at_its_end(self.trainer_status)
-        status = TrainingJobStatus(
-            observed_generation=self.facts.job.metadata.generation,
-            conditions=self.conditions,
-            attempts=tuple(self.attempts),
-            steps=(StepStatus.model_validate({"name": "Train", "state": train}),),
-            trainer_status=self.trainer_status,
-            clamps=clamps_of(before.clamps, self.run_spec.clamps, self.facts.report),
-            result=self.result,
-        )
-        return JobPlan(
-            actions=tuple(self.actions),
-            status=status if status != before else None,
-            notices=tuple(self.notices),
-            move=move,
-            wake_at=self.wake_at,
-        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.decision.ledger import best_fit
 from taskoffer.decision.room import Room
-from taskoffer.decision.snapshot import OfferKey, Snapshot
+from taskoffer.decision.snapshot import OfferKey, Resumption, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,26 @@ def find_moves(snapshot: Snapshot, room: Room) -> Iterable[Move]:
                 ),
             ),
         )
+
+
+def resume(wanted: Resumption, snapshot: Snapshot, room: Room) -> Move | None:
+    """Find GPUs for a job that was stopped for another, and book them. Its limits are those of a new job."""
+    policy = snapshot.policies.get(wanted.policy)
+    if policy is None or policy.spec is None or room.obstacle(policy, wanted) is not None:
+        return None
+    node = room.place(policy, wanted, wanted.offer_uid, wanted.name)
+    return Move(
+        wanted.key,
+        wanted.offer_uid,
+        (
+            Assignment(
+                node_name=node.name,
+                resource_name=policy.spec.resources[0].name,
+                count=wanted.gpus,
+                lane=wanted.lane,
+            ),
+        ),
+    )
 
 
 def _kept_without_pods(snapshot: Snapshot, holder: str) -> dict[str, int]:

@@ -49,6 +49,7 @@ def line(snapshot: Snapshot) -> Line:
     """Return who waits and who is about to start."""
     answers = {decision.offer.uid: decision.answer for decision in plan(snapshot).decisions}
     policies: dict[str, str] = {}
+    heirs = snapshot.heirs
     ranked: list[Waiting] = []
     unranked: list[Place] = []
     for offer in snapshot.offers:
@@ -58,7 +59,7 @@ def line(snapshot: Snapshot) -> Line:
         reason = _reason(offer, answers)
         if name is not None and evaluation is not None and reason != Reason.SUSPENDED:
             policies[offer.uid] = name
-            ranked.append(waiting(offer, evaluation, snapshot.now))
+            ranked.append(waiting(offer, evaluation, snapshot.now, is_heir=offer.uid in heirs))
         elif _verdict(offer, answers) is Verdict.WAIT:
             unranked.append(Place(offer, name, evaluation, reason, None))
     groups: list[Sequence[Waiting]] = [sorted(ranked)]

@@ -41,6 +41,7 @@ def released(snapshot: Snapshot, holders: Collection[str]) -> Snapshot:
         snapshot,
         claims=[claim for claim in snapshot.claims if claim.holder not in holders],
         releases=[release for release in snapshot.releases if release.holder not in holders],
+        running=[running for running in snapshot.running if running.holder not in holders],
     )
 
 

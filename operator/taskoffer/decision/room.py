@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Protocol
 
 from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
@@ -15,7 +16,7 @@ from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.ledger import NodeView, Release, best_fit, open_ledger
 from taskoffer.decision.moments import later
-from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot, end_of
+from taskoffer.decision.snapshot import OfferView, PolicyView, Running, Snapshot, end_of
 from taskoffer.decision.timeline import Demand, Opening, Timeline
 
 CAPACITY_REASONS = frozenset(
@@ -29,6 +30,19 @@ CAPACITY_REASONS = frozenset(
     }
 )
 """Reasons of a wait that capacity alone can end."""
+
+
+class Want(Protocol):
+    """What is to be placed: an offer as it was evaluated, or a job that goes on."""
+
+    @property
+    def gpus(self) -> int: ...  # noqa: D102
+    @property
+    def lane(self) -> str | None: ...  # noqa: D102
+    @property
+    def quota(self) -> str | None: ...  # noqa: D102
+    @property
+    def occupies(self) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +72,40 @@ class Reservation:
     def admits(self, gpus: int, ends: datetime) -> bool:
         """Tell whether so many of the node's GPUs can be lent until then without the offer starting later."""
         return gpus <= self.extra or ends <= self.starts
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """What is missing on a node, and in the limits of the policy, for an offer to start there."""
+
+    node: str
+    lane: str | None
+    quota: str | None
+    gpus: int
+    lane_gpus: int = 0
+    quota_gpus: int = 0
+    slots: int = 0
+
+    @property
+    def nothing(self) -> bool:
+        """Tell whether nothing is missing."""
+        return max(self.gpus, self.lane_gpus, self.quota_gpus, self.slots) <= 0
+
+    def helped_by(self, running: Running) -> bool:
+        """Tell whether the end of a job on the node gives something that is missing."""
+        in_lane = self.lane_gpus > 0 and running.lane == self.lane
+        in_quota = self.quota_gpus > 0 and running.quota == self.quota
+        return self.gpus > 0 or in_lane or in_quota or self.slots > 0
+
+    def without(self, ended: Sequence[Running]) -> Lack:
+        """Return what is still missing once jobs on the node have ended."""
+        return replace(
+            self,
+            gpus=self.gpus - sum(running.gpus for running in ended),
+            lane_gpus=self.lane_gpus - sum(running.gpus for running in ended if running.lane == self.lane),
+            quota_gpus=self.quota_gpus - sum(running.gpus for running in ended if running.quota == self.quota),
+            slots=self.slots - len(ended),
+        )
 
 
 Kind = tuple[str, int, str | None, str | None]
@@ -98,7 +146,7 @@ class Room:
         """Return the nodes that a policy selects and that offer anything."""
         return self._nodes.get(policy, [])
 
-    def obstacle(self, policy: PolicyView, evaluation: Evaluation) -> Obstacle | None:
+    def obstacle(self, policy: PolicyView, evaluation: Want) -> Obstacle | None:
         """Return what stops an offer of this kind, or None when it can be placed."""
         kind = _kind(policy, evaluation)
         found = self._stopped.get(kind)
@@ -126,24 +174,47 @@ class Room:
 
     def book(self, policy: PolicyView, offer: OfferView, evaluation: Evaluation) -> NodeView:
         """Book an offer that nothing stops, and return its node."""
-        assert policy.spec is not None  # noqa: S101
-        ends = later(self.snapshot.now, evaluation.occupies)
-        nodes = [n for n in self.nodes(policy.name) if self._lends(n, evaluation.gpus, ends)]
-        pairs = policy.spec.placement.nvlink_pairs if policy.spec.placement is not None else None
-        node = best_fit(nodes, self.timeline.ledger, evaluation.gpus, pairs)
-        assert node is not None  # noqa: S101
-        kept = self.reservations.get(node.name)
-        if kept is not None and ends > kept.starts:
-            kept.extra -= evaluation.gpus
-        quota, lane = evaluation.quota, evaluation.lane
-        self.timeline.ledger.book(offer.uid, node.name, evaluation.gpus, policy.name, lane, quota)
-        self.timeline.start(
-            Release(offer.uid, node.name, evaluation.gpus, ends, policy.name, lane, quota, str(offer.key))
-        )
-        self._openings.clear()
+        node = self.place(policy, evaluation, offer.uid, str(offer.key))
         if offer.spec is not None:
             self.admitted_today[policy.name, offer.spec.task_type] += 1
         return node
+
+    def place(self, policy: PolicyView, want: Want, holder: str, name: str) -> NodeView:
+        """Book what nothing stops for a holder, under the name that people know, and return the node."""
+        assert policy.spec is not None  # noqa: S101
+        ends = later(self.snapshot.now, want.occupies)
+        nodes = [n for n in self.nodes(policy.name) if self.lends(n, want.gpus, ends)]
+        pairs = policy.spec.placement.nvlink_pairs if policy.spec.placement is not None else None
+        node = best_fit(nodes, self.timeline.ledger, want.gpus, pairs)
+        assert node is not None  # noqa: S101
+        kept = self.reservations.get(node.name)
+        if kept is not None and ends > kept.starts:
+            kept.extra -= want.gpus
+        self.timeline.ledger.book(holder, node.name, want.gpus, policy.name, want.lane, want.quota)
+        self.timeline.start(Release(holder, node.name, want.gpus, ends, policy.name, want.lane, want.quota, name))
+        self._openings.clear()
+        return node
+
+    def lack(self, policy: PolicyView, node: NodeView, evaluation: Evaluation) -> Lack:
+        """Return what is missing for an offer to start on a node."""
+        spec, ledger, gpus = policy.spec, self.timeline.ledger, evaluation.gpus
+        assert spec is not None  # noqa: S101
+        lane = next((lane for lane in spec.lanes if lane.name == evaluation.lane), None)
+        quota, slots = evaluation.quota, spec.filters.max_concurrent_jobs
+        return Lack(
+            node.name,
+            evaluation.lane,
+            quota,
+            gpus - ledger.free(node),
+            ledger.lane_used(policy.name, lane.name) + gpus - lane.gpus if lane is not None else 0,
+            ledger.held_by(policy.name, quota) + gpus - _quota(spec, quota) if quota is not None else 0,
+            ledger.running(policy.name) + 1 - slots if slots is not None else 0,
+        )
+
+    def hold(self, policy: str, holder: str, node: str, gpus: int, evaluation: Evaluation) -> None:
+        """Keep free GPUs of a node for an offer that waits there for more."""
+        self.timeline.ledger.book(holder, node, gpus, policy, evaluation.lane, evaluation.quota)
+        self._openings.clear()
 
     def lender(self, policy: PolicyView, evaluation: Evaluation) -> Evaluation | None:
         """Return the evaluation in the first lane that lends its GPUs to the offer's, or None."""
@@ -207,11 +278,12 @@ class Room:
             self._openings[kind] = self.timeline.opening(demand, nodes) if demand is not None else None
         return self._openings[kind]
 
-    def _lends(self, node: NodeView, gpus: int, ends: datetime) -> bool:
+    def lends(self, node: NodeView, gpus: int, ends: datetime) -> bool:
+        """Tell whether no reservation keeps so many of a node's GPUs from a job that ends by then."""
         kept = self.reservations.get(node.name)
         return kept is None or kept.admits(gpus, ends)
 
-    def _limit(self, policy_name: str, policy: CapacityPolicySpec, evaluation: Evaluation) -> Obstacle | None:
+    def _limit(self, policy_name: str, policy: CapacityPolicySpec, evaluation: Want) -> Obstacle | None:
         """Return the first limit of the policy that is reached, or None."""
         resource, gpus, ledger = policy.resources[0].name, evaluation.gpus, self.timeline.ledger
         if not any(n.ready for n in self.nodes(policy_name)):
@@ -247,7 +319,7 @@ class Room:
                 )
         return None
 
-    def _shortage(self, policy: PolicyView, spec: CapacityPolicySpec, evaluation: Evaluation) -> Obstacle | None:
+    def _shortage(self, policy: PolicyView, spec: CapacityPolicySpec, evaluation: Want) -> Obstacle | None:
         """Return what is missing on the nodes, or None."""
         resource, gpus, ledger = spec.resources[0].name, evaluation.gpus, self.timeline.ledger
         usable = [n for n in self.nodes(policy.name) if n.ready]
@@ -271,7 +343,7 @@ class Room:
                 f"admitted once {gpus - free} more are free on {freest.name}",
             )
         ends = later(self.snapshot.now, evaluation.occupies)
-        if any(self._lends(n, gpus, ends) for n in fitting):
+        if any(self.lends(n, gpus, ends) for n in fitting):
             return None
         return self._kept(resource, gpus, [self.reservations[n.name] for n in fitting])
 
@@ -312,5 +384,5 @@ def _quota(policy: CapacityPolicySpec, namespace: str) -> int:
     return limit if limit is not None else 0
 
 
-def _kind(policy: PolicyView, evaluation: Evaluation) -> Kind:
+def _kind(policy: PolicyView, evaluation: Want) -> Kind:
     return policy.name, evaluation.gpus, evaluation.lane, evaluation.quota

@@ -128,6 +128,76 @@ class MoveRequest:
     count: int
     lane: str | None
     avoid_nodes: frozenset[str]
+    goes_on: bool = False
+    """Whether it was stopped for another offer: then it holds nothing, and waits for its turn."""
+
+
+Order = tuple[int, float, int, datetime, str]
+"""Where an offer stands among those that wait: negative priority, deadline, negative score, creation time, UID."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An admitted job that runs, under a policy that may have it stopped for others."""
+
+    key: OfferKey
+    """The TrainingJob."""
+    holder: str
+    """UID of its offer."""
+    name: str
+    """Its offer, for people."""
+    policy: str
+    node: str
+    gpus: int
+    lane: str | None
+    quota: str | None
+    """Its namespace, where the policy limits its GPUs."""
+    level: int
+    """Its priority, 0 for the lowest."""
+    started: datetime
+    """When its attempt did."""
+    ends: datetime
+    """When it is predicted to."""
+    deadline: datetime | None
+    preempted: int = 0
+    """How often it has been stopped already."""
+    score: float = 0.0
+    """What its offer scored: the expected earnings for each GPU-hour, where the policy scores by expected value."""
+    at_stake: float = 0.0
+    """What it would lose if it were certain to be late instead of certain to be in time."""
+    leaving_for: str | None = None
+    """UID of the offer for which it has been asked to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """A job that was stopped for another and waits for GPUs to go on."""
+
+    key: OfferKey
+    """The TrainingJob."""
+    offer_uid: str
+    name: str
+    policy: str
+    gpus: int
+    lane: str | None
+    quota: str | None
+    level: int
+    since: datetime
+    """When its offer was created."""
+    occupies: float
+    """Seconds that it still needs, with what going on costs."""
+    left_for: str
+    """UID of the offer that it was stopped for."""
+    deadline: datetime | None
+
+    def order(self, now: datetime) -> Order:
+        """Return its place among the offers: what was promised before comes first in its priority.
+
+        Once it cannot be expected to end in time any more it comes last of all, and only takes what nobody waits for.
+        """
+        late = self.deadline is not None and later(now, self.occupies) > self.deadline
+        level, place = (1, math.inf) if late else (-self.level, -math.inf)
+        return level, place, 0, self.since, self.offer_uid
 
 
 class Shape(NamedTuple):
@@ -142,6 +212,7 @@ class Shape(NamedTuple):
     """Their namespace, where the policy limits its GPUs."""
     borrows_from: tuple[str, ...] = ()
     reserves: bool = False
+    preempts: bool = False
 
 
 def shape_of(policy: str, evaluation: Evaluation, reason: str) -> Shape:
@@ -154,6 +225,7 @@ def shape_of(policy: str, evaluation: Evaluation, reason: str) -> Shape:
         evaluation.quota,
         evaluation.borrows_from,
         evaluation.reserves,
+        evaluation.preempts,
     )
 
 
@@ -191,10 +263,6 @@ def ttl_end(offer: OfferView, evaluation: Evaluation | None) -> datetime | None:
     return later(offer.created, ttl) if ttl is not None else None
 
 
-Order = tuple[int, float, int, datetime, str]
-"""Where an offer stands among those that wait: negative priority, deadline, negative score, creation time, UID."""
-
-
 class Waiting(NamedTuple):
     """An offer in the order of admission. Orders differ in the UID at last, so that nothing else is compared."""
 
@@ -203,11 +271,12 @@ class Waiting(NamedTuple):
     evaluation: Evaluation
 
 
-def waiting(offer: OfferView, evaluation: Evaluation, now: datetime) -> Waiting:
+def waiting(offer: OfferView, evaluation: Evaluation, now: datetime, *, is_heir: bool = False) -> Waiting:
     """Return an offer with its place in the order: priority, then the earliest deadline, then score, then age.
 
     Where the policy knows no priorities its offers have the lowest one, and deadlines do not count. Where it scores by
-    expected value with an urgency, both score and the end of the wait count, in the place of the deadline.
+    expected value with an urgency, both score and the end of the wait count, in the place of the deadline. An offer for
+    which jobs have been stopped comes first in its priority, or others would take what is freed for it.
     """
     level, deadline = 0, math.inf
     if evaluation.priority is not None:
@@ -216,6 +285,8 @@ def waiting(offer: OfferView, evaluation: Evaluation, now: datetime) -> Waiting:
             deadline = offer.spec.deadline.timestamp()
     if evaluation.urgency is not None:
         deadline = -_pressing(offer, evaluation, evaluation.urgency)
+    if is_heir:
+        return Waiting((-level, -math.inf, -1, offer.created, offer.uid), offer, evaluation)
     return Waiting((-level, deadline, -evaluation.rank, offer.created, offer.uid), offer, evaluation)
 
 
@@ -274,8 +345,17 @@ class Snapshot:
     """When what is booked is predicted to come free; what nothing is known of is not in it."""
     learned: Mapping[str, Learned] = field(default_factory=dict)
     """What policies have learned, by policy; what is not in it has learned nothing."""
+    running: Sequence[Running] = ()
+    """Jobs that may be stopped for others, or have been asked to."""
+    resumptions: Sequence[Resumption] = ()
     admitted_today: Mapping[tuple[str, TaskType], int] = field(default_factory=dict)
     """Offers that were admitted within the last 24 hours, by policy and task type, where a policy counts them."""
+
+    @property
+    def heirs(self) -> frozenset[str]:
+        """UIDs of the offers for which jobs stop or have stopped."""
+        leaving = (running.leaving_for for running in self.running if running.leaving_for is not None)
+        return frozenset(leaving) | {waits.left_for for waits in self.resumptions}
 
     def policy_for(self, spec: TaskOfferSpec | OfferTerms) -> tuple[PolicyView | None, Reason | None, str]:
         """Return the policy that decides an offer, or the reason and message why there is none.

@@ -67,6 +67,11 @@ class Stakes:
             found = self._found[finish.gpus] = self._expect(finish, self._learned.success_rate(known, self._prior))
         return found
 
+    def lateness(self, known: Estimate) -> float:
+        """Return what the task's expected earnings lose between being certainly in time and being certainly late."""
+        success = self._learned.success_rate(known, self._prior)
+        return min(1.0, float(success)) * (self._value + self._penalty)
+
     def _expect(self, finish: Finish, success: Decimal) -> Expectation:
         margin = math.log(finish.limit / finish.counted) / self._spread if finish.counted > 0 else 9.0
         in_time, succeeds = 0.5 * (1 + math.erf(margin / math.sqrt(2))), min(1.0, float(success))

@@ -105,6 +105,8 @@ class Admission:
         self._session.answers_on_their_way(len(world.in_flight))
         for move in made.moves:
             self._jobs.take_move(move)
+        for eviction in made.evictions:
+            self._jobs.take_eviction(eviction, now)
         if made.decisions or made.moves:
             self._session.policies_wanted.set()
 

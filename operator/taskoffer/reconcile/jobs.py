@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from datetime import datetime
 
 from taskoffer.adapters.clock import utcnow
 from taskoffer.adapters.events import Subject
@@ -28,6 +29,7 @@ from taskoffer.adapters.metrics import WRITE_RETRIES
 from taskoffer.api.contract import ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION
+from taskoffer.api.v1alpha1.trainingjob import Preemptor
 from taskoffer.decision.conditions import is_true
 from taskoffer.decision.job_facts import (
     Action,
@@ -39,6 +41,7 @@ from taskoffer.decision.job_facts import (
 )
 from taskoffer.decision.lifecycle import step
 from taskoffer.decision.moves import Move
+from taskoffer.decision.preemption import Eviction
 from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.attempts import NameTakenError, carry_out, name_taken, owned_by
 from taskoffer.reconcile.leftovers import offer_is_there, read_job_again, stop_strays
@@ -92,6 +95,14 @@ class Jobs:
         self._session.world.moves.pop(move.key, None)
         self._session.world.moved[move.key] = move
         self._session.want_job(move.key)
+
+    def take_eviction(self, eviction: Eviction, now: datetime) -> None:
+        """Take in that the cycle wants a running job to stop for an offer."""
+        offer = eviction.preemptor
+        self._session.world.preempting[eviction.key] = Preemptor(
+            namespace=offer.namespace, name=offer.name, uid=eviction.preemptor_uid, asked_at=now
+        )
+        self._session.want_job(eviction.key)
 
     async def exists(self, key: OfferKey, offer_uid: str) -> bool:
         """Tell whether anything came of an admission: ask the server, not the cache."""
@@ -314,6 +325,10 @@ class Jobs:
             observe_errors(facts.job, made.status)
             session.cycle_wanted.set()
             session.want_job(key)
+        if facts.preemptor is not None and session.world.preempting.get(key) == facts.preemptor:
+            # Its status says so now; or it is not what it was when it was chosen, and the cycle has to choose again.
+            del session.world.preempting[key]
+            session.cycle_wanted.set()
         for notice in made.notices:
             subject = Subject(API_VERSION, "TrainingJob", key.namespace, key.name, entry.uid)
             session.events.emit(subject, notice.reason, notice.message, warning=notice.warning)

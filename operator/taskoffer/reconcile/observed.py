@@ -35,6 +35,7 @@ def job_facts(
         nodes={n.name: n.health for n in world.nodes},
         report=report,
         moved_to=moved.assignments if (moved := world.moved.get(key)) else None,
+        preemptor=world.preempting.get(key),
         progress_interval=timedelta(seconds=progress_interval),
     )
 

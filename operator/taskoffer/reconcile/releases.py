@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
+from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome, TrainingJobStatus
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.ledger import Release
 from taskoffer.decision.moments import later
+from taskoffer.decision.preemption import seconds_left
 from taskoffer.decision.snapshot import PolicyView
 from taskoffer.reconcile.views import OfferEntry, OfferState
 
@@ -46,21 +48,49 @@ def end_of_booking(
 ) -> datetime:
     """Return when a booking is predicted to end: what the trainer says is left since then, else as predicted."""
     job = world.jobs_by_key.get(entry.job_key)
-    told = job.job.status.trainer_status if job is not None and job.job is not None else None
-    if told is not None and told.estimated_remaining_seconds is not None and told.last_updated_time is not None:
+    status = job.job.status if job is not None and job.job is not None else TrainingJobStatus()
+    last = status.attempts[-1] if status.attempts else None
+    if job is not None and job.job is not None and last is not None and last.preempted_for is not None:
+        return later(last.preempted_for.asked_at, job.job.spec.run.pod.termination_grace_seconds)
+    goes_on = len(status.attempts) > 1 and status.attempts[-2].outcome is AttemptOutcome.PREEMPTED
+    told = status.trainer_status
+    if last is not None and goes_on and (told is None or told.last_updated_time <= last.created_at):
+        return _going_on(world, entry, admission, policies, status)
+    if told is not None and told.estimated_remaining_seconds is not None:
         return later(told.last_updated_time, told.estimated_remaining_seconds)
     return _predicted(world, entry, admission, policies)
 
 
+def _going_on(
+    world: World,
+    entry: OfferEntry,
+    admission: Admission,
+    policies: Mapping[str, PolicyView],
+    status: TrainingJobStatus,
+) -> datetime:
+    """Return the predicted end of a job that goes on after it was stopped, before its trainer says anything."""
+    policy, last = policies.get(admission.policy_ref.name), status.attempts[-1]
+    rules = policy.spec.preemption if policy is not None and policy.spec is not None else None
+    needed = (_predicted_seconds(world, entry, admission, policies)) + (
+        rules.resume_seconds if rules is not None else 0
+    )
+    ends = later(last.created_at, seconds_left(status, needed))
+    return min(ends, last.deadline) if last.deadline is not None else ends
+
+
 def _predicted(world: World, entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]) -> datetime:
     """Return the end that was predicted at the admission, at the latest the deadline."""
+    ends = later(admission.decided_at, _predicted_seconds(world, entry, admission, policies))
+    return min(ends, admission.deadline) if admission.deadline is not None else ends
+
+
+def _predicted_seconds(
+    world: World, entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]
+) -> float:
     gpus = sum(part.count for part in admission.assignments)
     if entry.evaluation is not None and entry.evaluation.policy_uid == admission.policy_ref.uid:
-        seconds = entry.evaluation.made.seconds_on(gpus)
-    else:
-        seconds = _evaluated_anew(world, entry, admission, policies)
-    ends = later(admission.decided_at, seconds)
-    return min(ends, admission.deadline) if admission.deadline is not None else ends
+        return entry.evaluation.made.seconds_on(gpus)
+    return _evaluated_anew(world, entry, admission, policies)
 
 
 def _evaluated_anew(world: World, entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]) -> float:

@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
-from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
-from taskoffer.decision.evaluate import Evaluation, evaluate
+from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome, Preemptor
+from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.ledger import Claim, NodeView, open_ledger
 from taskoffer.decision.moves import Move
-from taskoffer.decision.outcomes import Learned
 from taskoffer.decision.room import CAPACITY_REASONS
 from taskoffer.decision.snapshot import (
     MoveRequest,
@@ -31,12 +30,13 @@ from taskoffer.decision.snapshot import (
 from taskoffer.reconcile.admitted import Admitted
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.charges import Charges, claim_of
+from taskoffer.reconcile.evaluations import evaluation_of
 from taskoffer.reconcile.outcomes import Outcomes
 from taskoffer.reconcile.pod_views import BatchJobEntry, PodEntry, batch_job_entry, pod_entry
+from taskoffer.reconcile.preemptible import resumptions, running_jobs
 from taskoffer.reconcile.releases import releases
 from taskoffer.reconcile.standing import Standing
 from taskoffer.reconcile.views import (
-    KeptEvaluation,
     NodeEntry,
     OfferEntry,
     OfferState,
@@ -78,6 +78,8 @@ class World:
     """Offers whose status the server refuses to write; they are tried again at the next resync."""
     moves: dict[OfferKey, MoveRequest] = field(default_factory=dict)
     """Jobs whose next attempt needs a place."""
+    preempting: dict[OfferKey, Preemptor] = field(default_factory=dict)
+    """Jobs that a cycle wants to stop for an offer, until their status says so."""
     moved: dict[OfferKey, Move] = field(default_factory=dict)
     """Places that a cycle has found and that are not yet written as an attempt: booked like an assumed admission."""
     by_state: dict[OfferState, dict[str, OfferEntry]] = field(default_factory=lambda: {s: {} for s in OfferState})
@@ -189,6 +191,7 @@ class World:
             self.jobs_by_key.pop(before.key, None)
             self.moves.pop(before.key, None)
             self.moved.pop(before.key, None)
+            self.preempting.pop(before.key, None)
         if after is not None:
             self.jobs_by_key[after.key] = after
         key = after.key if after is not None else before.key if before is not None else None
@@ -233,7 +236,9 @@ class World:
             nodes=[node.view(resource) for node in self.nodes],
             claims=list(self.claims(resource)),
             siblings={place: tuple(self.siblings_now(place)) for place in self.shared},
-            moves=tuple(self.moves.values()),
+            moves=tuple(move for move in self.moves.values() if not move.goes_on),
+            running=tuple(running_jobs(self, policies)),
+            resumptions=tuple(resumptions(self, policies)),
             releases=releases(self, policies),
             learned={name: self.outcomes.learned(name) for name in policies},
             admitted_today=self._admitted_today(now) if _counts_days(policies) else {},
@@ -336,8 +341,11 @@ class World:
                 namespace = entry.key.namespace if entry is not None else None
                 yield claim_of(assumed.uid, assignment, "assumed", assumed.admission.policy_ref.name, namespace)
         for move in self.moved.values():
+            holder = self.offers.get(move.offer_uid)
+            admission = holder.admission if holder is not None else None
+            policy, namespace = admission.policy_ref.name if admission is not None else None, move.key.namespace
             for assignment in move.assignments:
-                yield Claim(move.offer_uid, assignment.node_name, assignment.count, "assumed")
+                yield claim_of(move.offer_uid, assignment, "assumed", policy, namespace)
 
     def overbooked(self, admission: Admission) -> str | None:
         """Say which node of an admission is booked beyond what it has, or None."""
@@ -352,29 +360,21 @@ class World:
         return None
 
     def current_assignments(self, entry: OfferEntry) -> tuple[Assignment, ...]:
-        """Return where an admitted offer's booking is now: the last attempt's place, else the admission's."""
+        """Return where an admitted offer's booking is now: the last attempt's place, else the admission's.
+
+        A job that was stopped for another has given its GPUs back, and has none until it goes on.
+        """
         job = self.jobs_by_key.get(entry.job_key)
         if job is None or job.job is None or job.offer_uid != entry.uid or not job.job.status.attempts:
             return entry.booked
-        return job.job.status.attempts[-1].assignments
+        last = job.job.status.attempts[-1]
+        return () if last.outcome is AttemptOutcome.PREEMPTED else last.assignments
 
 
 def _counts_days(policies: dict[str, PolicyView]) -> bool:
     """Tell whether some policy asks how many offers were admitted within a day."""
     specs = (view.spec for view in policies.values())
     return any(task.daily_floor is not None for spec in specs if spec is not None for task in spec.task_types)
-
-
-def evaluation_of(entry: OfferEntry, policy: PolicyView, spec: CapacityPolicySpec, learned: Learned) -> Evaluation:
-    """Return an offer's evaluation under a policy; made once for each generation of both and what was learned."""
-    kept = entry.evaluation
-    if kept is None or not kept.holds(policy, learned):
-        offered = entry.fresh_spec or entry.read_spec()[0]
-        assert offered is not None  # noqa: S101 - its terms were read
-        made = evaluate(offered, spec, entry.key.namespace, learned)
-        kept = entry.evaluation = KeptEvaluation(policy.uid, policy.generation, learned.version(made.group), made)
-    entry.fresh_spec = None
-    return kept.made
 
 
 def _resource(policies: dict[str, PolicyView]) -> str:

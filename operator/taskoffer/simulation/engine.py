@@ -2,12 +2,14 @@
 
 What happens is what the operator would do: ``decision.cycle.plan`` is asked whenever an offer arrives, a job ends, or
 time alone changes an answer (the plan's own ``wake_at``). An admission books its GPUs from that moment until the job
-really ends. The shell around the cycle takes no time here: no pod is late, nothing is written, nothing is lost.
+really ends. A job that is stopped for another saves and stops at once, and pays for its next start. The shell around
+the cycle takes no time here: no pod is late, nothing is written, nothing is lost.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,11 +24,30 @@ from taskoffer.decision.cycle import Decision, plan
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.ledger import Claim, NodeView, Release
 from taskoffer.decision.moments import later
-from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView, Sibling, Snapshot
+from taskoffer.decision.moves import Move
+from taskoffer.decision.preemption import Eviction, left_of
+from taskoffer.decision.snapshot import (
+    OfferKey,
+    OfferView,
+    PolicyView,
+    Resumption,
+    Running,
+    Sibling,
+    Snapshot,
+)
 from taskoffer.decision.verdict import Verdict
-from taskoffer.simulation.run import Run
+from taskoffer.simulation.run import Outcome, Run, Stretch
 from taskoffer.simulation.trace import Trace
-from taskoffer.simulation.truth import START, course_of, expiry_of, hardware_of, moment, seconds_at, settings_under
+from taskoffer.simulation.truth import (
+    START,
+    again_of,
+    course_of,
+    expiry_of,
+    hardware_of,
+    moment,
+    seconds_at,
+    settings_under,
+)
 
 SERVED = frozenset(TaskType)
 """The simulator takes every task type as served, so that policies can be compared before a trainer is there."""
@@ -69,7 +90,7 @@ class Result:
     @property
     def busy(self) -> float:
         """GPU-seconds that jobs held, whatever came of them."""
-        return sum(run.gpus * (run.end - run.start) for run in self.runs) / self.units
+        return sum(run.gpus * run.seconds for run in self.runs) / self.units
 
     @property
     def idle(self) -> float:
@@ -95,15 +116,42 @@ def simulate(trace: Trace, policy: CapacityPolicySpec, *, name: str = "policy", 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What a running job holds."""
+    """An accepted offer whose job has not ended: where it runs, or ran until it was stopped."""
 
     node: str
     gpus: int
     lane: str | None
-    namespace: str
-    name: str
-    predicted_end: datetime
-    """What was predicted at the admission, at the latest the deadline, as the operator takes it."""
+    view: OfferView
+    evaluation: Evaluation
+    """On the GPUs that it has got."""
+    started: float
+    """When it did so on this node."""
+    needs: float
+    """What was predicted then, in seconds."""
+    due: datetime | None
+    ends: float
+    """When it really ends, if it is not stopped before."""
+    preempted: int = 0
+    left_for: str = ""
+    """UID of the offer that it was stopped for last."""
+
+    @property
+    def predicted_end(self) -> datetime:
+        """What was predicted at the start, at the latest the deadline, as the operator takes it."""
+        ends = later(moment(self.started), self.needs)
+        return ends if self.due is None else min(ends, self.due)
+
+    @property
+    def name(self) -> str:
+        return str(self.view.key)
+
+    @property
+    def namespace(self) -> str:
+        return self.view.key.namespace
+
+    @property
+    def level(self) -> int:
+        return self.evaluation.priority.level if self.evaluation.priority is not None else 0
 
 
 class _World:
@@ -129,11 +177,15 @@ class _World:
         self._waits_for: dict[str, Reason] = {}
         self._evaluations: dict[tuple[str, str], Evaluation] = {}
         self._running: dict[str, _Job] = {}
+        self._away: dict[str, _Job] = {}
+        """Jobs that were stopped for others."""
         self._admitted: deque[tuple[float, TaskType]] = deque()
         self._siblings: dict[tuple[str, str], dict[str, Sibling]] = {}
         self._shared: set[tuple[str, str]] = set()
         """Where several offers have one task id."""
-        self._runs: list[Run] = []
+        self._left: dict[str, tuple[float, Outcome]] = {}
+        """What jobs that were stopped really take still, and what then comes of them."""
+        self._runs: dict[str, Run] = {}
         self._refusals: dict[str, Reason] = {}
 
     def next_moment(self) -> float | None:
@@ -146,7 +198,7 @@ class _World:
         while self._events and self._events[0][0] <= now:
             _, kind, uid = heapq.heappop(self._events)
             if kind == _END:
-                del self._running[uid]
+                self._end(uid, now)
             else:
                 self._arrive(uid)
 
@@ -159,16 +211,22 @@ class _World:
             self._wake = now + 1
         for decision in made.decisions:
             self._carry_out(decision, now)
+        for move in made.moves:
+            self._go_on(move, now)
+        for eviction in made.evictions:
+            self._stop(eviction, now)
+            # What it frees is given away in the next cycle.
+            self._wake = now + 1
 
     def result(self) -> Result:
         """Return what came of it all."""
         return Result(
             policy=self._title,
             fleet=self._fleet,
-            runs=tuple(self._runs),
+            runs=tuple(self._runs.values()),
             refusals=self._refusals,
             waiting={self._offers[uid].name: self._waits_for[uid] for uid in self._pending},
-            seconds=max([self._trace.seconds, *(run.end for run in self._runs)]),
+            seconds=max([self._trace.seconds, *(run.end for run in self._runs.values())]),
             units=self._units,
         )
 
@@ -180,13 +238,17 @@ class _World:
             offers=tuple(self._pending.values()),
             policies={policy: self._policy},
             nodes=self._nodes,
-            claims=[Claim(uid, job.node, job.gpus, "job", policy, job.lane, job.namespace) for uid, job in jobs],
+            claims=[
+                Claim(uid, job.node, job.gpus, "job", policy, job.lane, job.view.key.namespace) for uid, job in jobs
+            ],
             siblings={place: tuple(self._siblings[place].values()) for place in self._shared},
             evaluations=self._evaluations,
             releases=[
                 Release(uid, job.node, job.gpus, job.predicted_end, policy, job.lane, job.namespace, job.name)
                 for uid, job in jobs
             ],
+            running=[self._preemptible(uid, job) for uid, job in jobs] if self._spec.preemption is not None else (),
+            resumptions=[self._resumption(uid, job) for uid, job in self._away.items()],
             admitted_today=self._admitted_since(now - _DAY) if self._counts_days else {},
         )
 
@@ -226,27 +288,94 @@ class _World:
         (given,) = answer.admission.assignments
         self._admitted.append((now, view.spec.task_type))
         counted = offer.spec.model_copy(update={"gpu_count": given.count})
-        seconds = evaluate(counted, self._spec, view.key.namespace, served=SERVED).occupies
-        ends = later(moment(now), seconds)
-        due = answer.admission.deadline
-        job = _Job(
-            node=given.node_name,
-            gpus=given.count,
-            lane=given.lane,
-            namespace=view.key.namespace,
-            name=str(view.key),
-            predicted_end=ends if due is None else min(ends, due),
-        )
-        self._start(view.uid, job, now)
+        evaluation = evaluate(counted, self._spec, view.key.namespace, served=SERVED)
+        settings = settings_under(self._spec, offer.spec, given.count)
+        course = course_of(offer, settings, given.count, now, self._hardware)
+        end, due = now + course.seconds, answer.admission.deadline
+        earned = offer.worth if course.outcome == "InTime" else 0.0
+        self._runs[view.uid] = Run(offer.name, now, end, given.count, given.node_name, course.outcome, earned)
+        needs = evaluation.occupies
+        job = _Job(given.node_name, given.count, given.lane, view, evaluation, now, needs, due, end)
+        self._start(view.uid, job)
 
-    def _start(self, uid: str, job: _Job, now: float) -> None:
-        offer = self._offers[uid]
-        settings = settings_under(self._spec, offer.spec, job.gpus)
-        course = course_of(offer, settings, job.gpus, now, self._hardware)
-        end, earned = now + course.seconds, offer.worth if course.outcome == "InTime" else 0.0
+    def _start(self, uid: str, job: _Job) -> None:
         self._running[uid] = job
-        self._runs.append(Run(offer.name, now, end, job.gpus, job.node, course.outcome, earned))
-        heapq.heappush(self._events, (end, _END, uid))
+        heapq.heappush(self._events, (job.ends, _END, uid))
+
+    def _end(self, uid: str, now: float) -> None:
+        """Let a job end, unless it was stopped before and is to end at another time."""
+        if uid in self._running and self._running[uid].ends == now:
+            del self._running[uid]
+        elif uid in self._away and self._away[uid].ends == now:
+            del self._away[uid], self._left[uid]
+
+    # Preemption
+
+    def _preemptible(self, uid: str, job: _Job) -> Running:
+        evaluation = job.evaluation
+        return Running(
+            key=job.view.key,
+            holder=uid,
+            name=job.name,
+            policy=self._policy.name,
+            node=job.node,
+            gpus=job.gpus,
+            lane=job.lane,
+            quota=evaluation.quota,
+            level=job.level,
+            started=moment(job.started),
+            ends=job.predicted_end,
+            deadline=job.due,
+            preempted=job.preempted,
+            score=float(evaluation.score.total) if evaluation.score is not None else 0.0,
+            at_stake=evaluation.at_stake,
+        )
+
+    def _resumption(self, uid: str, job: _Job) -> Resumption:
+        return Resumption(
+            key=job.view.key,
+            offer_uid=uid,
+            name=job.name,
+            policy=self._policy.name,
+            gpus=job.gpus,
+            lane=job.lane,
+            quota=job.evaluation.quota,
+            level=job.level,
+            since=job.view.created,
+            occupies=job.needs,
+            left_for=job.left_for,
+            deadline=job.due,
+        )
+
+    def _stop(self, eviction: Eviction, now: float) -> None:
+        """Let a job save and stop. Unless it goes on it is late at its deadline."""
+        uid, rules = eviction.holder, self._spec.preemption
+        assert rules is not None  # noqa: S101
+        job, run = self._running.pop(uid), self._runs[uid]
+        needs = left_of(job.needs, now - job.started) + rules.resume_seconds
+        due = math.inf if job.due is None else seconds_at(job.due)
+        away = replace(job, needs=needs, ends=due, preempted=job.preempted + 1, left_for=eviction.preemptor_uid)
+        self._away[uid] = away
+        if due < math.inf:
+            heapq.heappush(self._events, (due, _END, uid))
+        stretches = (*run.stretches[:-1], Stretch(job.started, now, job.node))
+        again = job.ends - now + again_of(self._offers[uid])
+        self._runs[uid] = replace(run, end=now, outcome="Late", worth=0.0, stretches=stretches)
+        self._left[uid] = again, run.outcome
+
+    def _go_on(self, move: Move, now: float) -> None:
+        """Let a job go on that was stopped for another."""
+        uid, (given,) = move.offer_uid, move.assignments
+        job, run = self._away.pop(uid), self._runs[uid]
+        again, outcome = self._left.pop(uid)
+        due = math.inf if job.due is None else seconds_at(job.due)
+        ends = now + again
+        if ends > due:
+            ends, outcome = due, "Late"
+        earned = self._offers[uid].worth if outcome == "InTime" else 0.0
+        stretches = (*run.stretches, Stretch(now, ends, given.node_name))
+        self._runs[uid] = replace(run, end=ends, outcome=outcome, worth=earned, stretches=stretches)
+        self._start(uid, replace(job, node=given.node_name, started=now, ends=ends))
 
 
 def _uid(number: int) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from taskoffer.simulation.extras import load
-from taskoffer.simulation.run import Run
+from taskoffer.simulation.run import Run, Stretch
 
 _HOUR = 3600.0
 _COLOURS = {"InTime": "#4c9f70", "Late": "#e3a53d", "Failed": "#c8553d"}
@@ -33,11 +33,13 @@ class Slots:
 def assign_slots(runs: Sequence[Run], gpus: int = 8) -> list[Slots]:
     """Give each run slots of its node that nobody has at the time: the first contiguous ones, else the first free ones.
 
-    Nodes are numbered in the order of their names, ``gpus`` slots each.
+    A run that was stopped in between gets slots for each stretch, as a run of its own. Nodes are numbered in the order
+    of their names, ``gpus`` slots each.
 
     Raises:
         ValueError: when more GPUs of a node are in use than it has.
     """
+    runs = [_alone(run, part) for run in runs for part in run.parts]
     offsets = {node: n * gpus for n, node in enumerate(sorted({run.node for run in runs}))}
     free = {node: set(range(gpus)) for node in offsets}
     busy: defaultdict[str, list[tuple[float, int, tuple[int, ...]]]] = defaultdict(list)
@@ -53,6 +55,10 @@ def assign_slots(runs: Sequence[Run], gpus: int = 8) -> list[Slots]:
         heapq.heappush(ended, (run.end, number, slots))
         assigned.append(Slots(run, tuple(offsets[run.node] + slot for slot in slots)))
     return assigned
+
+
+def _alone(run: Run, part: Stretch) -> Run:
+    return replace(run, start=part.start, end=part.end, node=part.node, stretches=())
 
 
 def _first_fit(free: set[int], count: int) -> tuple[int, ...] | None:
@@ -113,7 +119,10 @@ def draw(
 def _figure(
     runs_by_policy: Mapping[str, Sequence[Run]], gpus: int, title: str, start_hours: float, end_hours: float
 ) -> Any:
-    lanes = {policy: gpus * max(1, len({run.node for run in runs})) for policy, runs in runs_by_policy.items()}
+    lanes = {
+        policy: gpus * max(1, len({part.node for run in runs for part in run.parts}))
+        for policy, runs in runs_by_policy.items()
+    }
     heights = [_ROW_HEIGHT + _LANE_HEIGHT * count for count in lanes.values()]
     figure = load("matplotlib.figure").Figure(figsize=(_WIDTH, _FRAME_HEIGHT + sum(heights)), layout="constrained")
     load("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)

@@ -100,6 +100,11 @@ def course_of(
     return course if course.seconds <= allowed else Course(allowed, "Late")
 
 
+def again_of(offer: TraceOffer) -> float:
+    """Return the seconds that a job takes to start once more: what it has trained is saved when it is stopped."""
+    return _DURATION.start_seconds * offer.truth.factor
+
+
 def seconds_allowed(offer: TraceOffer, admitted: float) -> float:
     """Return the seconds after its admission within which a job must be done."""
     spec = offer.spec

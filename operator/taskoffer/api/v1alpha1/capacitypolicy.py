@@ -6,6 +6,7 @@ which settings it trains. The presets in ``taskoffer.presets`` write the strateg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -29,6 +30,7 @@ from taskoffer.api.v1alpha1.meta import (
     rule,
     rules,
 )
+from taskoffer.api.v1alpha1.preemption import Preemption
 from taskoffer.api.v1alpha1.queueing import NamespaceLimit, NodeSelector, Placement, Queue
 from taskoffer.api.v1alpha1.scoring import FIXED_TERMS, Scoring
 from taskoffer.api.v1alpha1.taskoffer import Architecture
@@ -255,6 +257,9 @@ class CapacityPolicySpec(WireModel):
         (), description="Limits of namespaces; one that is not listed has none.", json_schema_extra=list_map("name")
     )
     placement: Placement | None = Field(None, description="Which of the nodes that fit is taken.")
+    preemption: Preemption | None = Field(
+        None, description="When running jobs stop for offers that wait, and go on later; absent stops none."
+    )
     estimation: Estimation | None = Field(
         None, description="How memory is predicted; absent takes every offer to fit, with the settings as they stand."
     )
@@ -315,11 +320,24 @@ class CapacityPolicySpec(WireModel):
                     f"namespaces[{limit.name}].highestPriority {limit.highest_priority} is not one of "
                     f"queue.priorities {list(known)}: name one of them or remove it"
                 )
+        if self.preemption is not None:
+            self._check_preemption(self.preemption, known)
         if self.gpu_choice is GpuChoice.MOST_VALUE and self.scoring.expected_value is None:
             raise ValueError("gpuChoice MostValue needs scoring.expectedValue: set it or choose FewestGpuHours")
         if self.scoring.expected_value is not None and (self.estimation is None or self.estimation.duration is None):
             raise ValueError("scoring.expectedValue needs predicted times: set estimation.duration")
         return self
+
+    def _check_preemption(self, preemption: Preemption, known: Sequence[str]) -> None:
+        for number, item in enumerate(preemption.rules):
+            for name in (*item.by, *item.of):
+                if name not in known:
+                    raise ValueError(
+                        f"preemption.rules[{number}] names {name}, which is not one of queue.priorities {list(known)}: "
+                        "name one of them, or add it there"
+                    )
+        if preemption.gain_factor is not None and self.scoring.expected_value is None:
+            raise ValueError("preemption.gainFactor needs scoring.expectedValue: set it, or use rules alone")
 
     @model_validator(mode="after")
     def _check_factors(self) -> CapacityPolicySpec:

@@ -28,6 +28,9 @@ from taskoffer.api.v1alpha1.meta import (
 )
 from taskoffer.api.v1alpha1.taskoffer import ClockMode, Dataset, Model, Output
 
+MOST_ATTEMPTS = 30
+"""Tries that may fail, and those that may be preempted."""
+
 
 class OfferRef(WireModel):
     """The offer that the job was made from."""
@@ -142,6 +145,16 @@ class AttemptOutcome(StrEnum):
     STOPPED = "Stopped"
     NODE_LOST = "NodeLost"
     START_TIMEOUT = "StartTimeout"
+    PREEMPTED = "Preempted"
+
+
+class Preemptor(WireModel):
+    """An offer for which a running job was stopped."""
+
+    namespace: Name = Field(description="Its namespace.")
+    name: Name = Field(description="Name of the TaskOffer.")
+    uid: UID = Field(description="UID of the TaskOffer.")
+    asked_at: Time = Field(description="When the job was to stop.")
 
 
 class Attempt(WireModel):
@@ -155,6 +168,7 @@ class Attempt(WireModel):
     deadline: Time | None = Field(None, description="When the result must be there.")
     started_at: Time | None = Field(None, description="When the container started.")
     finished_at: Time | None = Field(None, description="When the attempt was over.")
+    preempted_for: Preemptor | None = Field(None, description="The offer that its GPUs were taken back for.")
     outcome: AttemptOutcome | None = Field(None, description="How it ended; absent while it runs.")
     exit_code: int | None = Field(None, description="Exit code of the container.")
     message: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
@@ -202,7 +216,7 @@ class TrainingJobStatus(WireModel):
 
     observed_generation: Annotated[int, Field(ge=0)] | None = Field(None, description="The metadata.generation seen.")
     conditions: Conditions = Field((), description="Running, Complete and Failed.")
-    attempts: Annotated[tuple[Attempt, ...], Field(max_length=20)] = Field(
+    attempts: Annotated[tuple[Attempt, ...], Field(max_length=MOST_ATTEMPTS)] = Field(
         (), description="The tries, oldest first.", json_schema_extra=list_map("jobName")
     )
     steps: Annotated[tuple[StepStatus, ...], Field(max_length=3)] = Field(

@@ -1,0 +1,92 @@
+"""What a pass over a TrainingJob has found so far, and how it becomes a plan."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.meta import Assignment
+from taskoffer.api.v1alpha1.trainingjob import Attempt, StepStatus, TrainingJobStatus
+from taskoffer.decision.conditions import set_condition
+from taskoffer.decision.job_facts import Action, JobFacts, JobPlan, Notice
+from taskoffer.decision.naming import attempt_name
+from taskoffer.decision.snapshot import MoveRequest
+from taskoffer.decision.trainer_words import at_its_end, clamps_of, trainer_status_of
+
+
+class JobDraft:
+    """The status of an unfinished job while a pass changes it. Nothing outside of this object changes."""
+
+    def __init__(self, facts: JobFacts, attempts: tuple[Attempt, ...]) -> None:
+        """Begin with what is observed and the attempts so far, of which there is at least one."""
+        self.facts = facts
+        self.run_spec = facts.job.spec.run
+        self.attempts = list(attempts)
+        self.current = attempts[-1]
+        self.notices: list[Notice] = []
+        self.conditions = facts.job.status.conditions
+        self.actions: list[Action] = []
+        self.wake_at: datetime | None = None
+        self.trainer_status = facts.job.status.trainer_status
+        self.result = facts.job.status.result
+
+    def _wake(self, moment: datetime) -> None:
+        self.wake_at = min(self.wake_at, moment) if self.wake_at else moment
+
+    def _append(self, assignments: tuple[Assignment, ...]) -> None:
+        number = len(self.attempts) + 1
+        self.attempts.append(
+            Attempt(
+                job_name=attempt_name(self.facts.job.metadata.name, number),
+                assignments=assignments,
+                created_at=self.facts.now,
+                # Stamped once: by the admission, or when a container first started.
+                deadline=self.current.deadline,
+            )
+        )
+        node = ", ".join(a.node_name for a in assignments)
+        self._condition("Running", False, Reason.PENDING, f"attempt {number} is placed on {node}")
+
+    def _amend(self, **changes: object) -> None:
+        self.current = self.current.model_copy(update=changes)
+        self.attempts[-1] = self.current
+
+    def _condition(self, kind: str, status: bool | None, reason: Reason, message: str) -> None:
+        self.conditions = set_condition(
+            self.conditions,
+            kind,
+            status,
+            reason,
+            message,
+            now=self.facts.now,
+            generation=self.facts.job.metadata.generation,
+        )
+
+    def _take_report(self, *, final: bool = False) -> None:
+        report, before = self.facts.report, self.trainer_status
+        if report is None or report.job_name != self.facts.job.metadata.name:
+            return
+        passed = report.last_updated_time - before.last_updated_time if before is not None else None
+        if passed is None or passed >= (timedelta.resolution if final else self.facts.progress_interval):
+            self.trainer_status = trainer_status_of(report)
+
+    def _plan(self, train: str, *, move: MoveRequest | None = None) -> JobPlan:
+        before = self.facts.job.status
+        if self.trainer_status is not None and train == "Succeeded":
+            self.trainer_status = at_its_end(self.trainer_status)
+        status = TrainingJobStatus(
+            observed_generation=self.facts.job.metadata.generation,
+            conditions=self.conditions,
+            attempts=tuple(self.attempts),
+            steps=(StepStatus.model_validate({"name": "Train", "state": train}),),
+            trainer_status=self.trainer_status,
+            clamps=clamps_of(before.clamps, self.run_spec.clamps, self.facts.report),
+            result=self.result,
+        )
+        return JobPlan(
+            actions=tuple(self.actions),
+            status=status if status != before else None,
+            notices=tuple(self.notices),
+            move=move,
+            wake_at=self.wake_at,
+        )
