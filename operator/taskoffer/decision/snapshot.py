@@ -213,9 +213,13 @@ class Shape(NamedTuple):
     borrows_from: tuple[str, ...] = ()
     reserves: bool = False
     preempts: bool = False
+    counts: tuple[int, ...] = ()
+    """Counts of GPUs among which the cycle chooses."""
+    in_time: tuple[int, ...] = ()
+    """Those of them on which it may still be in time for its deadline."""
 
 
-def shape_of(policy: str, evaluation: Evaluation, reason: str) -> Shape:
+def shape_of(policy: str, evaluation: Evaluation, reason: str, in_time: tuple[int, ...] = ()) -> Shape:
     """Return what an offer has in common with others that wait for the same reason."""
     return Shape(
         policy,
@@ -226,6 +230,8 @@ def shape_of(policy: str, evaluation: Evaluation, reason: str) -> Shape:
         evaluation.borrows_from,
         evaluation.reserves,
         evaluation.preempts,
+        tuple([option.gpus for option in evaluation.options]),
+        in_time,
     )
 
 
