@@ -153,8 +153,20 @@ MUTATIONS = (
     Mutation(
         6,
         "adds up what an admission, its Job and its pod say",
-        ((f"{DECISION}/ledger.py", "charge = max(by_source.values())", "charge = sum(by_source.values())"),),
+        ((f"{DECISION}/ledger.py", "charge = max(*by_source.values(), ", "charge = max(sum(by_source.values()), "),),
         unit("ledger", "charges"),
+    ),
+    Mutation(
+        6,
+        "forgets devices that only one of an attempt's views names",
+        ((f"{DECISION}/ledger.py", ", len(known.get(place, ())))", ", 0)"),),
+        unit("devices", "charged_for_each_of_its_devices"),
+    ),
+    Mutation(
+        6,
+        "hands out devices that somebody else has claimed",
+        ((f"{RECONCILE}/world.py", "        yield from self.devices.charges(pool)\n", ""),),
+        unit("device_claims", "foreign_claims_are_booked"),
     ),
     Mutation(
         6,

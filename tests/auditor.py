@@ -43,9 +43,9 @@ PATHS = {
     POD: "/api/v1/pods",
     NODE: "/api/v1/nodes",
 }
-START_SECONDS = 30.0
-CATCH_UP_SECONDS = 15.0
-CLOSE_SECONDS = 5.0
+START_SECONDS = 60.0
+CATCH_UP_SECONDS = 60.0
+CLOSE_SECONDS = 30.0
 RELIST_SECONDS = 5.0
 _RETRY_SECONDS = 0.2
 _LIST_TIMEOUT = aiohttp.ClientTimeout(total=10)

@@ -16,6 +16,7 @@ from typing import Any
 from taskoffer.adapters.kube import (
     BATCH_JOBS,
     CONFIG_MAPS,
+    DEVICE_CLASSES,
     EVENTS,
     JOBS_OF_TRAINING,
     LEASES,
@@ -23,6 +24,9 @@ from taskoffer.adapters.kube import (
     OFFERS,
     PODS,
     POLICIES,
+    RESOURCE_CLAIMS,
+    RESOURCE_SLICES,
+    WATCHED_DEVICES,
     ApiError,
     ConflictError,
     NotFoundError,
@@ -41,6 +45,9 @@ KINDS = {
     CONFIG_MAPS: "ConfigMap",
     EVENTS: "Event",
     LEASES: "Lease",
+    RESOURCE_SLICES: "ResourceSlice",
+    DEVICE_CLASSES: "DeviceClass",
+    RESOURCE_CLAIMS: "ResourceClaim",
 }
 WITH_STATUS = {OFFERS, JOBS_OF_TRAINING, POLICIES}
 
@@ -84,6 +91,8 @@ class FakeKube:
     logs: dict[str, str] = field(default_factory=dict)
     version: int = 100
     timeout: float = 4.0
+    refuses_devices: ApiError | None = field(default_factory=lambda: NotFoundError(404, "NotFound", "no such API"))
+    """What it says to those who ask for devices; None serves them."""
 
     # What tests do
 
@@ -138,6 +147,10 @@ class FakeKube:
             on_page(found[start : start + 2])
         return [], version
 
+    async def probe(self, resource: Resource) -> None:
+        if resource in WATCHED_DEVICES.values() and self.refuses_devices is not None:
+            raise self.refuses_devices
+
     async def get(self, resource: Resource, namespace: str | None, name: str) -> Object:
         return await self._call("get", resource, name, None, lambda: self.get_now(resource, name, namespace or ""))
 
@@ -170,7 +183,11 @@ class FakeKube:
             place = self._place(resource, namespace, name)
             if uid is not None and self._found(place)["metadata"]["uid"] != uid:
                 raise ConflictError(409, "Conflict", "the UID in the precondition does not match")
-            self._remove(resource, place)
+            if self._found(place)["metadata"].get("finalizers"):
+                asked = {"metadata": {"deletionTimestamp": Clock.utcnow().strftime("%Y-%m-%dT%H:%M:%SZ")}}
+                self._store(resource, place, _merge(self._found(place), asked))
+            else:
+                self._remove(resource, place)
 
         await self._call("delete", resource, name, None, work)
 
@@ -268,7 +285,8 @@ class FakeKube:
                 self._remove(other[0], other)
 
     def _tell(self, resource: Resource, event: str, raw: Object) -> None:
-        watched = (NODES, PODS, BATCH_JOBS, JOBS_OF_TRAINING, POLICIES, OFFERS)
+        devices = WATCHED_DEVICES.values() if self.refuses_devices is None else ()
+        watched = (NODES, PODS, BATCH_JOBS, JOBS_OF_TRAINING, POLICIES, OFFERS, *devices)
         if self.observer is not None and self.watching and resource in watched:
             self.observer(KINDS[resource], event, copy.deepcopy(raw))
 

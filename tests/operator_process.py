@@ -24,7 +24,7 @@ from taskoffer_lab.install import operator_kubeconfig
 from taskoffer_lab.process_table import wait_until
 
 LEASE = "/apis/coordination.k8s.io/v1/namespaces/taskoffer-system/leases/taskoffer"
-START_SECONDS = 40.0
+START_SECONDS = 90.0
 _UNNOTICED = 10.0
 """Seconds before its end in which a leader that cannot reach the server has done nothing any more."""
 
@@ -205,7 +205,7 @@ class OperatorProcess:
                 if error.status != 404:
                     raise
 
-    def terminate(self, seconds: float = 15.0) -> int:
+    def terminate(self, seconds: float = 40.0) -> int:
         """Ask it to end by SIGTERM; returns its exit code."""
         assert self._process is not None
         # Closing the log says that the end is wanted.

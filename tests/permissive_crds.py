@@ -51,7 +51,7 @@ def eventually(attempt: Callable[[], object], what: str) -> None:
             raise
         return True
 
-    wait_until(done, what, 20)
+    wait_until(done, what, 60)
 
 
 def refused(attempt: Callable[[], Any], what: str) -> None:
@@ -64,4 +64,4 @@ def refused(attempt: Callable[[], Any], what: str) -> None:
             return error.status in (400, 422)
         return False
 
-    wait_until(done, what, 20)
+    wait_until(done, what, 60)

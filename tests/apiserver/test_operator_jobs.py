@@ -209,11 +209,11 @@ def test_a_pod_that_somebody_deleted_without_grace_holds_its_gpus_until_it_has_e
 
 def test_a_container_that_never_starts_is_given_up(bench: Bench) -> None:
     bench.node()
-    bench.policy(attempts={"startTimeoutSeconds": 1, "maxAttempts": 1})
+    bench.policy(attempts={"startTimeoutSeconds": 8, "maxAttempts": 1})
     offer = bench.admitted("stuck")
     pod = bench.bound_pod("stuck")
     ended = bench.finished("stuck", "Failed")
-    assert "did not start within 1 s" in condition(ended, "Finished")["message"]
+    assert "did not start within 8 s" in condition(ended, "Finished")["message"]
     assert outcomes(bench.training_job("stuck")) == ["StartTimeout"]
     bench.asked_to_stop(pod)
     bench.kubelet.release(bench.namespace, pod)

@@ -212,7 +212,7 @@ def test_a_job_whose_node_is_lost_says_so_and_starts_again_elsewhere(
     bench: Bench, lose: Callable[[Bench, str], None]
 ) -> None:
     first = bench.node("a", gpus=4)
-    bench.policy()
+    bench.policy(attempts={"nodeLostSeconds": 4})
     bench.admitted("moved", 4)
     bench.run("moved")
     second = bench.node("b", gpus=4)

@@ -191,6 +191,21 @@ def standby_answers(replica: OperatorProcess) -> bool:
         return False
 
 
+PROXIED = f"{SYSTEM}/services/taskoffer:http/proxy"
+ODD_PATHS = {
+    "/v1/queue?namespace=": 400,
+    "/v1/queue?policy=%00": 400,
+    "/v1/offers/default/a%2Fb": 404,
+    "/v1/offers/default/%25": 400,
+    "/v1/offers/default/a%20b": 400,
+    "/v1/offers/default/%C3%A4": 400,
+    "/v1/offers/de%0Afault/a": 400,
+    f"/v1/offers/default/{'a' * 300}": 400,
+    "/v1/offers/default": 404,
+    "/v2": 404,
+}
+
+
 def test_without_an_address_the_service_is_asked_through_the_api_server_with_the_rights_that_ship(
     bench: Bench,
     operator_home: LocalCluster,
@@ -221,7 +236,15 @@ def test_without_an_address_the_service_is_asked_through_the_api_server_with_the
     assert code == 0
     assert f"after {bench.namespace}/first ends" in text
     code, text = shown(allowed, "explain", "nobody")
-    assert (code, text) == (1, "taskoffer: there is no TaskOffer nobody in namespace default\n")
+    assert code == 1
+    assert text == (
+        "taskoffer: there is no TaskOffer nobody in namespace default "
+        "(the kubeconfig's context c names that namespace: -n changes it)\n"
+    )
+    for odd, wanted in ODD_PATHS.items():
+        status, body = operator_home.api.raw("GET", f"{PROXIED}{odd}")
+        assert status == wanted, (odd, body)
+        assert set(json.loads(body)) == {"error"}, odd
     code, text = shown(other, "queue")
     assert code == 1
     assert "get on services/proxy of Service taskoffer in namespace taskoffer-system is needed" in text

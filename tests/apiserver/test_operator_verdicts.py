@@ -183,8 +183,8 @@ def test_an_offer_is_refused_once_its_task_would_end_after_its_deadline(bench: B
     bench.offer("short", hours=0.5)
     refused = bench.decided("short", "CannotFinishInTime")
     assert "predicted to take 50 min of 30 min" in condition(refused, "Admitted")["message"]
-    # It takes some 3,000 s and has 3,005: it waits for a node, and then it is too late.
-    bench.offer("late", spec={"deadline": rfc3339(datetime.now(UTC) + timedelta(seconds=3005))}, hours=2)
+    # It takes some 3,000 s and has 3,010: it waits for a node, and then it is too late.
+    bench.offer("late", spec={"deadline": rfc3339(datetime.now(UTC) + timedelta(seconds=3010))}, hours=2)
     bench.decided("late", "InventoryNotReady")
     refused = bench.decided("late", "CannotFinishInTime")
     assert "are left until spec.deadline" in condition(refused, "Admitted")["message"]
@@ -282,7 +282,7 @@ def test_a_waiting_offer_expires_by_itself(bench: Bench) -> None:
     bench.node(gpus=1)
     bench.policy()
     bench.admitted("first")
-    bench.offer("second", expires_at=stamp(2))
+    bench.offer("second", expires_at=stamp(8))
     bench.decided("second", "WaitingForCapacity")
     offer = bench.decided("second", "Expired")
     assert len(bench.status_writes("second")) == 2

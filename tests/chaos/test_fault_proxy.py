@@ -106,8 +106,10 @@ def test_a_reply_that_is_dropped_leaves_the_object_stored(client: Client) -> Non
 
 
 def test_a_write_that_is_held_is_committed_after_its_client_has_gone_away(client: Client) -> None:
-    with client.proxy.fault(CREATES, Hold(1.5)), pytest.raises(TimeoutError):
-        client.create("late", seconds=0.3)
+    with client.proxy.fault(CREATES, Hold(4)) as fault:
+        with pytest.raises(TimeoutError):
+            client.create("late", seconds=0.3)
+        fault.wait_struck(SECONDS)
     assert not client.stored("late")
     wait_until(lambda: last(client.proxy).committed is True, "committed", SECONDS)
     assert client.stored("late")
@@ -129,16 +131,21 @@ def test_a_client_that_waits_for_a_held_write_gets_its_reply_unless_it_is_droppe
 
 
 def test_the_list_of_one_kind_is_delayed_and_no_other(client: Client) -> None:
-    with client.proxy.fault(Match(("list",), "configmaps"), Delay(0.5)):
+    with client.proxy.fault(Match(("list",), "configmaps"), Delay(0.5)) as fault:
         for kind, slow in (("configmaps", True), ("secrets", False), ("configmaps", True)):
             assert client.send("GET", client.path.replace("configmaps", kind)).status == 200
-            assert ((last(client.proxy).answered or 0) - last(client.proxy).at >= 0.5) == slow
+            record = last(client.proxy)
+            # On a busy machine any answer may take half a second; without a fault it has none that is meant.
+            assert record.fault == (fault.name if slow else None)
+            assert not slow or (record.answered or 0) - record.at >= 0.5
 
 
 def test_a_delayed_write_is_lost_when_its_client_goes_away(client: Client) -> None:
-    with client.proxy.fault(CREATES, Delay(0.6)), pytest.raises(TimeoutError):
-        client.create("lost", seconds=0.2)
-    wait_until(lambda: time.monotonic() - last(client.proxy).at > 1.0, "the delay is over", SECONDS)
+    with client.proxy.fault(CREATES, Delay(3)) as fault:
+        with pytest.raises(TimeoutError):
+            client.create("lost", seconds=0.2)
+        fault.wait_struck(SECONDS)
+    wait_until(lambda: time.monotonic() - last(client.proxy).at > 3.5, "the delay is over", SECONDS)
     assert not client.stored("lost")
 
 
@@ -192,6 +199,7 @@ def test_a_barrier_lets_a_write_be_committed_whose_client_has_gone_away(client: 
     with client.proxy.fault(CREATES, Barrier()) as fault:
         with pytest.raises(TimeoutError):
             client.create("late", seconds=0.2)
+        fault.reached(SECONDS)
         assert not client.stored("late")
         fault.release()
         wait_until(lambda: last(client.proxy).committed is True, "committed", SECONDS)
@@ -319,7 +327,7 @@ def test_the_proxy_ends_although_requests_stand_and_watches_are_open(
         with own.watch() as open_watch:
             started = time.monotonic()
             ends.close()
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 30  # Of the minute that two of them would stand.
             assert open_watch.next() is None
         for one in waiting:
             with pytest.raises(BROKEN):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import time
 
 import pytest
 
@@ -32,9 +31,8 @@ def test_events_pass_one_by_one_as_they_happen(client: Client) -> None:
     with client.watch() as watch:
         for number in range(3):
             client.make(f"n{number}")
-            started = time.monotonic()
+            # Nothing comes after it yet that could push it through.
             assert watch.next() == ("ADDED", f"n{number}")
-            assert time.monotonic() - started < 2
         client.remove("n1")
         assert watch.next() == ("DELETED", "n1")
         assert [(r.plural, r.status, r.write) for r in client.proxy.watches] == [("configmaps", 200, False)]

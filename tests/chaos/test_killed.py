@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,31 @@ def play(bench: Bench, round_: str) -> None:
     bench.booked(bench.nodes[0], 0)
 
 
+OFFERS_OF_A_PREEMPTION = ("makesroom", "urgent")
+PREEMPTION: dict[str, Any] = {
+    "queue": {"priorities": ["low", "high"]},
+    "preemption": {"rules": [{"by": ["high"], "of": ["low"]}], "minRunSeconds": 0, "resumeSeconds": 1},
+    "estimation": {"gpuMemory": "80G", "duration": {"startSeconds": 1, "reserveSeconds": 0}},
+}
+
+
+def play_preemption(bench: Bench, round_: str) -> None:
+    """Have a running job stop for another offer, and go on after it."""
+    makes_room, urgent = (f"{round_}-{name}" for name in OFFERS_OF_A_PREEMPTION)
+    bench.admitted(makes_room, 4, seconds=36_000, rows=1000, priority_class="low")
+    pod = bench.run(makes_room)
+    bench.offer(urgent, 4, seconds=3600, rows=100, priority_class="high")
+    bench.decided(urgent, "WaitingForPreemption")
+    bench.asked_to_stop(pod)
+    bench.end(pod, 143)
+    bench.decided(urgent, "Admitted")
+    bench.end(bench.run(urgent))
+    bench.finished(urgent, "Succeeded")
+    bench.end(bench.run(makes_room, 2))
+    bench.finished(makes_room, "Succeeded")
+    bench.booked(bench.nodes[0], 0)
+
+
 def boundaries(records: list[Record], round_: str) -> list[Boundary]:
     """Return the moments before and after each write of a round."""
     found: list[Boundary] = []
@@ -135,28 +160,44 @@ def end_state(bench: Bench, name: str) -> tuple[Any, ...]:
     return condition(offer, "Admitted").get("reason"), condition(offer, "Finished")["reason"], outcomes, batch
 
 
+@pytest.mark.parametrize(
+    ("played", "offers", "jobs", "policy", "sample"),
+    [
+        (play, OFFERS_OF_A_ROUND, [0, 2, 1], {}, 6),
+        (play_preemption, OFFERS_OF_A_PREEMPTION, [1, 1], PREEMPTION, 4),
+    ],
+    ids=["plain", "preemption"],
+)
 def test_a_replica_killed_at_any_write_leaves_the_same_end(
-    bench: Bench, replica: OperatorProcess, proxy: FaultProxy, campaign: Campaign
+    bench: Bench,
+    replica: OperatorProcess,
+    proxy: FaultProxy,
+    campaign: Campaign,
+    played: Callable[[Bench, str], None],
+    offers: tuple[str, ...],
+    jobs: list[int],
+    policy: dict[str, Any],
+    sample: int,
 ) -> None:
     bench.node(gpus=4)
-    bench.policy()
+    bench.policy(**policy)
     before = len(proxy.requests)
-    play(bench, "r0")
+    played(bench, "r0")
     there = boundaries([r for r in proxy.requests[before:] if OWN_WRITES.fits(r, None)], "r0")
-    wanted = {name: end_state(bench, f"r0-{name}") for name in OFFERS_OF_A_ROUND}
-    assert [len(wanted[name][3]) for name in OFFERS_OF_A_ROUND] == [0, 2, 1]
+    wanted = {name: end_state(bench, f"r0-{name}") for name in offers}
+    assert [len(wanted[name][3]) for name in offers] == jobs
     campaign.counts["boundaries"] = len(there)
-    chosen = campaign.random.sample(there, campaign.size(6, len(there)))
+    chosen = campaign.random.sample(there, campaign.size(sample, len(there)))
     for number, boundary in enumerate(chosen, 1):
         round_ = f"r{number}"
         killer = Killer(bench, replica)
         call = Call(killer, after_commit=boundary.committed)
         try:
             with proxy.fault(boundary.match(round_), call, skip=boundary.nth, times=1) as kill:
-                play(bench, round_)
+                played(bench, round_)
             if kill.struck:
                 killer.wait()
-            for name in OFFERS_OF_A_ROUND:
+            for name in offers:
                 assert end_state(bench, f"{round_}-{name}") == wanted[name], name
         except Exception as error:
             error.add_note(f"killed {boundary}")
@@ -165,7 +206,7 @@ def test_a_replica_killed_at_any_write_leaves_the_same_end(
         assert kill.struck or boundary.plural == "capacitypolicies", f"no kill {boundary}"
         campaign.counts["kills" if kill.struck else "not reached"] += 1
     trails = Trails(bench)
-    for name in OFFERS_OF_A_ROUND:
+    for name in offers:
         for number in range(len(chosen) + 1):
             trail = trails.of(f"r{number}-{name}")
             assert trail == trails.of(f"r0-{name}"), f"{name}, killed {chosen[number - 1]}"

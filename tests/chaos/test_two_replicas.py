@@ -26,9 +26,11 @@ from replica_pair import LEASE_CALLS, Member, Pair, Probes, last_write
 from taskoffer_lab.local_provider import LocalCluster
 from taskoffer_lab.process_table import wait_until
 
-TAKEOVER_SECONDS = 15.0
-HANDOVER_SECONDS = 1.0
-"""Within which the other one leads after the leader was asked to stop."""
+# The whole campaigns hold the operator to its promises; the samples run on machines that are slow or busy.
+TAKEOVER_SECONDS = 15.0 if WHOLE else 30.0
+HANDOVER_SECONDS = 1.0 if WHOLE else 6.0
+"""Within which the other one leads after the leader was asked to stop; a lease that runs out costs 13 at least."""
+LISTED_SECONDS = 1.0 if WHOLE else 10.0
 STOPPED_SECONDS = 40.0 if WHOLE else 16.0
 HELD_SECONDS = 20.0
 BURST = Campaign.size(30, 60)
@@ -129,7 +131,7 @@ def test_the_other_takes_over_when_the_leader_is_lost(
                 wait_until(lambda: time.monotonic() >= lost_at + STOPPED_SECONDS, "its time is over", STOPPED_SECONDS)
                 os.kill(leader.process.pid, signal.SIGCONT)
             if loss.how is not kill:
-                assert leader.process.wait_ended(20) == 1
+                assert leader.process.wait_ended(60) == 1
     assert loss.says in leader.process.log()
     only_one_wrote(leader, standby, lost_at)
     all_is_done(bench, probes, campaign)
@@ -144,7 +146,7 @@ def test_a_leader_that_is_asked_to_stop_hands_over_at_once(pair: Pair, bench: Be
             asked_at = time.monotonic()
             os.kill(leader.process.pid, signal.SIGTERM)
             handovers.append(takeover(standby, asked_at, campaign))
-            assert leader.process.wait_ended(10) == 0
+            assert leader.process.wait_ended(60) == 0
         released = last_write([r for r in leader.proxy.seen(LEASE_CALLS) if r.at >= asked_at])
         longest(campaign, "ms to the release", released - asked_at)
         only_one_wrote(leader, standby, asked_at)
@@ -174,7 +176,7 @@ def burst(bench: Bench, campaign: Campaign, count: int = BURST) -> None:
 
 def takeover(standby: Member, since: float, campaign: Campaign) -> float:
     """Wait until the other one leads and check how long that took; return the seconds."""
-    wait_until(lambda: standby.process.leads, "the other one leads", 40, interval=0.01)
+    wait_until(lambda: standby.process.leads, "the other one leads", 60, interval=0.01)
     seconds = time.monotonic() - since
     campaign.counts["failovers"] += 1
     longest(campaign, "ms to the takeover", seconds)
@@ -184,7 +186,7 @@ def takeover(standby: Member, since: float, campaign: Campaign) -> float:
     lists = [r for r in standby.proxy.seen(Match(("list",))) if r.at >= taken and "limit=500" in r.query]
     listed = max(r.answered or 0.0 for r in lists) - min(r.at for r in lists)
     longest(campaign, "ms to list", listed)
-    assert listed < 1.0
+    assert listed < LISTED_SECONDS
     return seconds
 
 
@@ -237,7 +239,7 @@ def test_of_two_that_start_at_once_exactly_one_leads(round_: int, pair: Pair, be
     run_through(bench, "some")
     # Several renewals later it is still one.
     renewals = len(pair.leader.proxy.seen(LEASE_CALLS)) + 6
-    wait_until(lambda: len(pair.leader.proxy.seen(LEASE_CALLS)) >= renewals, "renewals", 20)
+    wait_until(lambda: len(pair.leader.proxy.seen(LEASE_CALLS)) >= renewals, "renewals", 60)
     assert pair.leader.process.leads
     assert pair.standby.stands_by
     assert pair.leader.writes(since)
@@ -343,8 +345,8 @@ def its_job_is_stopped(bench: Bench, uid: str) -> None:
         mine = [job for job in jobs if offer_uid_of(JOB, job) == uid]
         return all(job["spec"].get("suspend") for job in mine) and not names(bench, "pods", "/api/v1")
 
-    wait_until(lambda: bool(events_of(bench, uid, JOB)), "the Job was made", 20)
-    wait_until(stopped, "the Job is stopped", 20)
+    wait_until(lambda: bool(events_of(bench, uid, JOB)), "the Job was made", 60)
+    wait_until(stopped, "the Job is stopped", 60)
 
 
 def events_of(bench: Bench, uid: str, *kinds: str) -> list[Object]:
@@ -390,14 +392,14 @@ def test_a_late_write_of_a_lost_leader_does_no_harm(
     with bench.audit.excused():
         with leader.proxy.fault(late.on, Barrier()) as barrier:
             bench.end(pod)
-            held = barrier.reached(20)
+            held = barrier.reached(60)
             lose(pair, campaign)
             late.meanwhile(bench)
-            wait_until(lambda: pair.standby.process.leads, "the other one leads", 40)
+            wait_until(lambda: pair.standby.process.leads, "the other one leads", 60)
             late.until(bench)
             bench.kubelet.automate(node, Script(run_seconds=60))
             wait_until(lambda: not WHOLE or time.monotonic() - held.at > HELD_SECONDS, "it is late", HELD_SECONDS)
-        wait_until(lambda: held.answered is not None, "the late write is answered", 20)
+        wait_until(lambda: held.answered is not None, "the late write is answered", 60)
         assert held.committed is late.committed
         late.after(bench, uid)
     bench.kubelet.automate(node, Script())
@@ -413,7 +415,7 @@ def lose(pair: Pair, campaign: Campaign) -> None:
     hung = WHOLE and campaign.random.random() < 0.5
     if hung:
         with pair.leader.proxy.fault(LEASE_CALLS, Hang()):
-            assert pair.leader.process.wait_ended(20) == 1
+            assert pair.leader.process.wait_ended(60) == 1
     else:
         pair.leader.process.kill(forget_lease=not WHOLE)
     campaign.counts["leases hung" if hung else "kills"] += 1

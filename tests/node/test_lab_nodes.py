@@ -30,14 +30,14 @@ from taskoffer_lab.state import ClusterRecord, find_record, records
 from taskoffer_lab.teardown import sweep
 from taskoffer_lab.volumes import ensure_volume
 
-POD_SECONDS = 60.0
+POD_SECONDS = 120.0
 OWNER = """
 import sys, time
 from taskoffer_lab.local_provider import LocalProvider
 from taskoffer_lab.spec import ClusterSpec
 with LocalProvider().up(ClusterSpec(name=sys.argv[1], nodes=1)) as cluster:
     cluster.kubectl("run", "sleeper", "--image=registry.taskoffer.local/busybox:1", "--", "sleep", "600")
-    cluster.kubectl("wait", "pod/sleeper", "--for=condition=Ready", "--timeout=50s")
+    cluster.kubectl("wait", "pod/sleeper", "--for=condition=Ready", "--timeout=110s", timeout=120)
     print("up", flush=True)
     time.sleep(600)
 """
@@ -180,7 +180,7 @@ def test_a_changed_annotation_reaches_the_downward_volume_of_a_running_pod(
     wait_until(lambda: phase(node_cluster, "told") == "Running", "told running", POD_SECONDS)
     node_cluster.kubectl("annotate", "pod", "told", "tuning=7")
     read = ("exec", "told", "--", "cat", "/info/tuning")
-    wait_until(lambda: node_cluster.kubectl(*read) == "7", "the annotation in the file", 20)
+    wait_until(lambda: node_cluster.kubectl(*read) == "7", "the annotation in the file", POD_SECONDS)
 
 
 def test_a_host_folder_is_written_by_the_pods_user_through_a_claim(
@@ -278,7 +278,7 @@ def test_two_nodes_of_which_one_vanishes_and_comes_back_leave_nothing_behind() -
         assert fetched.endswith("\n\non-node-b\n")  # Pods of different nodes reach each other.
 
         cluster.node("node-b").kill()
-        wait_until(lambda: ready_status(cluster, "node-b") == "Unknown", "node-b lost", 40)
+        wait_until(lambda: ready_status(cluster, "node-b") == "Unknown", "node-b lost", 120)
         assert ready_status(cluster, "node-a") == "True"
         cluster.node("node-b").start()
         assert ready_status(cluster, "node-b") == "True"
@@ -292,8 +292,8 @@ def test_nothing_of_a_node_with_a_running_pod_is_left_when_the_owner_ends_by(num
     record = find_record(name)
     assert len(traces_of(record)) > 10
     owner.send_signal(number)
-    owner.communicate(timeout=30)
-    wait_until(lambda: traces_of(record) == [], f"nothing left after {number.name}", 15)
+    owner.communicate(timeout=60)
+    wait_until(lambda: traces_of(record) == [], f"nothing left after {number.name}", 60)
 
 
 def test_the_next_command_sweeps_what_a_killed_supervisor_left_of_a_node() -> None:
@@ -302,7 +302,7 @@ def test_the_next_command_sweeps_what_a_killed_supervisor_left_of_a_node() -> No
     record = find_record(name)
     assert record.supervisor is not None
     os.kill(record.supervisor.pid, signal.SIGKILL)
-    wait_until(lambda: processes_in(record.layout.root) == [], "the end of the node", 10)
+    wait_until(lambda: processes_in(record.layout.root) == [], "the end of the node", 60)
     assert traces_of(record) != []
     assert name in sweep()
     assert traces_of(record) == []
@@ -323,7 +323,7 @@ def test_images_of_an_earlier_cluster_are_still_there_but_its_containers_are_not
     name = f"store-{os.getpid()}"
     with LocalProvider().up(ClusterSpec(name=name, nodes=1)) as first:
         first.kubectl("run", "left", f"--image={BUSYBOX_IMAGE}", "--", "sleep", "600")
-        first.kubectl("wait", "pod/left", "--for=condition=Ready", "--timeout=50s")
+        first.kubectl("wait", "pod/left", "--for=condition=Ready", "--timeout=110s", timeout=120)
         store = json.loads((first.record.layout.node("node-a") / "node.json").read_text())["before"][0][1]
     with LocalProvider().up(ClusterSpec(name=name, nodes=1)) as second:
         description = json.loads((second.record.layout.node("node-a") / "node.json").read_text())
@@ -355,7 +355,7 @@ def served_registry(folder: Path) -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(["docker-registry", "serve", str(folder / "config.yml")], stdout=log, stderr=log)
     try:
-        wait_until(lambda: answers(f"http://127.0.0.1:{port}/v2/"), "the registry", 10)
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/v2/"), "the registry", 60)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -397,5 +397,5 @@ def push(endpoint: str, repository: str, tag: str, image: str) -> None:
 
 def send(method: str, url: str, body: bytes, kind: str = "application/octet-stream") -> str:
     request = urllib.request.Request(url, body, {"Content-Type": kind}, method=method)  # noqa: S310
-    with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
         return str(response.headers["Location"])

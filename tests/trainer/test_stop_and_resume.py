@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .conftest import MakeTraining, Outcome, Training, side_by_side
+from .conftest import RUN_SECONDS, MakeTraining, Outcome, Training, side_by_side
 
 pytestmark = pytest.mark.trainer
 
@@ -147,7 +150,7 @@ def test_the_progress_report_tells_step_percentage_time_and_loss(alone: Stopped)
     assert report["state"] == "Training"
     assert report["totalSteps"] == STEPS
     assert report["progressPercentage"] == 100 * report["step"] // STEPS
-    assert 0 < report["estimatedRemainingSeconds"] < 120
+    assert 0 < report["estimatedRemainingSeconds"] < RUN_SECONDS
     values = {metric["name"]: float(metric["value"]) for metric in report["metrics"]}
     assert {"loss", "eval_loss", "learning_rate", "tokens_per_second"} <= set(values)
     assert 0 < values["loss"] < 20
@@ -182,6 +185,31 @@ def test_two_processes_stop_together_and_resume_to_equal_weights(training: MakeT
     assert outcome.code == 0, outcome.log
     assert outcome.termination["resumedFromStep"] == pair.outcome.termination["step"]
     assert weights(again) == weights(pair.whole)
+
+
+PARTING = """
+import gc, os, weakref
+import torch
+import torch.distributed as dist
+from taskoffer_trainer.stop import Stop
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+stop = Stop()
+stop.agree()
+groups = [weakref.ref(dist.group.WORLD), weakref.ref(stop._group)]
+stop.part()
+del stop
+gc.collect()
+print("parted" if not dist.is_initialized() else "still there", *(group() is not None for group in groups), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_process_group_that_was_left_is_never_freed_for_its_threads_may_want_what_freeing_holds() -> None:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", PARTING]
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=RUN_SECONDS)
+    assert said.stdout.split() == ["parted", "True", "True"]
 
 
 def test_a_signal_before_the_training_begins_ends_with_143(training: MakeTraining) -> None:

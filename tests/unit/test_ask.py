@@ -288,6 +288,64 @@ def test_a_context_without_a_namespace_means_default(
     assert "nothing here" in capsys.readouterr().err
 
 
+GONE = (404, '{"error": "there is no TaskOffer a in namespace x"}')
+
+
+@pytest.mark.parametrize(
+    ("named", "arguments", "asked", "why"),
+    [
+        ("team", [], f"{PROXY}/v1/offers/team/a", " (the kubeconfig's context c names that namespace: -n changes it)"),
+        (
+            None,
+            [],
+            f"{PROXY}/v1/offers/default/a",
+            " (the kubeconfig's context c names no namespace, so it is default: give -n)",
+        ),
+        ("team", ["-n", "mine"], f"{PROXY}/v1/offers/mine/a", ""),
+        (
+            "team",
+            ["--server"],
+            "/v1/offers/team/a",
+            " (the kubeconfig's context c names that namespace: -n changes it)",
+        ),
+    ],
+)
+def test_where_the_namespace_of_an_offer_that_is_not_there_came_from_is_said(
+    named: str | None,
+    arguments: list[str],
+    asked: str,
+    why: str,
+    server: Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.answers[asked] = GONE
+    config = str(kubeconfig(tmp_path, server.url, namespace=named))
+    where = [*arguments, server.url] if arguments == ["--server"] else arguments
+    assert main(["explain", "a", "--kubeconfig", config, *where]) == 1
+    assert [path for path, _ in server.asked] == [asked]
+    assert capsys.readouterr().err == f"taskoffer: there is no TaskOffer a in namespace x{why}\n"
+
+
+def test_with_an_address_alone_it_is_said_that_no_kubeconfig_was_read(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["/v1/offers/default/a"] = GONE
+    assert main(["explain", "a", "--server", server.url]) == 1
+    assert "(--server alone reads no kubeconfig, so the namespace is default: give -n)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("server_too", [False, True])
+def test_a_context_that_the_kubeconfig_does_not_have_is_told_with_those_that_it_has(
+    server_too: bool, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(kubeconfig(tmp_path, server.url))
+    where = ["--server", server.url] if server_too else []
+    assert main(["explain", "a", "--kubeconfig", config, "--context", "typo", *where]) == 1
+    assert "the kubeconfig has no context typo; it has c" in capsys.readouterr().err
+    assert server.asked == []
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [
@@ -301,11 +359,11 @@ def test_a_context_without_a_namespace_means_default(
         ),
         (status_of(503, "no endpoints available"), "has no replica that is ready: no endpoints available"),
         (status_of(500, "etcd is gone"), "taskoffer: etcd is gone"),
-        ((404, '{"message": "there is no TaskOffer a in namespace team"}'), "taskoffer: there is no TaskOffer a in"),
-        ((503, '{"message": "not listed every kind yet"}'), "taskoffer: not listed every kind yet"),
+        ((404, '{"error": "there is no TaskOffer a in namespace team"}'), "taskoffer: there is no TaskOffer a in"),
+        ((503, '{"error": "not listed every kind yet"}'), "taskoffer: not listed every kind yet"),
         ((502, ""), "taskoffer: HTTP status 502"),
         ((502, "[]"), "taskoffer: []"),
-        ((200, "{}"), "the answer is not one that this version understands (leading: Field required)"),
+        ((200, "{}"), "the answer is not one that this version understands (leading: is missing)"),
         ((200, "not JSON"), "the answer is not one that this version understands"),
     ],
 )
@@ -336,6 +394,31 @@ def test_where_nobody_can_be_asked_it_is_said_why(
     for command in (["queue"], ["explain", "a"]):
         assert main([*command, *arguments]) == 1
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["explain", "a b"], "argument NAME: 'a b' is no name: use lower-case letters, digits, '-' and '.'"),
+        (["explain", "a/../b"], "argument NAME: 'a/../b' is no name"),
+        (["explain", "%"], "argument NAME: '%' is no name"),
+        (["explain", ""], "argument NAME: '' is empty: give a name"),
+        (["explain", "a", "-n", ""], "argument --namespace/-n: '' is empty: give a name"),
+        (["explain", "a", "-n", "x\ny"], r"argument --namespace/-n: 'x\ny' is no name"),
+        (["explain", "a", "--operator-namespace", "a/b"], "argument --operator-namespace: 'a/b' is no name"),
+        (["queue", "-n", "Team"], "argument --namespace/-n: 'Team' is no name"),
+        (["queue", "--policy", ""], "argument --policy: '' is empty: give a name"),
+        (["queue", "--limit", "0"], "argument --limit: 0 is not a number of offers to list: give 1 to 1000"),
+    ],
+)
+def test_what_no_object_can_be_called_is_told_before_anybody_is_asked(
+    server: Server, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--server", server.url])
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+    assert server.asked == []
 
 
 def test_an_api_server_that_does_not_answer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

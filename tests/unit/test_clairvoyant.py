@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import signal
@@ -27,9 +28,14 @@ from taskoffer.simulation.window import Effort, Stop
 
 
 def task(
-    name: str, seconds_by_gpus: Mapping[int, float], arrival: float = 0, patience: float = 0, worth: float = 1
+    name: str,
+    seconds_by_gpus: Mapping[int, float],
+    arrival: float = 0,
+    patience: float = 0,
+    worth: float = 1,
+    deadline: float = math.inf,
 ) -> Task:
-    return Task(name, arrival, arrival + patience, worth, seconds_by_gpus)
+    return Task(name, arrival, arrival + patience, worth, seconds_by_gpus, deadline)
 
 
 def run(of: Task, start: float, gpus: int, node: str = "n1") -> Run:
@@ -58,7 +64,7 @@ def brute_force(tasks: Sequence[Task], gpus: int, nodes: int) -> float:
                     yield from extend(left - {chosen}, (*placed, candidate), start)
 
     def fits(runs: tuple[Run, ...], chosen: Task, candidate: Run) -> bool:
-        if not chosen.arrival <= candidate.start <= chosen.last_start:
+        if not chosen.arrival <= candidate.start <= chosen.last_start or candidate.end > chosen.deadline:
             return False
         used = sum(one.gpus for one in runs if one.node == candidate.node and one.start <= candidate.start < one.end)
         return used <= gpus
@@ -72,7 +78,7 @@ class _Hashed(Task):
     __slots__ = ()
 
     def __init__(self, of: Task) -> None:
-        super().__init__(of.name, of.arrival, of.last_start, of.worth, of.seconds_by_gpus)
+        super().__init__(of.name, of.arrival, of.last_start, of.worth, of.seconds_by_gpus, of.deadline)
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -92,6 +98,27 @@ KNOWN = {
     "the shorter mode leaves time": ([task("a", {4: 19, 8: 10}), task("b", {8: 10}, arrival=10)], 8, 1, 2),
     "each on its node": ([task("a", {5: 10}), task("b", {5: 10})], 8, 2, 2),
     "no task is spread over nodes": ([task("a", {5: 10}), task("b", {5: 10}), task("c", {6: 10})], 8, 2, 2),
+    "a deadline for the slower count": (
+        [task("a", {1: 10, 2: 5}, patience=99, deadline=10), task("b", {1: 5}, worth=2)],
+        2,
+        1,
+        3,
+    ),
+    "no time is left for the slower count": (
+        [task("a", {1: 10, 2: 5}, patience=99, deadline=10), task("b", {1: 5}), task("c", {1: 5})],
+        2,
+        1,
+        3,
+    ),
+    "the deadline comes before patience ends": (
+        [task("a", {1: 9}), task("b", {1: 9}, patience=99, deadline=17)],
+        1,
+        1,
+        1,
+    ),
+    "the deadline leaves just enough": ([task("a", {1: 9}), task("b", {1: 9}, patience=99, deadline=18)], 1, 1, 2),
+    "no count meets the deadline": ([task("a", {1: 9, 2: 5}, patience=99, deadline=4)], 2, 1, 0),
+    "one count meets the deadline at once": ([task("a", {1: 9, 2: 5}, patience=99, deadline=5)], 2, 1, 1),
     "a window between two ticks": ([task("a", {1: 10}, arrival=0.123), task("b", {1: 10}, arrival=10.323)], 1, 1, 2),
     "a start in the same moment as an end": (
         [task("a", {1: 1 / 3}), task("b", {1: 1 / 3}, arrival=1 / 3, patience=0.2)],
@@ -121,11 +148,58 @@ def test_nobody_who_tries_everything_finds_more(seed: int) -> None:
             arrival=dice.randint(0, 30),
             patience=dice.choice([0, 5, 15]),
             worth=dice.randint(1, 9),
+            # In whole seconds, so that rounding to ticks leaves the proof whole.
+            deadline=dice.choice([math.inf, dice.randint(15, 60)]),
         )
         for n in range(5)
     ]
     best = solve(tasks, gpus, nodes)
     assert (best.worth, best.proven) == (pytest.approx(brute_force(tasks, gpus, nodes)), True)
+
+
+def with_deadlines(tasks: Sequence[Task], seed: int) -> list[Task]:
+    """Give half of the tasks a deadline that the faster counts meet for longer than the slower ones."""
+    dice = random.Random(seed)
+    return [
+        replace(one, deadline=one.arrival + dice.uniform(1.0, 2.0) * max(one.seconds_by_gpus.values()))
+        if dice.random() < 0.5 and one.seconds_by_gpus
+        else one
+        for one in tasks
+    ]
+
+
+@pytest.mark.parametrize("load", [0.5, 2.0])
+def test_with_deadlines_the_bound_is_never_below_what_is_reached_and_every_run_ends_in_time(load: float) -> None:
+    tasks = with_deadlines(trace(60, load), seed=4)
+    due = {one.name: one.deadline for one in tasks}
+    best = solve(tasks, seconds=1.5)
+    check_schedule(tasks, best.runs)
+    assert 0 < best.worth <= best.bound <= sum(one.worth for one in tasks)
+    assert all(one.end <= due[one.name] + 1e-6 for one in best.runs)
+    assert any(due[one.name] < math.inf for one in best.runs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_deadlines_every_bound_holds_for_the_optimum(seed: int) -> None:
+    tasks = with_deadlines(trace(12, load=1.5, seed=seed), seed)
+    optimum = solve(tasks)
+    assert optimum.proven
+    by_price, prices = PriceSearch(tasks, 8, 8, step=120).search(0.0, for_seconds(1, lambda: False))
+    choices = [choice for one in tasks if (choice := relaxed(one, 8)) is not None]
+    groups = GroupBound(cut(choices, prices, 3, 5), prices, 8)
+    for index in range(len(groups.groups)):
+        groups.solve(index, Effort(5, 1, 0), Stop())
+    assert optimum.worth <= groups.total * (1 + 1e-9)
+    assert optimum.worth <= by_price
+
+
+def test_a_count_that_can_only_start_between_two_ticks_is_left_out_beside_another_one() -> None:
+    found = reachable(task("a", {1: 10, 2: 5}, arrival=0.01, patience=9, deadline=10.05), 2)
+    assert found is not None
+    assert [mode.gpus for mode in found.modes] == [2]
+    whole = relaxed(task("a", {1: 10, 2: 5}, arrival=0.01, patience=9, deadline=10.05), 2)
+    assert whole is not None
+    assert [(mode.gpus, mode.last) for mode in whole.modes] == [(1, 1), (2, 51)]
 
 
 def test_one_worker_and_one_seed_always_find_the_same() -> None:
@@ -240,13 +314,17 @@ def test_two_tasks_of_one_name_are_not_solved() -> None:
 
 def test_without_the_solver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ortools.sat.python.cp_model", None)
-    with pytest.raises(MissingExtraError, match=r"ortools is not installed: pip install taskoffer\[simulate\]"):
+    with pytest.raises(
+        MissingExtraError, match=r"ortools is not installed: pip install '.\[simulate\]' in the checkout"
+    ):
         solve([])
 
 
 A = task("a", {2: 10, 4: 6}, arrival=5, patience=10)
 B = task("b", {2: 10}, arrival=5, patience=10)
+DUE = task("due", {1: 8, 2: 5}, patience=9, deadline=10)
 WRONG = {
+    "after its deadline": ([run(DUE, 3, 1)], "ends at 11, later than 10"),
     "above capacity": ([run(A, 5, 2), run(B, 14, 2)], "4 of 3 GPUs are used on n1 at 14"),
     "before it arrives": ([run(A, 4, 2)], "before it arrives"),
     "after its last start": ([run(A, 16, 2)], "later than 15"),
@@ -262,7 +340,7 @@ WRONG = {
 @pytest.mark.parametrize(("runs", "told"), WRONG.values(), ids=WRONG)
 def test_the_checker_sees(runs: list[Run], told: str) -> None:
     with pytest.raises(InfeasibleScheduleError, match=told):
-        check_schedule([A, B], runs, gpus=3, nodes=1)
+        check_schedule([A, B, DUE], runs, gpus=3, nodes=1)
 
 
 def test_the_checker_lets_pass_what_can_be_done() -> None:

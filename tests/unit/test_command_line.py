@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import json
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from kubernetes.aio.config import ConfigException
 
 import taskoffer
 from builders import make_policy
 from taskoffer.cli import main as command_line
+from taskoffer.cli.exit_codes import MEANINGS, Exit
 from taskoffer.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +39,28 @@ def test_every_command_explains_itself(arguments: list[str], capsys: pytest.Capt
     assert "usage: taskoffer" in capsys.readouterr().out
 
 
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    parser = command_line._parser()
+    (found,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(found.choices)
+
+
+@pytest.mark.parametrize("name", subcommands())
+def test_every_option_is_explained_and_every_exit_code_is_stated(name: str) -> None:
+    command = subcommands()[name]
+    for action in command._actions:
+        assert action.help, f"{name} {action.dest} is not explained"
+    shown = " ".join(command.format_help().split())
+    assert command.description
+    for code, meaning in MEANINGS[name].items():
+        assert f"{code:d} {meaning}" in shown
+    assert set(MEANINGS[name]) == set(Exit)
+
+
+def test_no_exit_code_is_stated_for_a_command_that_is_not_there() -> None:
+    assert set(MEANINGS) == set(subcommands())
+
+
 PRESETS = [
     "balanced-4",
     "expected-value",
@@ -51,8 +77,64 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"taskoffer {taskoffer.__version__}\n"
 
 
+@pytest.fixture
+def replica(root_logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    """Have a replica end with an exception as soon as it is run."""
+
+    def fails_with(error: Exception) -> None:
+        def fail(_: object) -> int:
+            raise error
+
+        monkeypatch.setattr("taskoffer.handlers.run.main", fail)
+        monkeypatch.setattr(sys, "setrecursionlimit", lambda _: None)
+
+    return fails_with
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["run", "--port", "many"], ["lint"], ["explain"], ["queue", "--limit", "x"]]
+    ("arguments", "place"),
+    [(["--kubeconfig", "none"], "none"), ([], "neither a kubeconfig nor a pod's ServiceAccount")],
+)
+def test_a_replica_without_a_cluster_says_what_to_give(
+    arguments: list[str],
+    place: str,
+    replica: Callable[[Exception], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    replica(ConfigException("there is nothing"))
+    assert main(["run", *arguments]) == 1
+    assert capsys.readouterr().err == (f"taskoffer: {place}: there is nothing; give --kubeconfig or set KUBECONFIG\n")
+
+
+def test_a_port_that_is_taken_is_named(
+    replica: Callable[[Exception], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    replica(OSError(errno.EADDRINUSE, "error while attempting to bind"))
+    assert main(["run", "--listen", "127.0.0.1", "--port", "8080"]) == 1
+    assert capsys.readouterr().err == (
+        "taskoffer: 127.0.0.1:8080 cannot be listened on: Address already in use; choose another --port or --listen\n"
+    )
+
+
+def test_another_error_of_the_system_is_not_taken_for_one_of_the_port(replica: Callable[[Exception], None]) -> None:
+    replica(OSError(errno.EIO, "a disk"))
+    with pytest.raises(OSError, match="a disk"):
+        main(["run"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["run", "--port", "70000"],
+        ["run", "--port", "many"],
+        ["lint"],
+        ["explain"],
+        ["queue", "--limit", "x"],
+    ],
 )
 def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskoffer.api.tasks import TaskType
-from taskoffer.api.v1alpha1.taskoffer import Architecture
+from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.decision.architecture import ModelShape, shape_of, shape_of_size
 from taskoffer.decision.compute import Speed, Work, image_seconds, text_seconds
 from taskoffer.decision.memory import (

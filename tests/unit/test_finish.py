@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from core_builders import cycle, offer, policy, policy_spec, spec_of
 from taskoffer.api.reasons import Reason
-from taskoffer.api.v1alpha1.capacitypolicy import GpuChoice, Lane, LaneRule
+from taskoffer.api.v1alpha1.capacitypolicy import GpuChoice
 from taskoffer.api.v1alpha1.estimation import DurationEstimation
+from taskoffer.api.v1alpha1.lanes import Lane, LaneRule
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.prediction import predict

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from taskoffer.api.contract import LoraSettings, TrainSettings
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
-from taskoffer.api.v1alpha1.taskoffer import Architecture
+from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision import fit as module
 from taskoffer.decision.fit import Fit, Subject, fit

@@ -13,7 +13,8 @@ from core_builders import policy_spec, spec_of
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.learning import Learning
-from taskoffer.api.v1alpha1.taskoffer import Architecture, ClockMode, TaskOfferSpec
+from taskoffer.api.v1alpha1.model_and_data import Architecture
+from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.decision.compute import Speed, Work, image_seconds, text_seconds
 from taskoffer.decision.facts import gather, traits_of
 from taskoffer.decision.fit import Fit, Subject, fit

@@ -17,7 +17,7 @@ from taskoffer.api.contract import ExitCode, ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
-from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome, TrainingJob, TrainingJobStatus
+from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome, Preemptor, TrainingJob, TrainingJobStatus
 from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.job_facts import (
     DeleteJob,
@@ -50,6 +50,7 @@ def attempt(
     deadline: float | None = 3600,
     node: str = "node-a",
     message: str | None = None,
+    preempted_for: Object | None = None,
 ) -> Object:
     times = {"startedAt": started, "finishedAt": finished, "deadline": deadline}
     made: Object = {
@@ -58,6 +59,7 @@ def attempt(
         "createdAt": rfc3339(at(created)),
         "outcome": outcome,
         "message": message,
+        "preemptedFor": preempted_for,
         **{k: rfc3339(at(v)) for k, v in times.items() if v is not None},
     }
     return {k: v for k, v in made.items() if v is not None}
@@ -112,6 +114,7 @@ def look(
     moved: str | None = None,
     log: str | None = "",
     refusal: Refusal | None = None,
+    preemptor: Preemptor | None = None,
 ) -> JobPlan:
     place = (Assignment(node_name=moved, resource_name="nvidia.com/gpu", count=1),) if moved else None
     return step(
@@ -126,6 +129,7 @@ def look(
             moved_to=place,
             log_tail=log,
             refusal=refusal,
+            preemptor=preemptor,
         )
     )
 
@@ -789,3 +793,91 @@ def test_an_attempt_waits_for_the_pods_of_a_training_job_that_was_deleted() -> N
     assert made.actions == ()
     assert said(made, "Running") == ("False", "Pending")
     assert look(job([]), pods=[ended(143, job_name=SECOND)]).actions == (EnsureAttempt(status_of(made).attempts[0], 1),)
+
+
+# Preemption
+
+URGENT = {"namespace": "default", "name": "urgent", "uid": "urgent-uid", "askedAt": rfc3339(at(60))}
+LEAVING = attempt(started=5, preempted_for=URGENT)
+AWAY = attempt(started=5, finished=70, outcome="Preempted", preempted_for=URGENT, message="stopped for default/urgent")
+
+
+def test_whom_a_job_stops_for_is_written_before_its_pod_is_asked() -> None:
+    made = look(
+        job([attempt(started=5)]),
+        after=60,
+        jobs=[batch()],
+        pods=[pod(started=5)],
+        preemptor=Preemptor.model_validate(URGENT),
+    )
+    asked = status_of(made).attempts[0].preempted_for
+    assert asked is not None
+    assert asked.uid == "urgent-uid"
+    assert made.actions == ()
+    assert made.wake_at == at(60)
+
+
+def test_a_job_that_is_to_make_room_is_suspended_once() -> None:
+    made = look(job([LEAVING]), after=60, jobs=[batch()], pods=[pod(started=5)])
+    assert made.actions == (SuspendJob(FIRST),)
+    assert [notice.reason for notice in made.notices] == [Reason.PREEMPTED]
+    assert said(made, "Running") == ("True", "Stopping")
+    again = look(job([LEAVING]), after=61, jobs=[batch(suspended=True)], pods=[pod(started=5)])
+    assert (again.actions, again.notices) == ((), ())
+
+
+@pytest.mark.parametrize("code", [143, 137, 1, None])
+def test_however_a_stopped_pod_ends_it_was_preempted_and_that_is_no_failed_attempt(code: int | None) -> None:
+    made = look(job([LEAVING], limits={"maxAttempts": 1}), after=70, jobs=[batch(suspended=True)], pods=[ended(code)])
+    assert last_outcome(made) is AttemptOutcome.PREEMPTED
+    assert said(made, "Running") == ("False", "Preempted")
+    assert said(made, "Failed") is None
+
+
+def test_a_stopped_pod_that_is_gone_before_its_end_was_seen_was_preempted() -> None:
+    made = look(job([LEAVING]), after=70, jobs=[batch(suspended=True)])
+    assert last_outcome(made) is AttemptOutcome.PREEMPTED
+
+
+def test_a_pod_that_succeeds_while_it_is_to_stop_completes_the_job() -> None:
+    made = look(job([LEAVING]), after=70, jobs=[batch(suspended=True)], pods=[ended(0, succeeded=True)])
+    assert said(made, "Complete") == ("True", "Succeeded")
+
+
+def test_a_permanent_fault_of_a_pod_that_is_to_stop_fails_the_job() -> None:
+    code = next(iter(PERMANENT_EXIT_CODES))
+    made = look(job([LEAVING]), after=70, jobs=[batch(suspended=True)], pods=[ended(code)])
+    assert said(made, "Failed") == ("True", "Failed")
+
+
+def test_a_preempted_job_asks_the_cycle_for_gpus_anywhere_and_removes_the_suspended_job() -> None:
+    made = look(job([AWAY]), after=80, jobs=[batch(suspended=True)])
+    assert made.move is not None
+    assert (made.move.goes_on, made.move.avoid_nodes) == (True, frozenset())
+    assert made.actions == (DeleteJob(FIRST, f"{FIRST}-uid"),)
+    assert said(made, "Running") == ("False", "Preempted")
+    assert made.wake_at == at(3600), "its time runs on"
+
+
+def test_the_gpus_that_a_preempted_job_gets_become_its_next_attempt_at_once() -> None:
+    made = look(job([AWAY], limits={"maxAttempts": 1, "backoffSeconds": 300}), after=80, moved="node-b")
+    assert [a.assignments[0].node_name for a in status_of(made).attempts] == ["node-a", "node-b"]
+    assert status_of(made).attempts[1].deadline == at(3600)
+
+
+def test_a_preempted_job_that_gets_no_gpus_until_its_deadline_fails() -> None:
+    made = look(job([AWAY]), after=3600)
+    assert said(made, "Failed") == ("True", "DeadlineExceeded")
+
+
+def test_a_preempted_job_that_is_cancelled_ends() -> None:
+    off = OfferFacts(active=False, admission=admitted().admission, finished=False)
+    assert said(look(job([AWAY]), after=80, offer=off), "Failed") == ("True", "Cancelled")
+
+
+def test_only_attempts_that_ended_by_themselves_count() -> None:
+    tries = [AWAY, attempt(2, outcome="Failed", started=90, finished=100)]
+    made = look(job(tries, limits={"maxAttempts": 2}), after=101, jobs=[batch(SECOND, finished=True)])
+    assert len(status_of(made).attempts) == 3
+    made = look(job(tries, limits={"maxAttempts": 1}), after=101, jobs=[batch(SECOND, finished=True)])
+    assert said(made, "Failed") == ("True", "AttemptsExhausted")

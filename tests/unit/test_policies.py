@@ -157,6 +157,33 @@ PROFILES = [(field, severity, f"{field}: {text}") for field, severity, text in _
 NO_SCORE: dict[str, Any] = {"filters": {"minScore": None, "maxConcurrentJobs": None}}
 FINDINGS: list[tuple[str, dict[str, Any], tuple[NodeView, ...], list[tuple[str, str, str]]]] = [
     (
+        "preemption without predictions, an idle price, and a lower priority that stops a higher one",
+        {
+            "queue": {"priorities": ["low", "high"]},
+            "preemption": {"rules": [{"by": ["low"], "of": ["high"]}], "gpuHourPrice": "1"},
+        },
+        (),
+        [
+            ("filters.minScore", "Warning", MIN_SCORE + "0.5000 to 0.7400"),
+            (
+                "preemption",
+                "Warning",
+                "preemption: stops no job before its trainer reports: without estimation.duration a job counts as "
+                "taking all of its time, and would be late; set it",
+            ),
+            (
+                "preemption.gpuHourPrice",
+                "Info",
+                "preemption.gpuHourPrice: counts with gainFactor only: set that, or remove it",
+            ),
+            (
+                "preemption.rules[0]",
+                "Warning",
+                "preemption.rules[0]: low stops high, which comes before it in the queue and takes its GPUs back",
+            ),
+        ],
+    ),
+    (
         "the 8xH100 preset on its machine",
         {"preset": "strategy-8xh100"},
         (node(),),

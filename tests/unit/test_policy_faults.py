@@ -104,6 +104,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         "resources[nvidia.com/gpu].counts must be [1] with unitsPerGpu 4: several units can be parts of one GPU",
     ),
     (
+        {"resources": [{"name": "nvidia.com/gpu", "counts": [1], "unitsPerGpu": 2, "deviceClassName": "gpu.x.com"}]},
+        "resources[nvidia.com/gpu].deviceClassName pins whole GPUs and unitsPerGpu shares them out: remove one",
+    ),
+    (
         sized({**SMALL, "minParameters": 10}),
         "sizeClasses[S].maxParameters must be greater than minParameters: raise it or remove it",
     ),
@@ -150,18 +154,17 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {**sized({**SMALL, "lora": {"r": 40_000}}), "task_types": [{**TASK, "loraRankFactor": "2"}]},
-        "taskTypes[InstructText] scales r of sizeClasses[S] to 80000: "
-        "Input should be less than or equal to 65536; change the factor",
+        "taskTypes[InstructText] scales r of sizeClasses[S] to 80000, which must be at most 65536: change the factor",
     ),
     (
         {**sized({**SMALL, "lora": {"r": 1, "loraAlpha": 1_000_000}}), "task_types": [{**TASK, "loraRankFactor": "2"}]},
-        "taskTypes[InstructText] scales loraAlpha of sizeClasses[S] to 2000000: "
-        "Input should be less than or equal to 1048576; change the factor",
+        "taskTypes[InstructText] scales loraAlpha of sizeClasses[S] to 2000000, which "
+        "must be at most 1048576: change the factor",
     ),
     (
         {**sized(SMALL), "task_types": [{**TASK, "learningRateFactor": "0"}]},
-        "taskTypes[InstructText] scales learningRate of sizeClasses[S] to 0.0: "
-        "Input should be greater than 0; change the factor",
+        "taskTypes[InstructText] scales learningRate of sizeClasses[S] to 0.0, which "
+        "must be above 0: change the factor",
     ),
     (
         {**sized({**SMALL, "gpus": 8})},

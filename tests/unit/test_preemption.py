@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from core_builders import (
     HIGH_TAKES,
     at,
+    claim,
     claims_of,
     cycle,
     node,
@@ -22,11 +23,12 @@ from core_builders import (
     snapshot,
 )
 from taskoffer.api.base import rfc3339
+from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.decision.cycle import Plan, plan
 from taskoffer.decision.forecast import forecasts
 from taskoffer.decision.ledger import open_ledger
 from taskoffer.decision.preemption import goes_on
-from taskoffer.decision.snapshot import OfferView, PolicyView, Resumption, Running, Snapshot
+from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Resumption, Running, Snapshot
 
 QUEUE = {"priorities": ["low", "middle", "high"]}
 RULED = policy(queue=QUEUE, preemption=HIGH_TAKES)
@@ -374,3 +376,23 @@ def test_an_offer_that_stands_with_its_wait_is_looked_at_when_jobs_may_be_stoppe
     # tests/unit/test_standing.py compares the two ways of deciding in random worlds.
     waits = high(gpus=1, waits="WaitingForCapacity")
     assert cycle([waits], policies=[LONG_ENOUGH], claims=claims_of(FULL), running=FULL).evictions
+
+
+LAST = Assignment(node_name="node-a", resource_name="nvidia.com/gpu", count=4)
+
+
+@pytest.mark.parametrize(("busy", "wanted"), [(4, [LAST]), (5, [])], ids=["its node has room", "its node is taken"])
+def test_without_its_policy_a_stopped_job_goes_on_where_it_was_or_not_at_all(busy: int, wanted: list[Any]) -> None:
+    gone = replace(leaving(running("a", 4), "started-uid"), policy="deleted", last=LAST)
+    made = plan(world([], [running("b", busy)], resumptions=(gone,), nodes=[node(), node("node-b")]))
+    assert [part for move in made.moves for part in move.assignments] == wanted
+
+
+@pytest.mark.parametrize(("avoids", "wanted"), [((), [LAST]), (("node-a",), [])])
+def test_without_its_policy_an_attempt_that_must_move_has_its_own_place_alone(
+    avoids: tuple[str, ...], wanted: list[Any]
+) -> None:
+    request = MoveRequest(OfferKey("default", "a-job"), "a-uid", "deleted", 4, None, frozenset(avoids), last=LAST)
+    booked = [claim("a-uid", count=4), claim("b-uid", count=4)]
+    made = cycle([], moves=[request], claims=booked, nodes=[node(), node("node-b")])
+    assert [part for move in made.moves for part in move.assignments] == wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ async def test_before_every_kind_was_listed_there_is_no_answer(desk: Desk) -> No
     for path in ("/v1/queue", "/v1/offers/default/x"):
         status, body = await desk.get(path)
         assert status == 503
-        assert "not listed every kind yet" in body["message"]
+        assert "not listed every kind yet" in body["error"]
 
 
 async def test_the_queue_is_told_in_order_with_what_the_statuses_say(desk: Desk) -> None:
@@ -148,12 +149,25 @@ async def test_a_part_of_the_queue_can_be_asked_for(desk: Desk, query: str, name
 @pytest.mark.parametrize(
     ("path", "status", "words"),
     [
-        ("/v1/queue?limit=0", 400, "limit 0 is not a whole number from 1 to 1000"),
-        ("/v1/queue?limit=many", 400, "limit many"),
-        (f"/v1/queue?limit={'0' * 4400}5", 400, "limit 00000000000000000000 is not a whole number"),
-        ("/v1/queue?limit=1001", 400, "limit 1001"),
+        ("/v1/queue?limit=0", 400, "limit '0' is not a whole number from 1 to 1000"),
+        ("/v1/queue?limit=many", 400, "limit 'many' is not"),
+        (f"/v1/queue?limit={'0' * 4400}5", 400, "limit '00000000000000000000' is not a whole number"),
+        ("/v1/queue?limit=1001", 400, "limit '1001' is not"),
         ("/v1/queue?polici=lab", 400, "unknown parameter polici"),
+        ("/v1/queue?limit=", 400, "limit is empty, it is to be a whole number from 1 to 1000"),
+        ("/v1/queue?limit=1&limit=2", 400, "limit is given more than once: give it once"),
+        ("/v1/queue?namespace=", 400, "namespace is empty: give a name"),
+        ("/v1/queue?namespace", 400, "namespace is empty: give a name"),
+        ("/v1/queue?policy=", 400, "policy is empty: give a name"),
+        ("/v1/queue?policy=Lab", 400, "policy 'Lab' is no name: use lower-case letters"),
+        ("/v1/queue?namespace=%00", 400, r"namespace '\x00' is no name"),
         ("/v1/queue?policy=nope", 404, "there is no CapacityPolicy nope"),
+        ("/v1/offers/default/a%2Fb", 400, "name 'a/b' is no name"),
+        ("/v1/offers/de%0Afault/a", 400, r"namespace 'de\nfault' is no name"),
+        ("/v1/offers/default/%FF", 400, "name '%FF' is no name"),
+        (f"/v1/offers/default/{'a' * 300}", 400, "has 300 characters, and a name has 253 at most"),
+        ("/v1/offers/default", 404, "nothing is served at /v1/offers/default: there are /v1/queue, /v1/offers/"),
+        ("/", 404, "nothing is served at /: there are"),
         ("/v1/offers/default/nobody", 404, "there is no TaskOffer nobody in namespace default"),
     ],
 )
@@ -161,13 +175,88 @@ async def test_what_cannot_be_answered_says_why(desk: Desk, path: str, status: i
     await desk.list()
     got, body = await desk.get(path)
     assert got == status
-    assert words in body["message"]
+    assert set(body) == {"error"}
+    assert words in body["error"]
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
 async def test_the_port_takes_no_writes(desk: Desk, method: str) -> None:
-    for path in ("/v1/queue", "/v1/offers/default/x"):
-        assert (await desk.client.request(method, path)).status == 405
+    for path in ("/v1/queue", "/v1/offers/default/x", "/healthz", "/metrics"):
+        answer = await desk.client.request(method, path)
+        assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD")
+        assert await answer.json() == {"error": f"{method} is not taken: nothing is written here, ask with GET"}
+
+
+async def test_a_fault_of_the_replica_is_told_in_the_same_shape_and_logged(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await desk.list()
+    monkeypatch.setattr(module, "queue", lambda *_, **__: 1 / 0)
+    assert await desk.get("/v1/queue") == (
+        500,
+        {"error": "this replica failed over the question: its log says why"},
+    )
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.fixture
+async def address(desk: Desk) -> AsyncIterator[tuple[str, int]]:
+    """A port that is listened on as a replica does it."""
+    answers = Answers(queue=desk.questions.queue, offer=desk.questions.offer)
+    server = StatusServer("127.0.0.1", 0, healthy=lambda: None, ready=lambda: None, answers=answers)
+    await server.start()
+    yield "127.0.0.1", server.port
+    await server.stop()
+
+
+async def raw(address: tuple[str, int], request: bytes) -> tuple[int, str, bytes]:
+    """Send bytes as they are; return status, content type and body."""
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(request)
+    head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+    first, *lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    return int(first.split()[1]), headers["content-type"].partition(";")[0], body
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (b"garbage\r\n\r\n", "Invalid method encountered"),
+        (b"GET /v1/queue HTTP/1.1\r\nno header\r\n\r\n", "Invalid header token"),
+        (b"GET /v1/offers/default/" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", "more than 8190 bytes"),
+    ],
+)
+async def test_what_is_no_http_is_told_in_the_same_shape(address: tuple[str, int], request_: bytes, words: str) -> None:
+    status, kind, body = await raw(address, request_)
+    assert (status, kind) == (400, "application/json")
+    told = json.loads(body)
+    assert set(told) == {"error"}
+    assert told["error"].startswith("the request could not be read as HTTP: ")
+    assert words in told["error"]
+    assert len(told["error"]) < 300
+
+
+async def test_probes_and_metrics_are_plain_text_and_what_is_asked_for_comes_as_json(
+    desk: Desk, address: tuple[str, int]
+) -> None:
+    await desk.list()
+    found = {
+        path: await raw(address, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        for path in ("/healthz", "/metrics", "/v1/queue", "/v2")
+    }
+    assert found["/healthz"] == (200, "text/plain", b"ok")
+    assert found["/metrics"][:2] == (200, "text/plain")
+    assert found["/v1/queue"][:2] == (200, "application/json")
+    assert found["/v2"][:2] == (404, "application/json")
+
+
+def test_a_server_that_was_not_started_has_no_port(desk: Desk) -> None:
+    answers = Answers(queue=desk.questions.queue, offer=desk.questions.offer)
+    with pytest.raises(RuntimeError, match="start first"):
+        _ = StatusServer("", 0, healthy=lambda: None, ready=lambda: None, answers=answers).port
 
 
 async def test_a_waiting_offer_is_explained_with_its_place_and_what_would_admit_it(desk: Desk) -> None:
@@ -253,11 +342,11 @@ async def test_a_finished_offer_that_cannot_be_read_is_no_answer(desk: Desk) -> 
     desk.kube.fail("get", OFFERS, ApiError(403, "Forbidden", "not yours"))
     status, body = await desk.get("/v1/offers/default/done")
     assert status == 503
-    assert "not yours" in body["message"]
+    assert "not yours" in body["error"]
     desk.kube.observer = None
     desk.kube.remove(OFFERS, "done")
     status, body = await desk.get("/v1/offers/default/done")
-    assert (status, body["message"]) == (404, "TaskOffer default/done is gone")
+    assert (status, body["error"]) == (404, "TaskOffer default/done is gone")
 
 
 async def test_an_admission_that_cannot_be_read_is_told_as_that(desk: Desk) -> None:
@@ -266,7 +355,7 @@ async def test_an_admission_that_cannot_be_read_is_told_as_that(desk: Desk) -> N
     await desk.list()
     got, body = await desk.get("/v1/offers/default/odd")
     assert got == 409
-    assert "status.admission of default/odd cannot be read" in body["message"]
+    assert "status.admission of default/odd cannot be read" in body["error"]
 
 
 async def test_an_offer_whose_spec_cannot_be_read_is_explained_as_invalid(desk: Desk) -> None:
@@ -311,4 +400,4 @@ async def test_no_more_than_some_questions_wait_for_their_turn(desk: Desk) -> No
     desk.questions._asked = 8
     status, body = await desk.get("/v1/queue")
     assert status == 503
-    assert "ask again" in body["message"]
+    assert "ask again" in body["error"]

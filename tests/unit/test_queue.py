@@ -337,6 +337,17 @@ def test_what_an_offer_waits_for_to_end_earlier_is_kept_for_it() -> None:
     assert {made[name] for name in ("next", "s0", "s1", "s2")} == {("Wait", "WaitingBehindReservation")}
 
 
+@pytest.mark.parametrize("waits", [None, "WaitingBehindReservation"], ids=["it is new", "it says so already"])
+def test_a_cycle_comes_when_waiting_raises_an_offer_behind_a_reservation(waits: str | None) -> None:
+    rules = policy(queue={"priorities": ["low", "high"], "reserveFromGpus": 4, "raiseAfterSeconds": 500})
+    large = offer("large", gpus=4, hours=19, priority_class="high", created=at(-10))
+    small = offer("small", gpus=1, hours=19, priority_class="low", created=at(-100), waits=waits)
+    booked = {"claims": [claim("x", count=2)], "releases": [Release("x", "node-a", 2, at(7200), "lab")]}
+    made = cycle([large, small], policies=[rules], nodes=[node(gpus=4)], **booked)  # type: ignore[arg-type]
+    assert answers(made).get("small", ("Wait", "WaitingBehindReservation")) == ("Wait", "WaitingBehindReservation")
+    assert made.wake_at == at(400)
+
+
 def test_under_a_policy_that_does_not_queue_nobody_waits_for_an_earlier_end() -> None:
     rules = policy(estimation=HOURLY, size_classes=[ALL], gpu_choice="EarliestEnd", filters={"onFull": "Reject"})
     booked = {"claims": [claim("x", count=7)], "releases": [Release("x", "node-a", 7, at(60), "lab")]}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core_builders import FOUR_GPUS, ONE_GPU, TWO_GPUS, policy_spec
+from core_builders import FOUR_GPUS, HIGH_TAKES, ONE_GPU, TWO_GPUS, policy_spec
 from simulation_builders import POLICY, entry, refusals, run_of, timeline, trace_of
 from taskoffer import presets
 from taskoffer.decision.prediction import predict
@@ -272,7 +272,8 @@ def test_what_fails_or_comes_too_late_in_any_case_is_no_task(fields: dict[str, f
 
 def test_a_task_with_a_deadline_starts_early_enough_for_it() -> None:
     (task,) = tasks_of(trace_of(entry("a", seconds=1000, spec={"deadline": "2026-01-01T01:00:00Z"})), POLICY)
-    assert task.last_start == pytest.approx(2600, abs=1)
+    assert task.deadline == 3600
+    assert {task.last_start_on(gpus) + seconds for gpus, seconds in task.seconds_by_gpus.items()} == {3600}
 
 
 # What must hold in every trace
@@ -345,7 +346,7 @@ def test_a_drawn_trace_keeps_the_books_and_hindsight_knows_every_job_that_was_do
         again = len(run.stretches) - 1 if run.stretches else 0
         seconds = tasks[run.name].seconds_by_gpus[run.gpus] + again * again_of(offers[run.name])
         assert run.seconds == pytest.approx(seconds)
-        assert tasks[run.name].arrival <= run.start <= tasks[run.name].last_start
+        assert tasks[run.name].arrival <= run.start <= tasks[run.name].last_start_on(run.gpus)
 
 
 def test_the_same_trace_gives_the_same_result() -> None:
@@ -362,3 +363,41 @@ def test_settings_without_a_policy_are_the_reference_ones() -> None:
             entry("chat", task_type="Chat").spec,
             1,
         )
+
+
+PREEMPTING = policy_spec(
+    queue={"priorities": ["low", "high"]},
+    preemption={**HIGH_TAKES, "minRunSeconds": 100, "resumeSeconds": 50},
+    estimation={"gpuMemory": "80G", "duration": {"startSeconds": 1, "reserveSeconds": 0}},
+)
+
+
+def test_a_job_stops_for_a_higher_priority_goes_on_after_it_and_pays_for_its_next_start() -> None:
+    low = entry("low", gpus=4, seconds=1000, policy=PREEMPTING, priority_class="low")
+    high = entry("high", at=400, gpus=4, seconds=500, policy=PREEMPTING, priority_class="high")
+    result = run_of(low, high, policy=PREEMPTING)
+    again = again_of(low)
+    found = {run.name: run for run in result.runs}
+    parts = [(round(part.start), round(part.end)) for part in found["low"].parts]
+    # A cycle comes a second after the stop.
+    assert parts == [(0, 400), (901, round(901 + 600 + again))]
+    assert (found["low"].outcome, found["low"].worth) == ("InTime", 1.0)
+    assert timeline(result)["high"] == (401, 901, "InTime")
+    assert result.busy == pytest.approx(4 * (1000 + again + 500))
+
+
+def test_a_job_stops_only_once_it_has_run_for_long_enough() -> None:
+    low = entry("low", gpus=4, seconds=1000, policy=PREEMPTING, priority_class="low")
+    high = entry("high", at=30, gpus=4, seconds=500, policy=PREEMPTING, priority_class="high")
+    assert timeline(run_of(low, high, policy=PREEMPTING))["high"][:2] == (101, 601)
+
+
+def test_a_stopped_job_that_gets_no_gpus_before_its_deadline_is_late() -> None:
+    low = entry("low", gpus=4, seconds=1000, policy=PREEMPTING, priority_class="low", hours=1)
+    crowd = [
+        entry(f"high-{n}", at=400, gpus=4, seconds=900, policy=PREEMPTING, priority_class="high") for n in range(5)
+    ]
+    result = run_of(low, *crowd, policy=PREEMPTING)
+    stopped = next(run for run in result.runs if run.name == "low")
+    assert (stopped.outcome, stopped.worth) == ("Late", 0.0)
+    assert [(round(part.start), round(part.end)) for part in stopped.parts] == [(0, 400)]

@@ -3,7 +3,7 @@
 import pytest
 
 from core_builders import policy_spec
-from taskoffer.api.v1alpha1.taskoffer import Model
+from taskoffer.api.v1alpha1.model_and_data import Model
 from taskoffer.decision.sizing import billions, family_of, parameters_in_name, parameters_of, size_class_of
 
 SIZES = [

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from taskoffer.simulation.extras import MissingExtraError
-from taskoffer.simulation.run import Run
+from taskoffer.simulation.run import Run, Stretch
 from taskoffer.simulation.timeline import Slots, assign_slots, draw
 
 OUTCOMES = ("InTime", "Late", "Failed")
@@ -111,5 +112,18 @@ def test_is_not_drawn(
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtraError, match=r"matplotlib is not installed: pip install taskoffer\[simulate\]"):
+    with pytest.raises(
+        MissingExtraError, match=r"matplotlib is not installed: pip install '.\[simulate\]' in the checkout"
+    ):
         draw({"a": []}, tmp_path / "a.png")
+
+
+def test_a_run_that_was_stopped_in_between_is_drawn_for_each_of_its_stretches_and_counted_once(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    parts = (Stretch(0, 3600, "n1"), Stretch(7200, 9000, "n2"))
+    stopped = replace(run("a", 0, 9000, 4), stretches=parts)
+    between = run("b", 3600, 7200, 8)
+    assigned = [(one.run.name, one.run.start, one.run.end, one.slots[0]) for one in assign_slots([stopped, between])]
+    assert assigned == [("a", 0, 3600, 0), ("b", 3600, 7200, 0), ("a", 7200, 9000, 8)]
+    draw({"policy": [stopped, between]}, tmp_path / "gpus.svg")
+    assert "policy: 2 runs, worth 2.0" in (tmp_path / "gpus.svg").read_text()

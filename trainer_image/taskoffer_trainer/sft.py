@@ -102,9 +102,7 @@ def train(config: RunConfig, split: Split, run_dir: Path, rank: int, stop: Stop)
         return summary
 
     # The adapter is verified by rank 0 alone, and only one base model at a time has to fit.
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    stop.part()
     if rank != 0:
         return summary
     del trainer

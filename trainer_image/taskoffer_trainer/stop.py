@@ -12,6 +12,9 @@ from taskoffer_trainer.progress import now
 
 __all__ = ["Stop", "StopCause"]
 
+_left: list[Any] = []
+"""Process groups that this process has left, kept until it ends; see `Stop.part`."""
+
 
 class StopCause(IntEnum):
     """Why to stop. The greater one wins when ranks see different causes."""
@@ -82,3 +85,17 @@ class Stop:
             mine = StopCause(int(flag.item()))
         self.cause = mine
         return mine
+
+    def part(self) -> None:
+        """Wait for all ranks and leave their process group; alone, there is none to leave.
+
+        What is left of the groups is kept until the process ends. With its last reference torch 2.13 joins a gloo
+        group's threads while it holds the GIL, and one of these may just want the GIL to let go of the tensors of the
+        last collectives: on a busy machine both then wait for ever.
+        """
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            _left.extend((dist.group.WORLD, self._group))
+            dist.barrier()
+            dist.destroy_process_group()

@@ -56,6 +56,9 @@ NODES = Resource("", "v1", "nodes", namespaced=False)
 CONFIG_MAPS = Resource("", "v1", "configmaps")
 EVENTS = Resource("", "v1", "events")
 LEASES = Resource("coordination.k8s.io", "v1", "leases")
+RESOURCE_SLICES = Resource("resource.k8s.io", "v1", "resourceslices", namespaced=False)
+DEVICE_CLASSES = Resource("resource.k8s.io", "v1", "deviceclasses", namespaced=False)
+RESOURCE_CLAIMS = Resource("resource.k8s.io", "v1", "resourceclaims")
 
 WATCHED = {
     "Node": NODES,
@@ -66,6 +69,13 @@ WATCHED = {
     "TaskOffer": OFFERS,
 }
 """The kinds of which the cache holds every object that concerns us."""
+
+WATCHED_DEVICES = {
+    "ResourceSlice": RESOURCE_SLICES,
+    "DeviceClass": DEVICE_CLASSES,
+    "ResourceClaim": RESOURCE_CLAIMS,
+}
+"""Further ones, where the cluster serves them and the operator may read them."""
 
 
 class ApiError(Exception):

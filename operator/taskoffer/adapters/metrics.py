@@ -18,6 +18,12 @@ DECISIONS = Counter(
     ["verdict", "reason", "task_type"],
     registry=REGISTRY,
 )
+PREEMPTIONS = Counter(
+    "taskoffer_jobs_preempted_total",
+    "Running jobs that were asked to save and stop for an offer.",
+    ["policy"],
+    registry=REGISTRY,
+)
 WRITES = Counter(
     "taskoffer_api_writes_total",
     "Writes to the API server by kind and outcome.",

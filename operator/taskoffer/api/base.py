@@ -34,6 +34,21 @@ class WireModel(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
+_REMEDIES: dict[str, str] = {}
+"""What is said of a text that does not match, by pattern; filled while the types are declared."""
+
+
+def remedy_for(pattern: str) -> str | None:
+    """Return the sentence for texts that do not match a pattern, or None where the types declare none."""
+    return _REMEDIES.get(pattern)
+
+
+def explained(pattern: str, remedy: str) -> str:
+    """Return a pattern, and keep the sentence for those whose text does not match it."""
+    _REMEDIES[pattern] = remedy
+    return pattern
+
+
 def spelled(pattern: str, remedy: str) -> Any:
     """Constrain a text (in ``Annotated``) to a pattern, with a sentence for those whose text does not match.
 
@@ -42,7 +57,7 @@ def spelled(pattern: str, remedy: str) -> Any:
     quotes.
     """
     check: dict[str, Any] = {"rule": f"self.matches(r'{pattern}')", "message": remedy}
-    return Field(pattern=pattern, json_schema_extra={"x-kubernetes-validations": [check]})
+    return Field(pattern=explained(pattern, remedy), json_schema_extra={"x-kubernetes-validations": [check]})
 
 
 def _utc(value: datetime) -> datetime:

@@ -13,6 +13,10 @@ from pydantic import Field
 from taskoffer.api.base import Time, WireModel
 from taskoffer.api.v1alpha1.taskoffer import Admission, ExplanationItem
 
+LISTED = 50
+"""Offers that a question about the queue lists unless it says otherwise."""
+MOST_LISTED = 1000
+
 
 class Term(WireModel):
     """A part of a score; all parts sum to it."""
@@ -119,6 +123,12 @@ class Explained(WireModel):
     queued: Queued | None = Field(None, description="Its place in the queue, while it waits.")
     admission: Admission | None = Field(None, description="Its booking, while it is admitted.")
     ends: Time | None = Field(None, description="When its GPUs are predicted to come free.")
+
+
+class Unanswered(WireModel):
+    """The body of every answer whose status is 400 or more; the probes alone stay plain text."""
+
+    error: str = Field(description="What is wrong, and what helps.")
 
 
 class OfferAnswer(WireModel):

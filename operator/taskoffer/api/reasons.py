@@ -123,6 +123,10 @@ class Reason(StrEnum):
     # CapacityPolicy
     READY = "Ready", "The policy is valid and in force."
     INVALID_POLICY = "InvalidPolicy", "The policy's spec is not valid; the last good version stays in force."
+    DEVICES_NOT_AVAILABLE = (
+        "DevicesNotAvailable",
+        "The policy pins GPUs of a DeviceClass that this cluster, or its operator, cannot hand out.",
+    )
     ALLOCATABLE_BELOW_BOOKED = (
         "AllocatableBelowBooked",
         "A node offers less than is booked on it; nothing more is admitted there.",

@@ -15,6 +15,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from taskoffer.api.base import WireModel
+from taskoffer.api.faults import path_of, what_is_wrong
 
 M = TypeVar("M", bound=WireModel)
 
@@ -35,6 +36,15 @@ class AskError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Namespace:
+    """The namespace of an offer that was asked for without one."""
+
+    name: str
+    why: str
+    """Where it comes from."""
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """Where to ask."""
 
@@ -45,8 +55,14 @@ class Target:
     operator_namespace: str = "taskoffer-system"
     service: str = "taskoffer"
 
-    def ask(self, path: str, query: Mapping[str, str], model: type[M]) -> M:
+    def ask(self, path: str, query: Mapping[str, str], model: type[M], *, if_missing: str = "") -> M:
         """Return the answer to a question.
+
+        Args:
+            path: Where it is asked on the replica's port.
+            query: Its parameters.
+            model: What an answer is read as.
+            if_missing: What is said beside when the replica knows nothing of what is asked for.
 
         Raises:
             AskError: when there is none.
@@ -56,29 +72,42 @@ class Target:
         else:
             status, body = self._through_proxy(path, query)
         if status != 200:
-            raise AskError(self._problem(status, body))
+            raise AskError(self._problem(status, body, if_missing))
         try:
             return model.model_validate_json(body)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
+            what = ": ".join(filter(None, (path_of(first["loc"]), what_is_wrong(first)[0])))
             raise AskError(
-                f"the answer is not one that this version understands ({where}: {first['msg']}); "
+                f"the answer is not one that this version understands ({what}); "
                 "use the command line of the operator's version"
             ) from None
 
-    def namespace(self) -> str:
-        """Return the namespace of the kubeconfig's context, else default."""
+    def namespace(self) -> Namespace:
+        """Return the namespace of the kubeconfig's context, else default; with an address alone none is read.
+
+        Raises:
+            AskError: when the kubeconfig cannot be read or has no such context.
+        """
         from kubernetes import config
 
         if self.server is not None and self.kubeconfig is None and self.context is None:
-            return "default"
+            return Namespace("default", "--server alone reads no kubeconfig, so the namespace is default: give -n")
         try:
             contexts, active = config.list_kube_config_contexts(str(self.kubeconfig) if self.kubeconfig else None)
-        except _unreadable():
-            return "default"
-        chosen = next((c for c in contexts if c["name"] == self.context), active)
-        return str((chosen.get("context") or {}).get("namespace") or "default")
+            names = [context["name"] for context in contexts]
+            chosen = active if self.context is None else next((c for c in contexts if c["name"] == self.context), None)
+            told = (chosen or {}).get("context") or {}
+            namespace = str(told.get("namespace") or "")
+        except _unreadable() as error:
+            raise AskError(f"no usable kubeconfig: {error}; set KUBECONFIG, or give --server") from None
+        if chosen is None:
+            raise AskError(f"the kubeconfig has no context {self.context}; it has {', '.join(map(str, names))}")
+        if not namespace:
+            return Namespace(
+                "default", f"the kubeconfig's context {chosen['name']} names no namespace, so it is default: give -n"
+            )
+        return Namespace(namespace, f"the kubeconfig's context {chosen['name']} names that namespace: -n changes it")
 
     def _at_address(self, path: str, query: Mapping[str, str]) -> tuple[int, str]:
         assert self.server is not None  # noqa: S101
@@ -126,16 +155,16 @@ class Target:
         except (HTTPError, OSError) as error:
             raise AskError(f"the API server {api.configuration.host} does not answer: {error}") from None
 
-    def _problem(self, status: int, body: str) -> str:
+    def _problem(self, status: int, body: str, if_missing: str) -> str:
         """Say what a status other than 200 means; the operator's own messages and the API server's look different."""
         try:
             told = json.loads(body)
         except ValueError:
             told = {}
         told = told if isinstance(told, dict) else {}
-        message = str(told.get("message") or body.strip()[:300] or f"HTTP status {status}")
+        message = str(told.get("error") or told.get("message") or body.strip()[:300] or f"HTTP status {status}")
         if told.get("kind") != "Status":
-            return message
+            return f"{message} ({if_missing})" if status == 404 and "error" in told and if_missing else message
         where = f"Service {self.service} in namespace {self.operator_namespace}"
         if status == 403:
             return f"{message}; get on services/proxy of {where} is needed: bind the Role taskoffer-viewer"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskoffer.cli.errors import CommandError
+from taskoffer.cli.output_file import check_writable
 
 if TYPE_CHECKING:
     from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _TOLD_EVERY = 10.0
 """Seconds between two lines about a search."""
 _BEST = "best in hindsight"
+_MOST_HOURS = 1e6
+"""A century: longer than any trace that somebody wants to see."""
 
 
 def add_options(simulate: argparse.ArgumentParser) -> None:
@@ -39,11 +42,11 @@ def add_options(simulate: argparse.ArgumentParser) -> None:
     )
     simulate.add_argument(
         "--plot-hours",
-        type=float,
+        type=_hours,
         nargs=2,
         default=(0.0, 48.0),
         metavar=("FROM", "TO"),
-        help="hours of the first trace to draw (default: 0 48)",
+        help="draw the first trace from this hour to that one (default: 0 48)",
     )
 
 
@@ -51,7 +54,7 @@ def check_options(args: argparse.Namespace) -> None:
     """Say what is wrong with the options before anything is computed.
 
     Raises:
-        CommandError: when a library is missing or an option makes no sense.
+        CommandError: when a library is missing, a file could not be written, or an option makes no sense.
     """
     from taskoffer.simulation.extras import MissingExtraError, load
 
@@ -59,6 +62,11 @@ def check_options(args: argparse.Namespace) -> None:
         raise CommandError(f"--plot {args.plot} is neither .svg nor .png: choose one of them", 2)
     if not args.plot_hours[0] < args.plot_hours[1]:
         raise CommandError("--plot-hours needs an earlier and a later hour, as 0 48", 2)
+    targets = [path for path in (args.json, args.plot) if path is not None and str(path) != "-"]
+    if len({path.absolute() for path in targets}) < len(targets):
+        raise CommandError(f"--json and --plot would both write {targets[0]}: give each a file of its own", 2)
+    for path in targets:
+        check_writable(path)
     try:
         if args.best is not None:
             load("ortools.sat.python.cp_model")
@@ -68,21 +76,15 @@ def check_options(args: argparse.Namespace) -> None:
         raise CommandError(str(error), 1) from None
 
 
-def check_traces(
-    args: argparse.Namespace,
-    policies: Sequence[tuple[str, CapacityPolicySpec]],
-    traces: Sequence[Callable[[], Trace]],
-) -> None:
-    """Say before anything is computed what cannot be drawn or searched for.
+def check_policies(args: argparse.Namespace, policies: Sequence[tuple[str, CapacityPolicySpec]]) -> None:
+    """Say before anything is computed what cannot be drawn.
 
     Raises:
-        CommandError: when a policy to draw shares GPUs, or an offer to search for has a deadline.
+        CommandError: when a policy to draw shares GPUs.
     """
     shared = [name for name, spec in policies if spec.resources[0].units_per_gpu is not None]
     if args.plot is not None and shared:
         raise CommandError(f"--plot draws whole GPUs, and {shared[0]} shares them: leave it out", 2)
-    if args.best is not None and any(o.spec.deadline is not None for make in traces for o in make().offers):
-        raise CommandError("--best knows time limits and patience only: take spec.deadline out of the offers", 2)
 
 
 def search(
@@ -176,6 +178,13 @@ def _progress(title: str, seconds: float) -> Callable[[float, float, float], Non
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def _hours(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= _MOST_HOURS:
+        raise argparse.ArgumentTypeError(f"{text} is not an hour of a trace: give 0 to {_MOST_HOURS:,.0f}")
+    return number
 
 
 def _seconds(text: str) -> float:

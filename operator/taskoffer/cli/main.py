@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from typing import Any
 
 from taskoffer import __version__
-from taskoffer.cli import simulate
+from taskoffer.cli import questions, simulate
+from taskoffer.cli.exit_codes import Exit
+from taskoffer.cli.subcommand import add_command
 
-if TYPE_CHECKING:
-    from taskoffer.api.base import WireModel
-    from taskoffer.cli.ask import Target
+_RUN = """\
+Run one replica of the operator: it hears of offers, and decides and starts them while it holds the lease. Start two, so
+that one takes over when the other one ends."""
+_PRESET = """\
+Print a ready CapacityPolicy as YAML, to be applied as it is or to begin a policy of one's own with."""
+_LINT = """\
+Check a CapacityPolicy file before it is applied: whether it is valid, and which of its rules cannot do what they were
+written for. Findings are printed one a line, as Error, Warning or Info. The nodes of a cluster are not looked at; the
+operator does that once the policy is applied."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Run a command and return its exit code, one of :class:`~taskoffer.cli.exit_codes.Exit`."""
     parser = _parser()
     args = parser.parse_args(argv)
     command: Any = args.command
@@ -31,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt:
         print("taskoffer: interrupted", file=sys.stderr)
-        return 1
+        return Exit.FAILED
     except BrokenPipeError:
         # Whoever reads has seen enough. Python would complain once more when it closes the stream at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return Exit.FAILED
     return code
 
 
@@ -44,16 +52,43 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"taskoffer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run one replica of the operator")
-    run.add_argument("--kubeconfig", type=Path, help="kubeconfig; default: $KUBECONFIG, else the pod's ServiceAccount")
-    run.add_argument("--listen", default="0.0.0.0", help="address of /healthz, /readyz and /metrics (default: all)")
+    _add_run(commands)
+    preset = add_command(commands, "preset", "print a ready CapacityPolicy", _PRESET, _preset)
+    preset.add_argument("name", nargs="?", metavar="NAME", help="name of the preset; without it the names are listed")
+    preset.add_argument("--image", metavar="IMAGE", help="trainer image to put in (default: the preset's own)")
+
+    lint = add_command(commands, "lint", "check a CapacityPolicy file before it is applied", _LINT, _lint)
+    lint.add_argument("file", type=Path, metavar="FILE", help="YAML file of one CapacityPolicy")
+
+    simulate.add_commands(commands)
+    questions.add_commands(commands)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = add_command(commands, "run", "run one replica of the operator", _RUN, _run)
     run.add_argument(
-        "--port", type=int, default=8080, help="port of /healthz, /readyz and /metrics (default: %(default)s)"
+        "--kubeconfig",
+        type=Path,
+        metavar="FILE",
+        help="kubeconfig to use (default: $KUBECONFIG, else the pod's ServiceAccount)",
     )
     run.add_argument(
-        "--lease-namespace", default="taskoffer-system", help="namespace of the lease (default: %(default)s)"
+        "--listen",
+        default="0.0.0.0",
+        metavar="ADDRESS",
+        help="address to listen on for probes, metrics and questions (default: %(default)s, all of this machine)",
     )
-    run.add_argument("--lease-name", default="taskoffer", help="name of the lease (default: %(default)s)")
+    run.add_argument("--port", type=_port, default=8080, metavar="PORT", help="port there (default: %(default)s)")
+    run.add_argument(
+        "--lease-namespace",
+        default="taskoffer-system",
+        metavar="NAMESPACE",
+        help="namespace of the lease that decides who leads (default: %(default)s)",
+    )
+    run.add_argument(
+        "--lease-name", default="taskoffer", metavar="NAME", help="name of that lease (default: %(default)s)"
+    )
     run.add_argument(
         "--progress-interval",
         type=float,
@@ -76,53 +111,20 @@ def _parser() -> argparse.ArgumentParser:
         help="how long one watch request lasts; a watch that is silent for over twice as long ends the process, "
         "so that another one takes its place (default: %(default)s, at least 10)",
     )
-    run.add_argument("--log-format", choices=("text", "json"), default="text", help="default: %(default)s")
-    run.add_argument("--verbose", "-v", action="store_true", help="log debug messages")
-    run.set_defaults(command=_run)
-
-    preset = commands.add_parser(
-        "preset", help="print a ready CapacityPolicy", description="Print a ready CapacityPolicy."
+    run.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="log lines for people, or one JSON object a line (default: %(default)s)",
     )
-    preset.add_argument("name", nargs="?", help="name of the preset; without it the names are listed")
-    preset.add_argument("--image", help="trainer image to put in")
-    preset.set_defaults(command=_preset)
-
-    lint = commands.add_parser("lint", help="check a CapacityPolicy file before it is applied")
-    lint.add_argument("file", type=Path, help="YAML file of a CapacityPolicy")
-    lint.set_defaults(command=_lint)
-
-    simulate.add_commands(commands)
-    explain = commands.add_parser("explain", help="say why an offer stands as it does, and what would change it")
-    explain.add_argument("name", help="name of the TaskOffer")
-    explain.add_argument("--namespace", "-n", help="its namespace (default: the kubeconfig context's)")
-    _asking(explain, _explain)
-
-    queue = commands.add_parser("queue", help="show who waits, in order, with predicted starts")
-    queue.add_argument("--namespace", "-n", help="only offers of this namespace (default: all)")
-    queue.add_argument("--policy", help="only what this CapacityPolicy decides")
-    queue.add_argument("--limit", type=int, default=50, help="offers to list, 1 to 1000 (default: %(default)s)")
-    _asking(queue, _queue)
-    return parser
+    run.add_argument("--verbose", "-v", action="store_true", help="log debug messages as well")
 
 
-def _asking(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
-    """Give a command the options of those that ask a running operator."""
-    command.add_argument("--output", "-o", choices=("table", "json"), default="table", help="default: %(default)s")
-    command.add_argument(
-        "--server",
-        metavar="URL",
-        help="address of a replica's status port, as http://127.0.0.1:8080; default: the Service taskoffer, through "
-        "the API server",
-    )
-    command.add_argument("--kubeconfig", type=Path, help="kubeconfig; default: $KUBECONFIG, else ~/.kube/config")
-    command.add_argument("--context", help="context of the kubeconfig; default: the current one")
-    command.add_argument(
-        "--operator-namespace",
-        default="taskoffer-system",
-        metavar="NAMESPACE",
-        help="where the operator's Service is (default: %(default)s)",
-    )
-    command.set_defaults(command=run)
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65_535:
+        raise argparse.ArgumentTypeError(f"{number} is not a port: choose 1 to 65535, or 0 for any that is free")
+    return number
 
 
 def _window(text: str) -> int:
@@ -134,6 +136,8 @@ def _window(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from kubernetes.aio.config import ConfigException
+
     from taskoffer.handlers.run import Options
     from taskoffer.handlers.run import main as run_replica
     from taskoffer.reconcile.session import Settings
@@ -148,9 +152,24 @@ def _run(args: argparse.Namespace) -> int:
         watch_window=args.watch_window,
     )
     sys.setrecursionlimit(_NESTING)
-    return run_replica(Options(kubeconfig=kubeconfig, listen=args.listen, port=args.port, settings=settings))
+    try:
+        return run_replica(Options(kubeconfig=kubeconfig, listen=args.listen, port=args.port, settings=settings))
+    except ConfigException as error:
+        where = kubeconfig or "neither a kubeconfig nor a pod's ServiceAccount"
+        print(f"taskoffer: {where}: {error}; give --kubeconfig or set KUBECONFIG", file=sys.stderr)
+        return Exit.FAILED
+    except OSError as error:
+        if error.errno not in _UNUSABLE_ADDRESS:
+            raise
+        print(
+            f"taskoffer: {args.listen}:{args.port} cannot be listened on: {os.strerror(error.errno)}; "
+            "choose another --port or --listen",
+            file=sys.stderr,
+        )
+        return Exit.FAILED
 
 
+_UNUSABLE_ADDRESS = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
 _NESTING = 12_000
 """The API server stores what is nested up to 10,000 deep. At Python's own limit of 1,000 one such object would make
 every list that it is in unreadable."""
@@ -160,6 +179,8 @@ def _preset(args: argparse.Namespace) -> int:
     import yaml
 
     from taskoffer import presets
+    from taskoffer.cli.errors import CommandError
+    from taskoffer.cli.policy_file import valid_spec
 
     if args.name is None:
         print("\n".join(presets.names()))
@@ -168,7 +189,13 @@ def _preset(args: argparse.Namespace) -> int:
         manifest = presets.load(args.name, image=args.image)
     except KeyError as error:
         print(f"taskoffer: {error.args[0]}", file=sys.stderr)
-        return 2
+        return Exit.USAGE
+    if args.image is not None:
+        try:
+            valid_spec(manifest, f"{args.name} with the image {args.image[:60]!r}")
+        except CommandError as error:
+            print(f"taskoffer: {error}", file=sys.stderr)
+            return Exit.USAGE
     print(yaml.safe_dump(manifest, sort_keys=False, width=120), end="")
     return 0
 
@@ -187,48 +214,7 @@ def _lint(args: argparse.Namespace) -> int:
     for finding in findings:
         print(f"{finding.severity}: {finding.message}")
     print(f"{len(findings)} finding(s)")
-    return 1 if any(f.severity == "Error" for f in findings) else 0
-
-
-def _target(args: argparse.Namespace) -> Target:
-    from taskoffer.cli.ask import Target
-
-    return Target(args.server, args.kubeconfig, args.context, args.operator_namespace)
-
-
-def _explain(args: argparse.Namespace) -> int:
-    from taskoffer.api.inquiry import OfferAnswer
-    from taskoffer.cli.ask import AskError
-    from taskoffer.cli.told import explanation
-
-    target = _target(args)
-    namespace = args.namespace or target.namespace()
-    try:
-        answer = target.ask(f"/v1/offers/{quote(namespace, safe='')}/{quote(args.name, safe='')}", {}, OfferAnswer)
-    except AskError as error:
-        print(f"taskoffer: {error}", file=sys.stderr)
-        return 1
-    print(explanation(answer) if args.output == "table" else _json(answer))
-    return 0
-
-
-def _queue(args: argparse.Namespace) -> int:
-    from taskoffer.api.inquiry import QueueAnswer
-    from taskoffer.cli.ask import AskError
-    from taskoffer.cli.told import waiting
-
-    query = {"limit": str(args.limit), "policy": args.policy, "namespace": args.namespace}
-    try:
-        answer = _target(args).ask("/v1/queue", {key: value for key, value in query.items() if value}, QueueAnswer)
-    except AskError as error:
-        print(f"taskoffer: {error}", file=sys.stderr)
-        return 1
-    print(waiting(answer) if args.output == "table" else _json(answer))
-    return 0
-
-
-def _json(answer: WireModel) -> str:
-    return json.dumps(answer.to_wire(), indent=2)
+    return Exit.FAILED if any(f.severity == "Error" for f in findings) else Exit.DONE
 
 
 class _Json(logging.Formatter):

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from taskoffer.cli import hindsight
 from taskoffer.cli.errors import CommandError
+from taskoffer.cli.output_file import check_writable
+from taskoffer.cli.subcommand import add_command
 
 if TYPE_CHECKING:
     from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _QUIET_SECONDS = 2.0
 """What takes longer tells how far it is."""
 _SEEDS, _LOAD, _COUNT = 5, 1.0, 1000
+_LOADED = "GPU time that the offers need, as a multiple of what there is"
 
 _SIMULATE = """\
 Run offers through the operator's own admission under each policy, with a virtual clock and simulated nodes, and print
@@ -79,13 +82,13 @@ class _Drawn:
 
 def add_commands(commands: Any) -> None:
     """Add the two commands to the parser's."""
-    simulate = commands.add_parser("simulate", help="compare policies over a trace of offers", description=_SIMULATE)
+    simulate = add_command(commands, "simulate", "compare policies over a trace of offers", _SIMULATE, _simulate)
     simulate.add_argument(
         "--policy",
         action="append",
         required=True,
         metavar="POLICY",
-        help="name of a preset or YAML file of a CapacityPolicy; may be given several times",
+        help="name of a preset, or YAML file of one CapacityPolicy; may be given several times",
     )
     simulate.add_argument(
         "--offers",
@@ -98,7 +101,7 @@ def add_commands(commands: Any) -> None:
     simulate.add_argument(
         "--seeds", type=_whole, metavar="N", help=f"draw N traces, with the seeds 0 to N-1 (default: {_SEEDS})"
     )
-    simulate.add_argument("--load", type=_load, help=f"offered load of drawn traces (default: {_LOAD:g})")
+    simulate.add_argument("--load", type=_load, metavar="LOAD", help=f"{_LOADED}; of drawn traces (default: {_LOAD:g})")
     simulate.add_argument("--count", type=_count, metavar="N", help=f"offers of each drawn trace (default: {_COUNT})")
     simulate.add_argument("--nodes", type=_whole, default=1, metavar="N", help="simulated nodes (default: %(default)s)")
     simulate.add_argument(
@@ -111,19 +114,29 @@ def add_commands(commands: Any) -> None:
         "--json", type=Path, metavar="FILE", help="write the figures of every trace as JSON; - prints them instead"
     )
     hindsight.add_options(simulate)
-    simulate.set_defaults(command=_simulate)
 
-    trace = commands.add_parser("trace", help="write a random trace of offers", description=_TRACE)
-    trace.add_argument("--seed", type=_seed, default=0, help="of the random numbers (default: %(default)s)")
-    trace.add_argument("--load", type=_load, default=_LOAD, help="offered load (default: %(default)s)")
+    trace = add_command(commands, "trace", "write a random trace of offers", _TRACE, _trace)
     trace.add_argument(
-        "--count", type=_count, default=_COUNT, metavar="N", help="number of offers (default: %(default)s)"
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="seed of the random numbers: the same one draws the same trace (default: %(default)s)",
+    )
+    trace.add_argument("--load", type=_load, default=_LOAD, metavar="LOAD", help=f"{_LOADED} (default: %(default)g)")
+    trace.add_argument(
+        "--count", type=_count, default=_COUNT, metavar="N", help="number of offers to draw (default: %(default)s)"
     )
     trace.add_argument(
         "--gpus", type=_whole, default=8, metavar="N", help="GPUs that the load refers to (default: %(default)s)"
     )
-    trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="file to write (default: standard output)")
-    trace.set_defaults(command=_trace)
+    trace.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="file to write, compressed if its name ends in .gz (default: standard output)",
+    )
 
 
 def _whole(text: str) -> int:
@@ -159,6 +172,8 @@ def _trace(args: argparse.Namespace) -> int:
     from taskoffer.simulation.trace import write_trace
 
     try:
+        if args.output is not None:
+            check_writable(args.output)
         trace = generate(args.seed, args.load, args.count, gpus=args.gpus)
         if args.output is None:
             write_trace(trace, sys.stdout)
@@ -172,6 +187,9 @@ def _trace(args: argparse.Namespace) -> int:
         # Whoever reads has seen enough. Python would complain once more when it closes the stream at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except CommandError as error:
+        print(f"taskoffer: {error}", file=sys.stderr)
+        return error.code
     except OSError as error:
         print(f"taskoffer: {args.output or 'the trace'} cannot be written: {error}", file=sys.stderr)
         return 1
@@ -182,7 +200,7 @@ def _simulate(args: argparse.Namespace) -> int:
     try:
         hindsight.check_options(args)
         works = _works(args)
-        hindsight.check_traces(args, works[0].policies, [work.make for work in works])
+        hindsight.check_policies(args, works[0].policies)
         cpus = args.jobs or len(os.sched_getaffinity(0))
         by_policy = _figures(works, cpus)
         found = _best(works, by_policy, args.best, cpus) if args.best is not None else []
@@ -252,7 +270,8 @@ def _opened(path: Path, mode: Literal["r", "w"]) -> Iterator[TextIO]:
     with path.open(f"{mode}b") as raw:
         # Without a name and a time in its header the same trace is the same file.
         packed = gzip.GzipFile("", mode, fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
-        with io.TextIOWrapper(packed, encoding="utf-8") as text:
+        # Editors of Windows begin a file with a mark of its encoding.
+        with io.TextIOWrapper(packed, encoding="utf-8-sig" if mode == "r" else "utf-8") as text:
             yield text
 
 

@@ -9,8 +9,9 @@ from functools import lru_cache
 
 from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
-from taskoffer.api.v1alpha1.meta import Assignment
+from taskoffer.api.v1alpha1.devices import Device
 from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, ExplanationItem, TaskOfferSpec
+from taskoffer.decision.devices import assignment
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.ledger import NodeView
@@ -143,12 +144,22 @@ def waits_for(evaluation: Evaluation, policy: PolicyView, choice: Choice) -> Ans
 
 
 def admitted(
-    offer: OfferView, policy: PolicyView, evaluation: Evaluation, node: NodeView, booked: int, now: datetime
+    offer: OfferView,
+    policy: PolicyView,
+    evaluation: Evaluation,
+    node: NodeView,
+    booked: int,
+    now: datetime,
+    devices: tuple[Device, ...] | None = None,
 ) -> Answer:
-    """Answer an offer that has just been booked on a node, of whose GPUs so many are booked now."""
+    """Answer an offer that has just been booked on a node, of whose GPUs so many are booked now.
+
+    With ``devices`` it has these very GPUs, else as many as the device plugin will choose.
+    """
     assert policy.spec is not None  # noqa: S101
     assert offer.spec is not None  # noqa: S101
-    resource = policy.spec.resources[0].name
+    pool = policy.spec.resources[0]
+    resource = pool.name
     lane = f" in lane {evaluation.lane}" if evaluation.lane else ""
     total = evaluation.score.total if evaluation.score else Decimal(0)
     facts = [ExplanationItem(type="Constraint", name="SizeClass", value=evaluation.size_class)]
@@ -160,7 +171,7 @@ def admitted(
         verdict=Verdict.ADMIT,
         reason=Reason.ADMITTED,
         message=(
-            f"score {total}; {evaluation.gpus} x {resource} on {node.name}{lane}, "
+            f"score {total}; {evaluation.gpus} x {resource} on {node.name}{_names(devices)}{lane}, "
             f"where {booked} of {node.allocatable} are booked now"
         ),
         score=total,
@@ -170,11 +181,13 @@ def admitted(
             job_name=job_name(offer.key.name, offer.uid),
             decided_at=now,
             deadline=deadline_of(offer.spec, now),
-            assignments=(
-                Assignment(node_name=node.name, resource_name=resource, count=evaluation.gpus, lane=evaluation.lane),
-            ),
+            assignments=(assignment(pool, node.name, evaluation.gpus, evaluation.lane, devices),),
         ),
     )
+
+
+def _names(devices: tuple[Device, ...] | None) -> str:
+    return f" ({', '.join(device.name for device in devices)})" if devices else ""
 
 
 def deadline_of(spec: TaskOfferSpec | OfferTerms, start: datetime) -> datetime | None:

@@ -7,8 +7,8 @@ from datetime import datetime
 
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Condition
-from taskoffer.api.v1alpha1.trainingjob import Attempt, AttemptOutcome
-from taskoffer.decision.conditions import condition_of
+from taskoffer.api.v1alpha1.trainingjob import Attempt, AttemptOutcome, TrainingJobStatus
+from taskoffer.decision.conditions import condition_of, is_true
 from taskoffer.decision.job_facts import JobFacts, OfferEnd, Refusal
 from taskoffer.decision.moments import later
 from taskoffer.decision.naming import attempt_name
@@ -57,6 +57,14 @@ def asked_again_at(refusal: Refusal) -> datetime:
     return later(refusal.at, min(_LONGEST_PAUSE, _PAUSE * 2 ** min(refusal.times - 1, 10)))
 
 
+def needs_devices(status: TrainingJobStatus, job_name: str) -> bool:
+    """Tell whether the attempt of this name may still use the devices that were claimed for it."""
+    if is_true(status.conditions, "Complete") or is_true(status.conditions, "Failed"):
+        return False
+    last = status.attempts[-1] if status.attempts else None
+    return last is None or (last.job_name == job_name and last.outcome is None)
+
+
 def need_of(last: Attempt) -> str:
     """Say what the attempt after this one waits for."""
     wanted = " + ".join(f"{a.count} x {a.resource_name}" for a in last.assignments)
@@ -74,4 +82,5 @@ def move_request(facts: JobFacts, last: Attempt, avoid_nodes: frozenset[str]) ->
         count=first.count,
         lane=first.lane,
         avoid_nodes=avoid_nodes,
+        last=first,
     )

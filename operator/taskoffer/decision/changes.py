@@ -13,7 +13,8 @@ from taskoffer.api.contract import SERVED_TASK_TYPES
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import DATASET_OF_TASK, TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
-from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, Architecture, TaskOfferSpec
+from taskoffer.api.v1alpha1.model_and_data import Architecture
+from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, TaskOfferSpec
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.moments import later

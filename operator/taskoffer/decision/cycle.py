@@ -33,6 +33,7 @@ from taskoffer.decision.snapshot import (
     Waiting,
     can_start,
     end_of,
+    next_raise,
     ttl_end,
     waiting,
 )
@@ -292,8 +293,9 @@ class _Cycle:
     def _admit(self, offer: OfferView, policy: PolicyView, evaluation: Evaluation, wanted: int) -> Answer:
         node = self.room.book(policy, offer, evaluation)
         self.wanted -= wanted
-        booked = node.allocatable - self.room.timeline.ledger.free(node)
-        return admitted(offer, policy, evaluation, node, booked, self.snapshot.now)
+        ledger = self.room.timeline.ledger
+        booked, devices = node.allocatable - ledger.free(node), ledger.pick(offer.uid, node, evaluation.gpus)
+        return admitted(offer, policy, evaluation, node, booked, self.snapshot.now, devices)
 
     def _resume(self, before: Order | None) -> None:
         """Let jobs go on that were stopped for others and come before this place in the order."""
@@ -323,6 +325,11 @@ class _Cycle:
         Tell whether others of its kind may keep nodes too.
         """
         evaluation = found.evaluation
+        if obstacle.reason is Reason.WAITING_BEHIND_RESERVATION:
+            # Once its waiting has raised it, it may come before the offer that the node is kept for.
+            rises = next_raise(found.offer, evaluation, self.snapshot.now)
+            if rises is not None:
+                self._wake(rises)
         if evaluation.lane is not None:
             self.room.lanes_wanted.add((policy.name, evaluation.lane))
         if not evaluation.reserves or obstacle.reason is not Reason.WAITING_FOR_CAPACITY:

@@ -8,17 +8,12 @@ from typing import NamedTuple
 
 from taskoffer.api.contract import SERVED_TASK_TYPES
 from taskoffer.api.tasks import TaskType
-from taskoffer.api.v1alpha1.capacitypolicy import (
-    CapacityPolicySpec,
-    FamilyRule,
-    GpuChoice,
-    Lane,
-    LaneRule,
-    SizeClass,
-    TaskTypeRule,
-)
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, GpuChoice
+from taskoffer.api.v1alpha1.lanes import Lane, LaneRule
+from taskoffer.api.v1alpha1.model_and_data import Architecture
+from taskoffer.api.v1alpha1.profiles import FamilyRule, SizeClass, TaskTypeRule
 from taskoffer.api.v1alpha1.queueing import NamespaceLimit
-from taskoffer.api.v1alpha1.taskoffer import Architecture, TaskOfferSpec
+from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.fit import Subject
 from taskoffer.decision.footing import Footings, footings_under
 from taskoffer.decision.identity import Itself

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import DurationEstimation
-from taskoffer.api.v1alpha1.taskoffer import Architecture, ClockMode, TaskOfferSpec
+from taskoffer.api.v1alpha1.model_and_data import Architecture
+from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.architecture import ModelShape
 from taskoffer.decision.compute import Pace, Speed, Work, image_pace, text_pace

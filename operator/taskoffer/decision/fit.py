@@ -18,7 +18,7 @@ from taskoffer.api.quantity import whole
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
-from taskoffer.api.v1alpha1.taskoffer import Architecture, Model
+from taskoffer.api.v1alpha1.model_and_data import Architecture, Model
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.architecture import ModelShape, by_layer, shape_of
 from taskoffer.decision.memory import GIB, IMAGE_MODELS, Layout, Load, Need, image_need, text_need

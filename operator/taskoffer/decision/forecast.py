@@ -145,7 +145,7 @@ class _Run:
             ends = later(now, held * self.factor)
             where = (offer.uid, part.node_name, part.count)
             namespace = offer.key.namespace
-            self.claims.append(Claim(*where, "admission", policy.name, part.lane, namespace))
+            self.claims.append(Claim(*where, "admission", policy.name, part.lane, namespace, part.device_keys))
             self.releases.append(Release(*where, ends, policy.name, part.lane, namespace, str(offer.key)))
 
 

@@ -95,6 +95,8 @@ class JobFacts:
     """Last lines of a failed pod's log; None until they were asked for."""
     refusal: Refusal | None = None
     """Why an attempt has no Job yet, where the API server does not take it."""
+    devices_withdrawn: bool = False
+    """Whether a device that was chosen for the last attempt is not offered any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from taskoffer.api.v1alpha1.devices import Device
 from taskoffer.api.v1alpha1.queueing import NodeSelector
+from taskoffer.decision.devices import NodeDevice, choose
 
-Source = Literal["assumed", "admission", "job", "pod"]
+Source = Literal["assumed", "admission", "job", "pod", "claim"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Claim:
     policy: str | None = None
     lane: str | None = None
     namespace: str | None = None
+    devices: tuple[str, ...] = ()
+    """Keys of the very GPUs, where they are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,8 @@ class NodeView:
     allocatable: int
     ready: bool
     labels: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[NodeDevice, ...] = ()
+    """The very GPUs, where the policy pins them."""
 
 
 @dataclass(slots=True)
@@ -65,6 +71,8 @@ class Ledger:
     holders: dict[str, set[str]]
     namespaces: dict[tuple[str, str], int] = field(default_factory=dict)
     """GPUs by policy and namespace."""
+    devices: dict[str, dict[str, set[str]]] = field(default_factory=dict)
+    """Holders by node and key of a device."""
 
     def free(self, node: NodeView) -> int:
         """Return what may still be booked on a node; 0 on one that is not Ready, negative when it is overbooked."""
@@ -81,6 +89,33 @@ class Ledger:
         if namespace is not None:
             self.namespaces[policy, namespace] = self.namespaces.get((policy, namespace), 0) + count
 
+    def pick(self, holder: str, node: NodeView, count: int, *, again: bool = False) -> tuple[Device, ...] | None:
+        """Choose the very GPUs of a booking, and book them; None where the node does not tell its GPUs apart.
+
+        A node never has fewer of them left than its count of free GPUs says: whoever has devices is charged for each.
+
+        Args:
+            holder: Who gets them.
+            node: Where.
+            count: How many, as many as are free there.
+            again: Whether the holder may get those again that are booked for it there; then it gets them first.
+        """
+        if not node.devices:
+            return None
+        taken = self.devices.setdefault(node.name, {})
+        others = {key for key, holders in taken.items() if holders - {holder} or not again}
+        own = [one for one in node.devices if one.device.key in taken]
+        found = choose(own, others, count) or choose(node.devices, others, count)
+        assert found is not None  # noqa: S101
+        for device in found:
+            taken.setdefault(device.key, set()).add(holder)
+        return found
+
+    def shared_devices(self, node: str, keys: Iterable[str]) -> str | None:
+        """Return one of these devices that several holders have, or None."""
+        known = self.devices.get(node, {})
+        return next((key for key in keys if len(known.get(key, ())) > 1), None)
+
     def lane_used(self, policy: str, lane: str) -> int:
         """Return the GPUs that are booked in a lane of a policy."""
         return self.lanes.get((policy, lane), 0)
@@ -95,13 +130,22 @@ class Ledger:
 
 
 def open_ledger(claims: Iterable[Claim]) -> Ledger:
-    """Sum up claims: per holder and node the maximum over the sources, per source the sum."""
+    """Sum up claims: per holder and node the maximum over the sources, per source the sum.
+
+    Where devices are known, a holder is charged for each of them: a second attempt may have others than the first.
+    """
     amounts: dict[tuple[str, str], dict[Source, int]] = defaultdict(dict)
     lane_of: dict[tuple[str, str], tuple[str, str]] = {}
     namespace_of: dict[tuple[str, str], tuple[str, str]] = {}
     holders: dict[str, set[str]] = defaultdict(set)
+    devices: dict[str, dict[str, set[str]]] = {}
+    known: dict[tuple[str, str], set[str]] = {}
     for claim in claims:
         place = (claim.holder, claim.node)
+        if claim.devices:
+            known.setdefault(place, set()).update(claim.devices)
+            for key in claim.devices:
+                devices.setdefault(claim.node, {}).setdefault(key, set()).add(claim.holder)
         by_source = amounts[place]
         by_source[claim.source] = by_source.get(claim.source, 0) + claim.count
         if claim.policy is not None:
@@ -115,13 +159,13 @@ def open_ledger(claims: Iterable[Claim]) -> Ledger:
     lanes: dict[tuple[str, str], int] = defaultdict(int)
     namespaces: dict[tuple[str, str], int] = defaultdict(int)
     for place, by_source in amounts.items():
-        charge = max(by_source.values())
+        charge = max(*by_source.values(), len(known.get(place, ())))
         booked[place[1]] += charge
         if place in lane_of:
             lanes[lane_of[place]] += charge
         if place in namespace_of:
             namespaces[namespace_of[place]] += charge
-    return Ledger(dict(booked), dict(lanes), dict(holders), dict(namespaces))
+    return Ledger(dict(booked), dict(lanes), dict(holders), dict(namespaces), devices)
 
 
 _BLOCK, _PAIR = 4, 2

@@ -309,8 +309,8 @@ class _Pass(JobDraft):
         if self.facts.now < ready_at:
             self._wake(ready_at)
             return self._plan("Pending")
-        stays = not move_away and all(self._is_ready(a.node_name) for a in last.assignments)
-        if stays:
+        elsewhere = move_away or self.facts.devices_withdrawn
+        if not elsewhere and all(self._is_ready(a.node_name) for a in last.assignments):
             if self.pod is not None and not self.pod.terminal:
                 return self._plan("Pending")
             self._append(last.assignments)

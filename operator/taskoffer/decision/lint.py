@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 
 from taskoffer.api.tasks import TaskType
-from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, FullMode, LaneRule, LintFinding
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, FullMode, LintFinding
+from taskoffer.api.v1alpha1.lanes import LaneRule
+from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.api.v1alpha1.scoring import TermName, TermWeight
-from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, Architecture
+from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT
 from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.lint_profiles import finding, lint_profiles
 
@@ -31,6 +33,7 @@ def lint(
         *_limits(spec, nodes),
         *_lanes(spec, nodes),
         *_queue(spec),
+        *_preemption(spec),
         *_memory(spec),
         *_shared(shared or {}),
         *lint_profiles(spec.size_classes, spec.task_types, spec.lanes, spec.estimation),
@@ -189,6 +192,25 @@ def _queue(spec: CapacityPolicySpec) -> Iterator[LintFinding]:
         )
     if spec.filters.on_full is FullMode.REJECT:
         yield finding("queue", "orders nothing that waits: filters.onFull is Reject", "Info")
+
+
+def _preemption(spec: CapacityPolicySpec) -> Iterator[LintFinding]:
+    rules, names = spec.preemption, spec.queue.priorities if spec.queue is not None else ()
+    if rules is None:
+        return
+    if spec.estimation is None or spec.estimation.duration is None:
+        message = (
+            "stops no job before its trainer reports: without estimation.duration a job counts as taking all of its "
+            "time, and would be late; set it"
+        )
+        yield finding("preemption", message)
+    if rules.gain_factor is None and Decimal(rules.gpu_hour_price) != 0:
+        yield finding("preemption.gpuHourPrice", "counts with gainFactor only: set that, or remove it", "Info")
+    for number, rule in enumerate(rules.rules):
+        lowest, highest = min(rule.by, key=names.index), max(rule.of, key=names.index)
+        if names.index(lowest) < names.index(highest):
+            message = f"{lowest} stops {highest}, which comes before it in the queue and takes its GPUs back"
+            yield finding(f"preemption.rules[{number}]", message)
 
 
 def _memory(spec: CapacityPolicySpec) -> Iterator[LintFinding]:

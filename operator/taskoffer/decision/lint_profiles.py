@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from taskoffer.api.tasks import TaskType
-from taskoffer.api.v1alpha1.capacitypolicy import Lane, LintFinding, SizeClass, TaskTypeRule, scaled_lora
+from taskoffer.api.v1alpha1.capacitypolicy import LintFinding
 from taskoffer.api.v1alpha1.estimation import Estimation
+from taskoffer.api.v1alpha1.lanes import Lane
+from taskoffer.api.v1alpha1.profiles import SizeClass, TaskTypeRule, scaled_lora
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.architecture import by_layer, shape_of_size
 from taskoffer.decision.fit import Subject, fit

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from taskoffer.api.tasks import TaskType
-from taskoffer.api.v1alpha1.taskoffer import Architecture
+from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.decision.architecture import ModelShape
 
 GIB = 1024**3

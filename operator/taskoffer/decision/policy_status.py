@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from taskoffer.api.reasons import Reason
-from taskoffer.api.v1alpha1.capacitypolicy import (
-    Capacity,
-    CapacityPolicyStatus,
-    NodeCapacity,
-)
+from taskoffer.api.v1alpha1.capacity import Capacity, NodeCapacity
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicyStatus
 from taskoffer.decision.conditions import set_condition
 from taskoffer.decision.ledger import Ledger, NodeView
 from taskoffer.decision.lint import lint
@@ -50,6 +47,9 @@ def policy_status(facts: PolicyFacts) -> CapacityPolicyStatus:
 
     if facts.valid:
         put("Ready", True, Reason.READY, f"generation {facts.generation} is in force")
+    elif facts.policy.cause is Reason.DEVICES_NOT_AVAILABLE:
+        # The spec is as it should be, and comes into force by itself once the cluster has what it asks for.
+        put("Ready", False, Reason.DEVICES_NOT_AVAILABLE, facts.policy.problem)
     else:
         kept = (
             f"generation {facts.policy.generation} stays in force" if spec else "no valid version is known: mend spec"
@@ -71,11 +71,14 @@ def policy_status(facts: PolicyFacts) -> CapacityPolicyStatus:
         )
     else:
         put("Linted", True, Reason.NO_FINDINGS, "no findings")
+    active, generation = spec, facts.policy.generation if spec is not None else None
+    if facts.policy.cause is Reason.DEVICES_NOT_AVAILABLE:
+        active, generation = facts.before.active_spec, facts.before.active_generation
     return CapacityPolicyStatus(
         observed_generation=facts.generation,
         conditions=conditions,
-        active_spec=spec,
-        active_generation=facts.policy.generation if spec is not None else None,
+        active_spec=active,
+        active_generation=generation,
         lint=findings,
         capacity=capacity,
     )

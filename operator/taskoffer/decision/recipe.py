@@ -6,8 +6,9 @@ from functools import lru_cache
 
 from taskoffer.api.quantity import whole
 from taskoffer.api.tasks import TaskType
-from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, scaled_lora, scaled_train
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.estimation import Estimation
+from taskoffer.api.v1alpha1.profiles import scaled_lora, scaled_train
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.identity import Itself

@@ -6,7 +6,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 from typing import NamedTuple
 
-from taskoffer.api.v1alpha1.capacitypolicy import TaskTypeRule
+from taskoffer.api.v1alpha1.profiles import TaskTypeRule
 from taskoffer.api.v1alpha1.scoring import TermName
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem
 from taskoffer.decision.facts import Facts

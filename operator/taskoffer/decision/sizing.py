@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
 
-from taskoffer.api.v1alpha1.capacitypolicy import FamilyRule, SizeClass
-from taskoffer.api.v1alpha1.taskoffer import Model
+from taskoffer.api.v1alpha1.model_and_data import Model
+from taskoffer.api.v1alpha1.profiles import FamilyRule, SizeClass
 
 # 8x7B before 7B, so that a mixture of experts is not read as one expert. The number must not continue a word or a
 # version (the 3.1 of Llama-3.1-8B carries no unit and so does not match).

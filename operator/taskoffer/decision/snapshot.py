@@ -11,7 +11,7 @@ from typing import NamedTuple
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
-from taskoffer.api.v1alpha1.meta import Condition, PolicyRef
+from taskoffer.api.v1alpha1.meta import Assignment, Condition, PolicyRef
 from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.decision.conditions import condition_of
 from taskoffer.decision.evaluate import Evaluation, Option, Priority
@@ -105,6 +105,8 @@ class PolicyView:
     is_default: bool = False
     created: datetime | None = None
     problem: str = ""
+    cause: Reason = Reason.INVALID_POLICY
+    """Of what kind the problem is, if there is one."""
 
     @property
     def ref(self) -> PolicyRef:
@@ -128,6 +130,8 @@ class MoveRequest:
     count: int
     lane: str | None
     avoid_nodes: frozenset[str]
+    last: Assignment | None = None
+    """Where it was."""
     goes_on: bool = False
     """Whether it was stopped for another offer: then it holds nothing, and waits for its turn."""
 
@@ -189,6 +193,8 @@ class Resumption:
     left_for: str
     """UID of the offer that it was stopped for."""
     deadline: datetime | None
+    last: Assignment | None = None
+    """Where it was."""
 
     def order(self, now: datetime) -> Order:
         """Return its place among the offers: what was promised before comes first in its priority.

@@ -12,7 +12,7 @@ import math
 from decimal import ROUND_HALF_UP, Decimal
 from typing import NamedTuple
 
-from taskoffer.api.v1alpha1.capacitypolicy import TaskTypeRule
+from taskoffer.api.v1alpha1.profiles import TaskTypeRule
 from taskoffer.api.v1alpha1.scoring import ExpectedValue
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.finish import Finish

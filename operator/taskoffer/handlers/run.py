@@ -18,10 +18,11 @@ import kopf
 
 from taskoffer.adapters.clock import monotonic
 from taskoffer.adapters.events import EventWriter
-from taskoffer.adapters.kube import WATCHED, Kube
+from taskoffer.adapters.kube import Kube
 from taskoffer.adapters.lease import LeadershipLostError, Lease, LeaseTimes
 from taskoffer.adapters.status_server import Answers, StatusServer
 from taskoffer.handlers.watches import registry_for
+from taskoffer.reconcile.device_access import DevicesHaveComeError, until_devices_come
 from taskoffer.reconcile.flow import Flow, SilentWatchError, listen
 from taskoffer.reconcile.questions import Questions
 from taskoffer.reconcile.replica import Replica
@@ -51,7 +52,7 @@ async def run(options: Options) -> int:
     lease = Lease(lease_kube, options.settings.lease_namespace, options.settings.lease_name, identity, options.lease)
     session = Session(kube=kube, lease=lease, events=EventWriter(kube), settings=options.settings)
     replica = Replica(session)
-    flow = Flow(WATCHED, options.settings.watch_window, monotonic)
+    flow = Flow(replica.kinds, options.settings.watch_window, monotonic)
     questions = Questions(session, lambda: replica.leading)
     server = StatusServer(
         options.listen,
@@ -65,7 +66,8 @@ async def run(options: Options) -> int:
     tasks = {
         asyncio.create_task(replica.run(), name="replica"),
         asyncio.create_task(_watch(replica, flow, options, stop), name="watches"),
-        asyncio.create_task(listen(flow, kube), name="flow"),
+        asyncio.create_task(listen(flow, kube, replica.kinds), name="flow"),
+        asyncio.create_task(until_devices_come(session), name="devices"),
         asyncio.create_task(stop.wait(), name="stop"),
     }
     try:
@@ -75,7 +77,7 @@ async def run(options: Options) -> int:
             _explain(task)
         # A lease is given up only when nothing this replica has sent can still be committed. One that hears nothing
         # any more can still write.
-        orderly = all(task.get_name() == "flow" for task in failed)
+        orderly = all(task.get_name() in ("flow", "devices") for task in failed)
         drained = orderly and await replica.drain(options.settings.write_timeout)
         # First what could take the lease again; all that can wait comes after somebody else may lead.
         await _end([task for task in rest if task.get_name() == "replica"])
@@ -111,6 +113,8 @@ def _explain(task: asyncio.Task[object]) -> None:
         logger.error("leadership lost, leaving: %s", lost)
     elif (silent := _first(error, SilentWatchError)) is not None:
         logger.error("watch silent, leaving: %s", silent)
+    elif (come := _first(error, DevicesHaveComeError)) is not None:
+        logger.warning("leaving: %s", come)
     else:
         logger.error("%s ended, leaving", task.get_name(), exc_info=error)
 
@@ -135,6 +139,9 @@ async def _watch(replica: Replica, flow: Flow, options: Options, stop: asyncio.E
     if options.kubeconfig is not None:
         # kopf's kubeconfig login reads the variable and nothing else.
         os.environ["KUBECONFIG"] = str(options.kubeconfig)
+    # Which kinds there are is known once the server has said whether it serves devices.
+    await replica.kinds_known.wait()
+    flow.watch(replica.kinds)
     before = asyncio.all_tasks()
     tasks = await kopf.spawn_tasks(
         registry=registry_for(replica, flow, options.kubeconfig),

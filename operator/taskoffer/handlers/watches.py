@@ -1,4 +1,4 @@
-"""kopf's part: watch the six kinds and hand every event to the replica.
+"""kopf's part: watch the kinds and hand every event to the replica.
 
 Only ``on.event`` handlers are used: they need no finalizer, no annotation and no bookkeeping write. kopf would still
 deep-copy every object to compute a difference that nobody reads; the null storages switch that off.
@@ -16,7 +16,6 @@ from typing import Any
 
 import kopf
 
-from taskoffer.adapters.kube import WATCHED
 from taskoffer.handlers.streams import listening
 from taskoffer.reconcile.flow import Flow
 from taskoffer.reconcile.replica import JOB_SELECTOR, Replica
@@ -63,7 +62,7 @@ class NoProgress(kopf.ProgressStorage):
 def registry_for(replica: Replica, flow: Flow, kubeconfig: Path | None) -> kopf.OperatorRegistry:
     """Return kopf's registry: settings, login and one event handler per kind."""
     registry = kopf.OperatorRegistry()
-    kinds = {resource.plural: kind for kind, resource in WATCHED.items()}
+    kinds = {resource.plural: kind for kind, resource in replica.kinds.items()}
 
     @kopf.on.startup(registry=registry)
     async def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
@@ -89,7 +88,7 @@ def registry_for(replica: Replica, flow: Flow, kubeconfig: Path | None) -> kopf.
             info = by_address(kopf.login_with_service_account(**kwargs), os.environ)
         return listening(info, flow, kinds) if info is not None else None
 
-    for kind, resource in WATCHED.items():
+    for kind, resource in replica.kinds.items():
         kopf.on.event(
             resource.group, resource.version, resource.plural, registry=registry, id=f"watch-{resource.plural}"
         )(functools.partial(_take, replica, flow, kind))

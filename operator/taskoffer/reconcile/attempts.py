@@ -1,4 +1,4 @@
-"""The objects of an attempt: its ConfigMap and its Job are created, stopped and removed here."""
+"""The objects of an attempt: its ConfigMap, ResourceClaim and Job are created, stopped and removed here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from taskoffer.adapters.events import Subject
 from taskoffer.adapters.kube import (
     BATCH_JOBS,
     CONFIG_MAPS,
+    RESOURCE_CLAIMS,
     ApiError,
     ConflictError,
     NotFoundError,
@@ -18,13 +19,14 @@ from taskoffer.adapters.kube import (
 from taskoffer.adapters.metrics import WRITE_RETRIES
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION
-from taskoffer.api.v1alpha1.trainingjob import TrainingJob
+from taskoffer.api.v1alpha1.trainingjob import TrainingJob, TrainingJobStatus
+from taskoffer.decision.attempts import needs_devices
 from taskoffer.decision.job_facts import Action, DeleteJob, EnsureAttempt, SuspendJob
 from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.leftovers import job_is_there
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import TrainingJobEntry
-from taskoffer.render.job import attempt_job, config_map
+from taskoffer.render.job import attempt_job, config_map, resource_claim
 
 
 class NameTakenError(Exception):
@@ -63,7 +65,7 @@ async def carry_out(session: Session, entry: TrainingJobEntry, job: TrainingJob,
 
 
 async def _ensure(session: Session, entry: TrainingJobEntry, job: TrainingJob, action: EnsureAttempt) -> Refused | None:
-    """Create ConfigMap and Job of an attempt. An object of the name is accepted only from the same owner."""
+    """Create the objects of an attempt. One of the name that is there is accepted only from the same owner."""
     # Who has a status had this Job already; with it the TrainingJob may be gone, and nothing has told it.
     if action.number == 1 and job.status.conditions and not await job_is_there(session, entry):
         return None
@@ -71,8 +73,11 @@ async def _ensure(session: Session, entry: TrainingJobEntry, job: TrainingJob, a
     subject = Subject(API_VERSION, "TrainingJob", namespace, entry.key.name, entry.uid)
     for store, resource, manifest in (
         (None, CONFIG_MAPS, config_map(job, action.attempt, action.number)),
+        (session.world.devices.claims, RESOURCE_CLAIMS, resource_claim(job, action.attempt, action.number)),
         (session.world.batch_jobs, BATCH_JOBS, attempt_job(job, action.attempt, action.number)),
     ):
+        if manifest is None:
+            continue
         what = f"{manifest['kind']} {namespace}/{manifest['metadata']['name']}"
         try:
             await session.create(store, resource, namespace, manifest)
@@ -94,6 +99,24 @@ async def _ensure(session: Session, entry: TrainingJobEntry, job: TrainingJob, a
                 return Refused(action.attempt.job_name, f"the API server does not take {what}: {error}"[:900])
             raise
     return None
+
+
+async def give_devices_back(session: Session, entry: TrainingJobEntry, status: TrainingJobStatus) -> None:
+    """Delete the ResourceClaims of attempts that are over. Kubernetes keeps each until its last pod has ended.
+
+    Raises:
+        LeadershipLostError: when this replica may not write.
+        ApiError, ThrottledError, UnknownOutcomeError: as :meth:`Kube.request`.
+    """
+    claims = session.world.devices.claims
+    for claim in list(session.world.devices.claims_of.get(entry.key, {}).values()):
+        if claim.owner_uid != entry.uid or claim.deleting or needs_devices(status, claim.key.name):
+            continue
+        session.lease.check()
+        try:
+            await session.kube.delete(RESOURCE_CLAIMS, entry.key.namespace, claim.key.name, uid=claim.uid)
+        except NotFoundError:
+            claims.forget(claim.uid, 0)
 
 
 async def _is_absent(session: Session, resource: Resource, namespace: str, name: str) -> bool:

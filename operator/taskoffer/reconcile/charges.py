@@ -81,4 +81,5 @@ def claim_of(
     holder: str, assignment: Assignment, source: Source, policy: str | None, namespace: str | None = None
 ) -> Claim:
     """Return the claim of an assignment."""
-    return Claim(holder, assignment.node_name, assignment.count, source, policy, assignment.lane, namespace)
+    keys = assignment.device_keys
+    return Claim(holder, assignment.node_name, assignment.count, source, policy, assignment.lane, namespace, keys)

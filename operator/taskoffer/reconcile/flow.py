@@ -13,10 +13,10 @@ nothing either. Nor is the time in which the process did not run: nobody has lis
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from taskoffer.adapters.kube import WATCHED, ApiError, Kube, ThrottledError, UnknownOutcomeError
+from taskoffer.adapters.kube import ApiError, Kube, Resource, ThrottledError, UnknownOutcomeError
 
 SILENT_WINDOWS = 2.25
 """Windows without a word after which a stream is given up: one until kopf opens another stream, and one for that."""
@@ -54,6 +54,11 @@ class Flow:
         self._streams = {kind: _Stream(now) for kind in kinds}
         self._away_at = now
         self._ran_at = now
+
+    def watch(self, kinds: Iterable[str]) -> None:
+        """Take in that these kinds are watched too, from now on."""
+        for kind in kinds:
+            self._streams.setdefault(kind, _Stream(self._clock()))
 
     def heard(self, kind: str, *, event: bool) -> None:
         """Take in that bytes have arrived on a kind's stream; ``event`` where they begin an event."""
@@ -108,21 +113,27 @@ class Flow:
             raise SilentWatchError(found)
 
 
-async def listen(flow: Flow, kube: Kube) -> None:
-    """Probe each kind twice per window and raise SilentWatchError as soon as events have ceased to flow."""
+async def listen(flow: Flow, kube: Kube, kinds: Mapping[str, Resource]) -> None:
+    """Probe each kind twice per window and raise SilentWatchError as soon as events have ceased to flow.
+
+    Args:
+        flow: What was heard.
+        kube: Where to probe.
+        kinds: The kinds that are watched; there may be more of them later.
+    """
     async with asyncio.TaskGroup() as group:
-        group.create_task(_probe_for_ever(flow, kube))
+        group.create_task(_probe_for_ever(flow, kube, kinds))
         while True:
             await asyncio.sleep(0.5)
             flow.runs()
             flow.check()
 
 
-async def _probe_for_ever(flow: Flow, kube: Kube) -> None:
+async def _probe_for_ever(flow: Flow, kube: Kube, kinds: Mapping[str, Resource]) -> None:
     while True:
-        for resource in WATCHED.values():
+        for resource in tuple(kinds.values()):
             try:
                 await kube.probe(resource)
             except (ApiError, ThrottledError, UnknownOutcomeError):
                 flow.server_away()
-            await asyncio.sleep(flow.window / 2 / len(WATCHED))
+            await asyncio.sleep(flow.window / 2 / len(kinds))

@@ -25,7 +25,7 @@ from taskoffer.adapters.kube import (
     UnknownOutcomeError,
 )
 from taskoffer.adapters.lease import LeadershipLostError
-from taskoffer.adapters.metrics import WRITE_RETRIES
+from taskoffer.adapters.metrics import PREEMPTIONS, WRITE_RETRIES
 from taskoffer.api.contract import ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION
@@ -43,7 +43,7 @@ from taskoffer.decision.lifecycle import step
 from taskoffer.decision.moves import Move
 from taskoffer.decision.preemption import Eviction
 from taskoffer.decision.snapshot import OfferKey
-from taskoffer.reconcile.attempts import NameTakenError, carry_out, name_taken, owned_by
+from taskoffer.reconcile.attempts import NameTakenError, carry_out, give_devices_back, name_taken, owned_by
 from taskoffer.reconcile.leftovers import offer_is_there, read_job_again, stop_strays
 from taskoffer.reconcile.observed import is_over, job_facts, left_of, log_tail
 from taskoffer.reconcile.outcomes import observe_errors
@@ -325,9 +325,12 @@ class Jobs:
             observe_errors(facts.job, made.status)
             session.cycle_wanted.set()
             session.want_job(key)
+        await give_devices_back(session, entry, made.status or facts.job.status)
         if facts.preemptor is not None and session.world.preempting.get(key) == facts.preemptor:
             # Its status says so now; or it is not what it was when it was chosen, and the cycle has to choose again.
             del session.world.preempting[key]
+            if made.status is not None and made.status.attempts[-1].preempted_for == facts.preemptor:
+                PREEMPTIONS.labels(facts.job.spec.run.policy_ref.name).inc()
             session.cycle_wanted.set()
         for notice in made.notices:
             subject = Subject(API_VERSION, "TrainingJob", key.namespace, key.name, entry.uid)

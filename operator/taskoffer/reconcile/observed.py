@@ -37,6 +37,7 @@ def job_facts(
         moved_to=moved.assignments if (moved := world.moved.get(key)) else None,
         preemptor=world.preempting.get(key),
         progress_interval=timedelta(seconds=progress_interval),
+        devices_withdrawn=world.devices.withdrawn(job.status.attempts[-1].assignments if job.status.attempts else ()),
     )
 
 

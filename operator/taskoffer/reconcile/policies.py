@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _REFUSED_PAUSE = 3600.0
 """Seconds until a status that the server has refused is tried again at the same version."""
 
+_WARNINGS = (Reason.INVALID_POLICY, Reason.DEVICES_NOT_AVAILABLE, Reason.ALLOCATABLE_BELOW_BOOKED)
+
 
 class Policies:
     """The CapacityPolicy loop of a leading replica."""
@@ -113,7 +115,7 @@ class Policies:
         for condition in made.conditions:
             good = condition.status == "True" and condition.type != "Ready"
             if (condition.type, condition.reason) not in known and not good:
-                warning = condition.reason in (Reason.INVALID_POLICY, Reason.ALLOCATABLE_BELOW_BOOKED)
+                warning = condition.reason in _WARNINGS
                 self._session.events.emit(subject, _reason(condition.reason), condition.message, warning=warning)
 
 

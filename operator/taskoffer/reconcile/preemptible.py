@@ -75,10 +75,13 @@ def _resumption(
     world: World, request: MoveRequest, entry: OfferEntry, job: TrainingJob, policies: Mapping[str, PolicyView]
 ) -> Resumption | None:
     made, last = _evaluated(world, entry, request.policy, policies), job.status.attempts[-1]
-    if made is None or last.preempted_for is None:
+    if last.preempted_for is None:
         return None
-    spec, evaluation = made
-    again = spec.preemption.resume_seconds if spec.preemption is not None else 0
+    # Whatever has become of its policy, it was admitted and is to go on.
+    spec, evaluation = made if made is not None else (None, None)
+    again = spec.preemption.resume_seconds if spec is not None and spec.preemption is not None else 0
+    needed = evaluation.seconds_on(request.count) if evaluation is not None else job.spec.run.time_limit_seconds
+    priority = evaluation.priority if evaluation is not None else None
     return Resumption(
         key=request.key,
         offer_uid=request.offer_uid,
@@ -86,12 +89,13 @@ def _resumption(
         policy=request.policy,
         gpus=request.count,
         lane=request.lane,
-        quota=evaluation.quota,
-        level=evaluation.priority.level if evaluation.priority is not None else 0,
+        quota=evaluation.quota if evaluation is not None else None,
+        level=priority.level if priority is not None else 0,
         since=entry.created,
-        occupies=seconds_left(job.status, evaluation.seconds_on(request.count)) + again,
+        occupies=seconds_left(job.status, needed) + again,
         left_for=last.preempted_for.uid,
         deadline=last.deadline,
+        last=request.last,
     )
 
 

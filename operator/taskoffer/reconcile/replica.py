@@ -16,6 +16,7 @@ import aiohttp
 
 from taskoffer.adapters.kube import (
     WATCHED,
+    WATCHED_DEVICES,
     ApiError,
     Resource,
     ThrottledError,
@@ -27,6 +28,8 @@ from taskoffer.decision.naming import job_name
 from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.admission import Admission
 from taskoffer.reconcile.cache import Raw, Store
+from taskoffer.reconcile.device_access import find_access
+from taskoffer.reconcile.devices import Access
 from taskoffer.reconcile.jobs import Jobs
 from taskoffer.reconcile.pod_views import PodEntry
 from taskoffer.reconcile.policies import Policies
@@ -48,6 +51,9 @@ class Replica:
         self.jobs.revoke = self.admission.revoke
         self.policies = Policies(session)
         self.leading = False
+        self.kinds: dict[str, Resource] = dict(WATCHED)
+        """What is listed and watched; complete once ``kinds_known`` is set."""
+        self.kinds_known = asyncio.Event()
 
     # Fed by the watches
 
@@ -73,7 +79,7 @@ class Replica:
         namespace = metadata.get("namespace", "")
         if kind == "TrainingJob":
             self.session.want_job(OfferKey(namespace, metadata["name"]))
-        elif kind in ("Pod", "Job"):
+        elif kind in ("Pod", "Job", "ResourceClaim"):
             name = (metadata.get("labels") or {}).get("taskoffer.dev/job")
             if name:
                 self.session.want_job(OfferKey(namespace, name))
@@ -95,6 +101,10 @@ class Replica:
             LeadershipLostError: when the lease is lost; the process is to exit.
         """
         session = self.session
+        session.world.devices.tell(await find_access(session.kube))
+        if session.world.devices.access is Access.WATCHED:
+            self.kinds.update(WATCHED_DEVICES)
+        self.kinds_known.set()
         # A standby lists as well: its cache is warm, and it is ready only when it can read every kind.
         await self.resync()
         await session.lease.acquire()
@@ -156,7 +166,7 @@ class Replica:
         async with asyncio.TaskGroup() as group:
             for store in self.session.world.stores:
                 selector = JOB_SELECTOR if store.kind == "Job" else None
-                group.create_task(self._list(store, WATCHED[store.kind], selector))
+                group.create_task(self._list(store, self.kinds[store.kind], selector))
         self.session.world.held_back.clear()
 
     async def _list(self, store: Store[object], resource: Resource, selector: str | None) -> None:

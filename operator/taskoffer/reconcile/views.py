@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from taskoffer.adapters.clock import utcnow
 from taskoffer.adapters.metrics import UNREADABLE
+from taskoffer.api.faults import faults_of
 from taskoffer.api.quantity import whole
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import DEFAULT_POLICY_ANNOTATION, CapacityPolicySpec
@@ -28,16 +29,12 @@ from taskoffer.reconcile.cache import Raw
 from taskoffer.reconcile.shapes import count, mapping, mappings
 
 _CONDITIONS = TypeAdapter(tuple[Condition, ...])
-_FAULT_LENGTH = 300
+_TOLD = 3
 
 
-def explain(error: ValidationError) -> str:
-    """Put the first faults of a failed validation into one line that names the fields."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)[:3]
-    # Names of fields that do not belong there can be of any length.
-    faults = [f"{'.'.join(str(p) for p in e['loc'])[:_FAULT_LENGTH]}: {e['msg'][:_FAULT_LENGTH]}" for e in found]
-    more = error.error_count() - len(faults)
-    return "; ".join(faults) + (f" (and {more} more)" if more > 0 else "")
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Put the first faults of a failed validation into one line that names the fields and what helps."""
+    return "; ".join(faults_of(error, model, most=_TOLD))
 
 
 def read(model: type[BaseModel], raw: object, kind: str) -> tuple[Any, str | None]:
@@ -46,7 +43,7 @@ def read(model: type[BaseModel], raw: object, kind: str) -> tuple[Any, str | Non
         return model.model_validate(raw), None
     except ValidationError as error:
         UNREADABLE.labels(kind).inc()
-        return None, explain(error)
+        return None, explain(error, model)
 
 
 class OfferState(StrEnum):

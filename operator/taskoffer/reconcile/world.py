@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
+from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, ResourcePool
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome, Preemptor
@@ -31,6 +32,7 @@ from taskoffer.decision.snapshot import (
 from taskoffer.reconcile.admitted import Admitted
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.charges import Charges, claim_of
+from taskoffer.reconcile.devices import Devices
 from taskoffer.reconcile.evaluations import evaluation_of
 from taskoffer.reconcile.outcomes import Outcomes
 from taskoffer.reconcile.pod_views import BatchJobEntry, PodEntry, batch_job_entry, pod_entry
@@ -70,6 +72,7 @@ class World:
     batch_jobs: Store[BatchJobEntry] = field(default_factory=lambda: Store("Job", batch_job_entry))
     pods: Store[PodEntry] = field(default_factory=lambda: Store("Pod", pod_entry))
     nodes: Store[NodeEntry] = field(default_factory=lambda: Store("Node", node_entry))
+    devices: Devices = field(default_factory=Devices)
     assumed: dict[str, Assumed] = field(default_factory=dict)
     decided_here: set[str] = field(default_factory=set)
     """Admitted offers whose admission this replica decided, on a ledger that it knew to be complete."""
@@ -111,7 +114,7 @@ class World:
     @property
     def stores(self) -> tuple[Store[Any], ...]:
         """All stores, in the order in which they are listed: what charges GPUs comes before what asks for them."""
-        return (self.nodes, self.pods, self.batch_jobs, self.jobs, self.policies, self.offers)
+        return (self.nodes, *self.devices.stores, self.pods, self.batch_jobs, self.jobs, self.policies, self.offers)
 
     @property
     def idle(self) -> bool:
@@ -227,15 +230,16 @@ class World:
     def snapshot(self, now: datetime) -> Snapshot:
         """Return what a cycle decides on: pending offers that are not being written, and every claim on a GPU."""
         policies = self.policy_views()
-        resource = _resource(policies)
+        pool = _pool(policies)
+        resource = pool.name if pool is not None else _USUAL_RESOURCE
         self.outcomes.refresh(policies, now)
         self.unsettle_what_changed(now, policies)
         snapshot = Snapshot(
             now=now,
             offers=(),
             policies=policies,
-            nodes=[node.view(resource) for node in self.nodes],
-            claims=list(self.claims(resource)),
+            nodes=[self.devices.seen(node.view(resource), pool) for node in self.nodes],
+            claims=list(self.claims(resource, pool)),
             siblings={place: tuple(self.siblings_now(place)) for place in self.shared},
             moves=tuple(move for move in self.moves.values() if not move.goes_on),
             running=tuple(running_jobs(self, policies)),
@@ -324,19 +328,22 @@ class World:
         views = {entry.view.name: entry.view for entry in self.policies}
         usable = [view for view in views.values() if view.spec is not None]
         first = min(usable, key=lambda view: (view.created is not None, view.created, view.name), default=None)
-        wanted = _resource({first.name: first}) if first is not None else ""
+        wanted = _handed_out(first.spec) if first is not None and first.spec is not None else ""
         for view in usable:
-            if (name := _resource({view.name: view})) != wanted:
-                assert first is not None  # noqa: S101
+            assert first is not None and view.spec is not None  # noqa: S101, PT018
+            if (name := _handed_out(view.spec)) != wanted:
                 problem = f"resources: {name} is not what the oldest policy, {first.name}, hands out ({wanted})"
                 views[view.name] = replace(view, spec=None, problem=problem)
+            elif (lacks := self.devices.problem(view.spec.resources[0])) is not None:
+                views[view.name] = replace(view, spec=None, problem=lacks, cause=Reason.DEVICES_NOT_AVAILABLE)
         return views
 
-    def claims(self, resource: str) -> Iterator[Claim]:
-        """Yield every claim on a GPU, from every source."""
+    def claims(self, resource: str, pool: ResourcePool | None = None) -> Iterator[Claim]:
+        """Yield every claim on a GPU, from every source; with a policy's pool those of others on its devices too."""
         if resource != self.charges.resource:
             self.charges.count(resource, self.batch_jobs, self.pods)
         yield from self.charges
+        yield from self.devices.charges(pool)
         for assumed in self.assumed.values():
             for assignment in assumed.admission.assignments:
                 entry = self.offers.get(assumed.uid)
@@ -351,14 +358,17 @@ class World:
 
     def overbooked(self, admission: Admission) -> str | None:
         """Say which node of an admission is booked beyond what it has, or None."""
-        ledger = open_ledger(self.claims(admission.assignments[0].resource_name))
+        resource, pool = admission.assignments[0].resource_name, _pool(self.policy_views())
+        ledger = open_ledger(self.claims(resource, pool))
         nodes = {node.name: node for node in self.nodes}
         for assignment in admission.assignments:
             node = nodes.get(assignment.node_name)
-            offered = node.allocatable.get(assignment.resource_name, 0) if node and node.health.ready else None
+            offered = self.devices.seen(node.view(resource), pool).allocatable if node and node.health.ready else None
             booked = ledger.booked.get(assignment.node_name, 0)
             if offered is not None and booked > offered:
                 return f"{booked} of {offered} were booked on {assignment.node_name}"
+            if (twice := ledger.shared_devices(assignment.node_name, assignment.device_keys)) is not None:
+                return f"{twice} on {assignment.node_name} was booked twice"
         return None
 
     def current_assignments(self, entry: OfferEntry) -> tuple[Assignment, ...]:
@@ -379,20 +389,27 @@ def _counts_days(policies: dict[str, PolicyView]) -> bool:
     return any(task.daily_floor is not None for spec in specs if spec is not None for task in spec.task_types)
 
 
-def _resource(policies: dict[str, PolicyView]) -> str:
+_USUAL_RESOURCE = "nvidia.com/gpu"
+
+
+def _pool(policies: dict[str, PolicyView]) -> ResourcePool | None:
     """Return the resource that the ledger counts. Policies of one cluster hand out the same one."""
-    for policy in policies.values():
-        if policy.spec is not None:
-            return policy.spec.resources[0].name
-    return "nvidia.com/gpu"
+    return next((policy.spec.resources[0] for policy in policies.values() if policy.spec is not None), None)
+
+
+def _handed_out(spec: CapacityPolicySpec) -> str:
+    """Say what a policy hands out."""
+    pool = spec.resources[0]
+    return f"{pool.name} of DeviceClass {pool.device_class_name}" if pool.device_class_name else pool.name
 
 
 def node_views(world: World, policy: PolicyView) -> list[NodeView]:
     """Return the nodes that a policy selects."""
     if policy.spec is None:
         return []
-    resource = policy.spec.resources[0].name
-    return [view for node in world.nodes if policy.selects(view := node.view(resource)) and view.allocatable >= 0]
+    pool = policy.spec.resources[0]
+    views = (world.devices.seen(node.view(pool.name), pool) for node in world.nodes)
+    return [view for view in views if policy.selects(view)]
 
 
 def _keep_health(before: NodeEntry | None, after: NodeEntry | None) -> None:

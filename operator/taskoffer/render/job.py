@@ -1,4 +1,4 @@
-"""ConfigMap and batch/v1 Job of an attempt."""
+"""ConfigMap, ResourceClaim and batch/v1 Job of an attempt."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 from taskoffer.api.contract import CONFIG_PATH, PROGRESS_PORT
 from taskoffer.api.v1alpha1.meta import API_VERSION, ClaimPath
 from taskoffer.api.v1alpha1.trainingjob import Attempt, PodSettings, Run, TrainingJob
+from taskoffer.render.claims import claim_spec, container_claims, is_pinned, pod_claims
 from taskoffer.render.names import (
     ATTEMPT_LABEL,
     CONTAINER,
     DATASET_DIR,
+    DEVICES_ANNOTATION,
     JOB_LABEL,
     LANE_LABEL,
     MANAGED_BY,
     MODEL_DIR,
+    NODE_ANNOTATION,
     OFFER_UID_LABEL,
     OUTPUT_DIR,
     POLICY_LABEL,
@@ -48,6 +51,29 @@ def config_map(job: TrainingJob, attempt: Attempt, number: int) -> Manifest:
         },
         "immutable": True,
         "data": {CONFIG_PATH.rsplit("/", 1)[-1]: json.dumps(config, indent=2, sort_keys=True)},
+    }
+
+
+def resource_claim(job: TrainingJob, attempt: Attempt, number: int) -> Manifest | None:
+    """Return the ResourceClaim for the chosen GPUs of an attempt, or None where the device plugin chooses them."""
+    spec = claim_spec(attempt.assignments)
+    if spec is None:
+        return None
+    keys = (key for assignment in attempt.assignments for key in assignment.device_keys)
+    return {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": "ResourceClaim",
+        "metadata": {
+            "name": attempt.job_name,
+            "namespace": job.metadata.namespace,
+            "labels": _labels(job, attempt, number),
+            "annotations": {
+                NODE_ANNOTATION: attempt.assignments[0].node_name,
+                DEVICES_ANNOTATION: ",".join(keys),
+            },
+            "ownerReferences": [_owner(job)],
+        },
+        "spec": spec,
     }
 
 
@@ -127,6 +153,8 @@ def _pod_spec(run: Run, attempt: Attempt) -> Manifest:
         "containers": [_container(run, attempt, mounts)],
         "volumes": volumes,
     }
+    if claims := pod_claims(attempt):
+        spec["resourceClaims"] = claims
     if pod.tolerations:
         spec["tolerations"] = [t.to_wire() for t in pod.tolerations]
     if pod.service_account_name:
@@ -181,8 +209,10 @@ def _resources(run: Run, attempt: Attempt) -> Manifest:
     if run.pod.memory_per_gpu:
         requests["memory"] = limits["memory"] = times(run.pod.memory_per_gpu, run.gpus)
     for assignment in attempt.assignments:
-        requests[assignment.resource_name] = limits[assignment.resource_name] = str(assignment.count)
-    return {"requests": requests, "limits": limits}
+        if not is_pinned(assignment):
+            requests[assignment.resource_name] = limits[assignment.resource_name] = str(assignment.count)
+    claims = container_claims(attempt)
+    return {"requests": requests, "limits": limits, **({"claims": claims} if claims else {})}
 
 
 def _volumes(run: Run, attempt: Attempt, pod: PodSettings) -> tuple[list[Manifest], list[Manifest]]:

@@ -21,6 +21,12 @@ POLICY_LABEL = f"{GROUP}/policy"
 LANE_LABEL = f"{GROUP}/lane"
 """On Jobs and pods: lane that the GPUs are booked in."""
 
+DEVICES_ANNOTATION = f"{GROUP}/devices"
+"""On ResourceClaims: the devices that the claim names, for those who do not read CEL."""
+
+NODE_ANNOTATION = f"{GROUP}/node"
+"""On ResourceClaims: the node of the devices."""
+
 MANAGED_BY = {"app.kubernetes.io/managed-by": "taskoffer"}
 
 CONTAINER = "trainer"

@@ -182,9 +182,8 @@ class _Search:
             if choice is None or run.name in plan.places:
                 continue
             modes = [mode for mode in choice.modes if mode.gpus == run.gpus]
-            begin = min(int(run.start * PER_SECOND), choice.last)
             for mode in modes:
-                place = plan.earliest(choice, mode, numbers[run.node], begin)
+                place = plan.earliest(choice, mode, numbers[run.node], min(int(run.start * PER_SECOND), mode.last))
                 if place is not None:
                     plan.add(place)
 

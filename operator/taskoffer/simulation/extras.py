@@ -20,4 +20,4 @@ def load(module: str) -> Any:
         return import_module(module)
     except ImportError as error:
         library = module.partition(".")[0]
-        raise MissingExtraError(f"{library} is not installed: pip install taskoffer[simulate]") from error
+        raise MissingExtraError(f"{library} is not installed: pip install '.[simulate]' in the checkout") from error

@@ -39,7 +39,7 @@ def _span(choices: Sequence[Choice]) -> tuple[float, float]:
     """Return from when to when the tasks can run, in seconds of real time."""
     tasks = [(choice.task, choice.modes) for choice in choices]
     start = min(task.arrival for task, _ in tasks)
-    return start, max(task.last_start + max(task.seconds_by_gpus[m.gpus] for m in modes) for task, modes in tasks)
+    return start, max(task.last_start_on(m.gpus) + task.seconds_by_gpus[m.gpus] for task, modes in tasks for m in modes)
 
 
 def cut(choices: Sequence[Choice], prices: Prices, fewest: int, most: int) -> list[Group]:
@@ -119,7 +119,7 @@ def _gain(choice: Choice, prices: Prices) -> float:
     """Return the most that a task's worth less its price can be."""
     task = choice.task
     price = min(
-        mode.gpus * prices.cheapest(task.seconds_by_gpus[mode.gpus], task.arrival, task.last_start)
+        mode.gpus * prices.cheapest(task.seconds_by_gpus[mode.gpus], task.arrival, task.last_start_on(mode.gpus))
         for mode in choice.modes
     )
     return max(0.0, task.worth - price)
@@ -129,18 +129,18 @@ def _options(choice: Choice, prices: Prices) -> Iterator[Option]:
     """Return the pieces of a task's window, each with what a start in it brings at most; none that brings nothing."""
     task = choice.task
     for mode in choice.modes:
-        seconds = task.seconds_by_gpus[mode.gpus]
-        if prices.only(task.arrival, task.last_start + seconds) == 0.0:
-            yield Option(mode, choice.first, choice.last, task.worth)
+        seconds, last_start = task.seconds_by_gpus[mode.gpus], task.last_start_on(mode.gpus)
+        if prices.only(task.arrival, last_start + seconds) == 0.0:
+            yield Option(mode, choice.first, mode.last, task.worth)
             continue
-        pieces = max(1, min(_PIECES, int((task.last_start - task.arrival) / _SHORTEST_PIECE)))
-        edges = [choice.first + (choice.last + 1 - choice.first) * n // pieces for n in range(pieces + 1)]
+        pieces = max(1, min(_PIECES, int((last_start - task.arrival) / _SHORTEST_PIECE)))
+        edges = [choice.first + (mode.last + 1 - choice.first) * n // pieces for n in range(pieces + 1)]
         for first, after in pairwise(edges):
             if first >= after:
                 continue
             # A real start in ((first - 1), after - 1] ticks is rounded up to a tick of the piece.
             begin = max(task.arrival, (first - 1) / PER_SECOND)
-            finish = min(task.last_start, (after - 1) / PER_SECOND)
+            finish = min(last_start, (after - 1) / PER_SECOND)
             value = task.worth - mode.gpus * prices.cheapest(seconds, begin, max(begin, finish))
             if value > 0:
                 yield Option(mode, first, after - 1, value)

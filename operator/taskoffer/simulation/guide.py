@@ -23,7 +23,9 @@ class Guide:
         self._paid = [float(sum_) for sum_ in prices.paid([n * prices.step for n in range(len(prices.by_cell) + 1)])]
         self._by_mode = {
             (choice.task.name, mode): mode.gpus
-            * prices.cheapest(choice.task.seconds_by_gpus[mode.gpus], choice.task.arrival, choice.task.last_start)
+            * prices.cheapest(
+                choice.task.seconds_by_gpus[mode.gpus], choice.task.arrival, choice.task.last_start_on(mode.gpus)
+            )
             for choice in choices
             for mode in choice.modes
         }

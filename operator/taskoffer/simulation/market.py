@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from taskoffer.api.tasks import TaskType
-from taskoffer.api.v1alpha1.taskoffer import Architecture, TaskOfferSpec
+from taskoffer.api.v1alpha1.model_and_data import Architecture
+from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.sizing import parameters_of
 from taskoffer.simulation.trace import Header, Trace, TraceOffer, Truth
 from taskoffer.simulation.truth import REFERENCE_SETTINGS, duration_of

@@ -50,10 +50,10 @@ class Plan:
         The earliest start is the window's first tick, or the end of something that is in the way.
         """
         begin = choice.first if first is None else max(choice.first, first)
-        if begin > choice.last:
+        if begin > mode.last:
             return None
-        near = self.touching(node, begin, choice.last + mode.ticks)
-        starts = sorted({begin, *(place.end for place in near if begin < place.end <= choice.last)})
+        near = self.touching(node, begin, mode.last + mode.ticks)
+        starts = sorted({begin, *(place.end for place in near if begin < place.end <= mode.last)})
         for start in starts:
             if self._peak(near, start, start + mode.ticks) + mode.gpus <= self.gpus:
                 return Place(choice, mode, start, node)

@@ -26,6 +26,7 @@ from typing import Any
 
 from taskoffer.simulation.extras import load
 from taskoffer.simulation.task import Task
+from taskoffer.simulation.ticks import startable
 
 _SMOOTHING = 0.15
 """The share of the newest subgradient in the direction; smoothing damps the zigzag between cheapest runs."""
@@ -97,11 +98,12 @@ class PriceSearch:
         owners: list[Any] = []
         worths: list[float] = []
         for task in tasks:
-            usable = {count: seconds for count, seconds in task.seconds_by_gpus.items() if count <= gpus}
-            if not usable or task.last_start < task.arrival or task.worth <= 0:
+            usable = startable(task, gpus)
+            if not usable:
                 continue
-            for count, seconds in usable.items():
-                turns = _turns(numpy, step, seconds, task.arrival, task.last_start)
+            for count in usable:
+                seconds = task.seconds_by_gpus[count]
+                turns = _turns(numpy, step, seconds, task.arrival, task.last_start_on(count))
                 starts.append(turns)
                 ends.append(turns + seconds)
                 counts.append(numpy.full(len(turns), float(count)))

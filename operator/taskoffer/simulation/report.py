@@ -23,6 +23,8 @@ class Figures:
     failed: int
     penalty_rate: float
     """Late and failed ones as a share of the accepted ones; 0 where none was accepted."""
+    preemptions: int
+    """How often jobs were stopped for others."""
     refused: int
     waiting: int
     """Offers that nothing would ever have answered."""
@@ -54,6 +56,7 @@ def figures_of(trace: Trace, result: Result) -> Figures:
         late=outcomes["Late"],
         failed=outcomes["Failed"],
         penalty_rate=(outcomes["Late"] + outcomes["Failed"]) / accepted if accepted else 0.0,
+        preemptions=sum(len(run.parts) - 1 for run in result.runs),
         refused=len(result.refusals),
         waiting=len(result.waiting),
         busy_hours=result.busy / 3600,
@@ -91,6 +94,7 @@ _ROWS: tuple[tuple[str, str, int], ...] = (
     ("  late", "late", 0),
     ("  failed", "failed", 0),
     ("penalty rate", "penalty_rate", 3),
+    ("stopped for others", "preemptions", 0),
     ("refused", "refused", 0),
     ("never answered", "waiting", 0),
     ("GPU-hours busy", "busy_hours", 1),

@@ -22,8 +22,9 @@ def check_schedule(tasks: Iterable[Task], runs: Sequence[Run], gpus: int = 8, no
 
     Raises:
         InfeasibleScheduleError: when a run belongs to no task or is its task's second one, starts before the arrival or
-            after the last start, takes other than its task's time on a GPU count that the task can use, earns other
-            than its task's worth, when there are more nodes than given, or a node has too few GPUs at some moment.
+            after the last start, ends after the deadline, takes other than its task's time on a GPU count that the task
+            can use, earns other than its task's worth, when there are more nodes than given, or a node has too few GPUs
+            at some moment.
     """
     by_name = {task.name: task for task in tasks}
     seen: set[str] = set()
@@ -50,6 +51,8 @@ def _check_run(task: Task, run: Run) -> None:
         raise InfeasibleScheduleError(f"{run.name} starts at {run.start}, before it arrives at {task.arrival}")
     if run.start > task.last_start + _TOLERANCE:
         raise InfeasibleScheduleError(f"{run.name} starts at {run.start}, later than {task.last_start}")
+    if run.end > task.deadline + _TOLERANCE:
+        raise InfeasibleScheduleError(f"{run.name} ends at {run.end}, later than {task.deadline}")
     seconds = task.seconds_by_gpus[run.gpus]
     if abs(run.end - run.start - seconds) > _TOLERANCE:
         raise InfeasibleScheduleError(f"{run.name} takes {run.end - run.start} s in place of {seconds} s")

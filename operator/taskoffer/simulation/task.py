@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,3 +19,9 @@ class Task:
     """What it earns when it is done in time."""
     seconds_by_gpus: Mapping[int, float]
     """How long it holds its GPUs, by their count; only counts with which it ends in time."""
+    deadline: float = math.inf
+    """A result after this moment earns nothing, however many GPUs it was made with."""
+
+    def last_start_on(self, gpus: int) -> float:
+        """Return the last moment at which it can start on so many GPUs: the slower it is there, the earlier."""
+        return min(self.last_start, self.deadline - self.seconds_by_gpus[gpus])

@@ -14,7 +14,6 @@ Two roundings, for two statements:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from taskoffer.simulation.run import Run
@@ -26,20 +25,25 @@ PER_SECOND = 10
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """So many GPUs for so many ticks."""
+    """So many GPUs for so many ticks, from a start not later than ``last``."""
 
     gpus: int
     ticks: int
+    last: int
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A task in ticks: it starts from ``first`` to ``last``, in one of its modes."""
+    """A task in ticks: it starts from ``first`` on, in one of its modes."""
 
     task: Task
     first: int
-    last: int
     modes: tuple[Mode, ...]
+
+    @property
+    def last(self) -> int:
+        """The last tick at which any of its modes can start."""
+        return max(mode.last for mode in self.modes)
 
     @property
     def longest(self) -> int:
@@ -64,30 +68,48 @@ class Place:
     def run(self) -> Run:
         """Return the run in seconds, with the task's exact duration."""
         task = self.choice.task
-        start = min(max(self.start / PER_SECOND, task.arrival), task.last_start)
+        start = min(max(self.start / PER_SECOND, task.arrival), task.last_start_on(self.mode.gpus))
         end = start + task.seconds_by_gpus[self.mode.gpus]
         return Run(task.name, start, end, self.mode.gpus, f"node-{self.node}", "InTime", task.worth)
 
 
+def startable(task: Task, gpus: int) -> list[int]:
+    """Return the GPU counts with which a task can start once it is there on nodes of ``gpus`` GPUs, and earn."""
+    if task.worth <= 0:
+        return []
+    return sorted(n for n in task.seconds_by_gpus if n <= gpus and task.last_start_on(n) >= task.arrival)
+
+
 def reachable(task: Task, gpus: int) -> Choice | None:
-    """Return the task rounded so that its places are real ones, or None if nothing of it fits ``gpus`` GPUs."""
-    first, last = math.ceil(task.arrival * PER_SECOND), math.floor(task.last_start * PER_SECOND)
+    """Return the task rounded so that its places are real ones, or None if nothing of it fits ``gpus`` GPUs.
+
+    Of several GPU counts one that can only start between two ticks is left out.
+    """
+    counts = startable(task, gpus)
+    first = math.ceil(task.arrival * PER_SECOND)
+    lasts = {count: math.floor(task.last_start_on(count) * PER_SECOND) for count in counts}
     early = 0.0
-    if first > last:
+    if counts and first > max(lasts.values()):
         # The window lies between two ticks: the task holds its GPUs from the tick before, and starts at its arrival.
-        first = last = math.floor(task.arrival * PER_SECOND)
+        first = math.floor(task.arrival * PER_SECOND)
         early = task.arrival * PER_SECOND - first
-    return _choice(task, gpus, first, last, lambda seconds: math.ceil(seconds * PER_SECOND + early))
+        lasts = dict.fromkeys(counts, first)
+    modes = [
+        Mode(count, math.ceil(task.seconds_by_gpus[count] * PER_SECOND + early), last)
+        for count, last in lasts.items()
+        if last >= first
+    ]
+    return Choice(task, first, tuple(modes)) if modes else None
 
 
 def relaxed(task: Task, gpus: int) -> Choice | None:
     """Return the task rounded so that real schedules stay possible, or None if nothing of it fits ``gpus`` GPUs."""
-    first, last = math.ceil(task.arrival * PER_SECOND), math.ceil(task.last_start * PER_SECOND)
-    return _choice(task, gpus, first, last, lambda seconds: math.floor(seconds * PER_SECOND))
-
-
-def _choice(task: Task, gpus: int, first: int, last: int, ticks: Callable[[float], int]) -> Choice | None:
-    usable = sorted((count, seconds) for count, seconds in task.seconds_by_gpus.items() if count <= gpus)
-    if not usable or task.last_start < task.arrival or task.worth <= 0:
-        return None
-    return Choice(task, first, last, tuple(Mode(count, ticks(seconds)) for count, seconds in usable))
+    modes = [
+        Mode(
+            count,
+            math.floor(task.seconds_by_gpus[count] * PER_SECOND),
+            math.ceil(task.last_start_on(count) * PER_SECOND),
+        )
+        for count in startable(task, gpus)
+    ]
+    return Choice(task, math.ceil(task.arrival * PER_SECOND), tuple(modes)) if modes else None

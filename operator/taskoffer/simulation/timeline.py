@@ -157,9 +157,10 @@ def _row(axes: Any, policy: str, shown: Sequence[Slots], lanes: int, gpus: int) 
         axes.axhline(node, color="black", linewidth=0.8)
     axes.set_ylim(lanes, 0)
     axes.set_yticks(range(0, lanes + 1, gpus))
-    earned = sum(one.run.worth for one in shown)
+    # A run that was stopped in between is drawn in several parts.
+    worths = {one.run.name: one.run.worth for one in shown}
     axes.set_ylabel("GPUs")
-    axes.set_title(f"{policy}: {len(shown)} runs, worth {earned:,.1f}", loc="left", fontsize="medium")
+    axes.set_title(f"{policy}: {len(worths)} runs, worth {sum(worths.values()):,.1f}", loc="left", fontsize="medium")
     axes.grid(axis="x", linewidth=0.4, alpha=0.5)
     axes.set_axisbelow(True)
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from taskoffer.api.faults import faults_of
 from taskoffer.api.v1alpha1.meta import Name
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.sizing import parameters_of
@@ -200,7 +201,7 @@ def _header(number: int, line: str, source: str) -> Header:
     try:
         return Header.model_validate(value["trace"])
     except ValidationError as error:
-        raise _told(error, f"{source}, line {number}", "trace") from None
+        raise _told(error, f"{source}, line {number}", Header, "trace") from None
 
 
 def _offer(number: int, line: str, source: str) -> TraceOffer:
@@ -208,7 +209,7 @@ def _offer(number: int, line: str, source: str) -> TraceOffer:
     try:
         read = _OfferLine.model_validate(value)
     except ValidationError as error:
-        raise _told(error, f"{source}, line {number}") from None
+        raise _told(error, f"{source}, line {number}", _OfferLine) from None
     metadata = read.offer.metadata
     prefix = "" if metadata.namespace == "default" else f"{metadata.namespace}/"
     return TraceOffer(
@@ -216,9 +217,6 @@ def _offer(number: int, line: str, source: str) -> TraceOffer:
     )
 
 
-def _told(error: ValidationError, where: str, *prefix: str) -> TraceError:
-    fault = error.errors()[0]
-    field = ".".join(map(str, (*prefix, *fault["loc"]))) or "the line"
-    message = fault["msg"].removeprefix("Value error, ")
-    more = error.error_count() - 1
-    return TraceError(f"{where}: {field}: {message}" + (f" (and {more} more)" if more else ""))
+def _told(error: ValidationError, where: str, model: type[BaseModel], *prefix: str) -> TraceError:
+    faults = faults_of(error, model, prefix=prefix, values=True)
+    return TraceError(f"{where}: {faults[0]}" if len(faults) == 1 else "\n  ".join([f"{where}:", *faults]))

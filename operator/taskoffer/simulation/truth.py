@@ -148,9 +148,8 @@ def tasks_of(trace: Trace, policy: CapacityPolicySpec | None = None) -> list[Tas
         if seconds_by_gpus:
             ends = expiry_of(offer)
             last_start = math.inf if ends is None else ends
-            if offer.spec.deadline is not None:
-                last_start = min(last_start, seconds_at(offer.spec.deadline) - min(seconds_by_gpus.values()))
-            tasks.append(Task(offer.name, offer.at, last_start, offer.worth, seconds_by_gpus))
+            due = math.inf if offer.spec.deadline is None else seconds_at(offer.spec.deadline)
+            tasks.append(Task(offer.name, offer.at, last_start, offer.worth, seconds_by_gpus, due))
     return tasks
 
 

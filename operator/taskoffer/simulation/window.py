@@ -79,7 +79,7 @@ class Solved:
 
 def whole(choice: Choice) -> list[Option]:
     """Return the options of a task that earns its worth whenever it starts in its window."""
-    return [Option(mode, choice.first, choice.last, choice.task.worth) for mode in choice.modes]
+    return [Option(mode, choice.first, mode.last, choice.task.worth) for mode in choice.modes]
 
 
 class WindowModel:

@@ -7,16 +7,17 @@ which settings it trains. The presets in ``taskoffer.presets`` write the strateg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from decimal import ROUND_HALF_UP, Decimal
 from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from taskoffer.api.base import WireModel, spelled
+from taskoffer.api.base import WireModel
 from taskoffer.api.contract import LoraSettings, TrainSettings
-from taskoffer.api.tasks import TaskType
+from taskoffer.api.faults import what_is_wrong
+from taskoffer.api.v1alpha1.capacity import Capacity
 from taskoffer.api.v1alpha1.estimation import Estimation
+from taskoffer.api.v1alpha1.lanes import Lane
 from taskoffer.api.v1alpha1.learning import Learning
 from taskoffer.api.v1alpha1.meta import (
     ATOMIC_LIST,
@@ -31,20 +32,26 @@ from taskoffer.api.v1alpha1.meta import (
     rules,
 )
 from taskoffer.api.v1alpha1.preemption import Preemption
+from taskoffer.api.v1alpha1.profiles import FamilyRule, SizeClass, TaskTypeRule, scaled_lora, scaled_train
 from taskoffer.api.v1alpha1.queueing import NamespaceLimit, NodeSelector, Placement, Queue
 from taskoffer.api.v1alpha1.scoring import FIXED_TERMS, Scoring
-from taskoffer.api.v1alpha1.taskoffer import Architecture
 from taskoffer.api.v1alpha1.trainingjob import AttemptLimits, PodSettings
 
 DEFAULT_POLICY_ANNOTATION = "taskoffer.dev/is-default-policy"
 """A CapacityPolicy with this annotation set to "true" decides offers that name no policy."""
 
-Label = Annotated[str, StringConstraints(min_length=1, max_length=63)]
-Parameters = Annotated[int, Field(ge=0, le=10**15, json_schema_extra={"format": "int64"})]
-
 
 class ResourcePool(WireModel):
     """An extended resource that the policy hands out in whole units."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.deviceClassName) || !has(self.unitsPerGpu)",
+                "deviceClassName pins whole GPUs and unitsPerGpu shares them out: remove one of the two",
+            )
+        )
+    )
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(
         description="Extended resource, for example nvidia.com/gpu."
@@ -57,9 +64,19 @@ class ResourcePool(WireModel):
         description="Units that one GPU is shared out as (time-slicing replicas, MIG instances); a task then gets one "
         "unit, and its share of memory and speed. Absent means whole GPUs.",
     )
+    device_class_name: Name | None = Field(
+        None,
+        description="DeviceClass (resource.k8s.io/v1) whose devices are the GPUs, for example gpu.nvidia.com: the "
+        "operator then chooses the very GPUs of each task and claims them. Absent leaves that to the device plugin.",
+    )
 
     @model_validator(mode="after")
     def _check_shared(self) -> ResourcePool:
+        if self.units_per_gpu is not None and self.device_class_name is not None:
+            raise ValueError(
+                f"resources[{self.name}].deviceClassName pins whole GPUs and unitsPerGpu shares them out: remove one "
+                "of the two"
+            )
         if self.units_per_gpu is not None and self.counts != (1,):
             raise ValueError(
                 f"resources[{self.name}].counts must be [1] with unitsPerGpu {self.units_per_gpu}: several units can "
@@ -73,94 +90,6 @@ class FullMode(StrEnum):
 
     WAIT = "Wait"
     REJECT = "Reject"
-
-
-class TaskTypeRule(WireModel):
-    """How one task type is treated."""
-
-    name: TaskType = Field(description="The task type.")
-    accepted: bool = Field(description="Whether offers of this type are taken at all.")
-    weight: DecimalString = Field(description="Value of the TaskWeight term, 0 to 1.")
-    success_rate: DecimalString = Field(description="Value of the TaskSuccessRate term, 0 to 1.")
-    parameter_factor: DecimalString | None = Field(
-        None,
-        description="Factor on the model size when GPUs are chosen (DPO holds more copies than instruct).",
-    )
-    lora_rank_factor: DecimalString | None = Field(None, description="Factor on the LoRA rank; default 1.")
-    learning_rate_factor: DecimalString | None = Field(None, description="Factor on the learning rate; default 1.")
-    daily_floor: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
-        None,
-        description="Offers of this type that are to be admitted within 24 hours: while there are fewer, "
-        "filters.floorMinScore counts instead of minScore.",
-    )
-
-
-class FamilyRule(WireModel):
-    """A model family, recognised by the longest pattern that the model's name contains."""
-
-    name: Label = Field(description="Name of the family.")
-    patterns: Annotated[
-        tuple[
-            Annotated[
-                str,
-                StringConstraints(min_length=2, max_length=63),
-                spelled(
-                    r"^[a-z0-9][a-z0-9._-]*$",
-                    "must be a lower-case part of a model's name: use letters, digits, '.', '_' and '-'",
-                ),
-            ],
-            ...,
-        ],
-        Field(min_length=1, max_length=16),
-    ] = Field(description="Lower-case parts of model names.", json_schema_extra=ATOMIC_LIST)
-    success_rate: DecimalString = Field(description="Value of the ModelPerformance term, 0 to 1.")
-
-
-class SizeClass(WireModel):
-    """A range of model sizes with its GPU count and its training settings. The lower bound is inclusive."""
-
-    name: Label = Field(description="Name of the class.")
-    min_parameters: Parameters = Field(description="Smallest model, inclusive.")
-    max_parameters: Parameters | None = Field(None, description="First size that is too large; absent means no bound.")
-    gpus: GpuCount = Field(description="GPUs for a model of this size.")
-    size_efficiency: DecimalString = Field(description="Value of the SizeEfficiency term, 0 to 1.")
-    lora: LoraSettings = Field(description="LoRA settings.")
-    train: TrainSettings = Field(description="Training settings.")
-
-
-class LaneRule(WireModel):
-    """What a lane takes and how many GPUs each task gets there. Absent lists match everything."""
-
-    task_types: Annotated[tuple[TaskType, ...], Field(max_length=5)] = Field(
-        (), description="Task types that the lane takes.", json_schema_extra={"x-kubernetes-list-type": "set"}
-    )
-    size_classes: Annotated[tuple[Label, ...], Field(max_length=16)] = Field(
-        (),
-        description="Size classes that the lane takes.",
-        json_schema_extra={"x-kubernetes-list-type": "set"},
-    )
-    architectures: Annotated[tuple[Architecture, ...], Field(max_length=2)] = Field(
-        (),
-        description="Image architectures that the lane takes.",
-        json_schema_extra={"x-kubernetes-list-type": "set"},
-    )
-    gpus_per_task: GpuCount = Field(description="GPUs that a task gets in this lane.")
-
-
-class Lane(WireModel):
-    """A share of the GPUs for some kinds of task. Lanes are counts: the device plugin picks the GPUs."""
-
-    name: Label = Field(description="Name of the lane.")
-    gpus: Annotated[int, Field(ge=1, le=4096)] = Field(description="GPUs of the lane, over all nodes.")
-    rules: Annotated[tuple[LaneRule, ...], Field(min_length=1, max_length=16)] = Field(
-        description="What the lane takes; the first rule that matches counts.", json_schema_extra=ATOMIC_LIST
-    )
-    borrow_from: Annotated[tuple[Label, ...], Field(max_length=15)] = Field(
-        (),
-        description="Lanes whose free GPUs its tasks may take when this one is booked and nobody waits there, in order "
-        "of preference.",
-        json_schema_extra=ATOMIC_LIST,
-    )
 
 
 class Filters(WireModel):
@@ -227,7 +156,8 @@ class CapacityPolicySpec(WireModel):
 
     node_selector: NodeSelector = Field(description="Nodes that the policy hands out.")
     resources: Annotated[tuple[ResourcePool, ...], Field(min_length=1, max_length=1)] = Field(
-        description="Resources that the policy hands out.", json_schema_extra=list_map("name")
+        description="The resource that is handed out; all policies of a cluster name the same one.",
+        json_schema_extra=list_map("name"),
     )
     filters: Filters = Field(description="Bounds that an offer must keep.")
     scoring: Scoring = Field(description="How offers are scored.")
@@ -355,7 +285,7 @@ class CapacityPolicySpec(WireModel):
                         field = model.model_fields[str(fault["loc"][0])].alias
                         raise ValueError(
                             f"taskTypes[{task.name.value}] scales {field} of sizeClasses[{size.name}] to "
-                            f"{fault['input']}: {fault['msg']}; change the factor"
+                            f"{fault['input']}, which {what_is_wrong(fault)[0]}: change the factor"
                         ) from None
         return self
 
@@ -369,40 +299,6 @@ class CapacityPolicySpec(WireModel):
                     "choose one of them or add it there"
                 )
         return self
-
-
-def scaled_lora(size: SizeClass, task: TaskTypeRule) -> dict[str, int]:
-    """Return a size class's LoRA rank and alpha times the task type's factor, rounded half up, at least 1."""
-    factor = Decimal(task.lora_rank_factor or "1")
-    parts = {"r": size.lora.r, "lora_alpha": size.lora.lora_alpha}
-    return {name: max(1, int((part * factor).to_integral_value(ROUND_HALF_UP))) for name, part in parts.items()}
-
-
-def scaled_train(size: SizeClass, task: TaskTypeRule) -> dict[str, float]:
-    """Return a size class's learning rate times the task type's factor."""
-    factor = Decimal(task.learning_rate_factor or "1")
-    return {"learning_rate": float(Decimal(str(size.train.learning_rate)) * factor)}
-
-
-class NodeCapacity(WireModel):
-    """GPUs of one node as the operator sees them."""
-
-    name: Name = Field(description="Node.")
-    allocatable: Annotated[int, Field(ge=0)] = Field(description="GPUs that the node offers.")
-    booked: Annotated[int, Field(ge=0)] = Field(description="GPUs that are booked or requested by pods.")
-    ready: bool = Field(description="Whether the node is Ready and schedulable.")
-
-
-class Capacity(WireModel):
-    """GPUs of all nodes of the policy."""
-
-    total: Annotated[int, Field(ge=0)] = Field(description="GPUs that Ready and schedulable nodes offer.")
-    used: Annotated[int, Field(ge=0)] = Field(description="GPUs that are booked or requested by pods.")
-    pending: Annotated[int, Field(ge=0)] = Field(description="Offers that wait.")
-    running: Annotated[int, Field(ge=0)] = Field(description="Offers that are admitted and not finished.")
-    nodes: Annotated[tuple[NodeCapacity, ...], Field(max_length=256)] = Field(
-        (), description="The nodes.", json_schema_extra=list_map("name")
-    )
 
 
 class LintFinding(WireModel):

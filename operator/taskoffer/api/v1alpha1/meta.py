@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
-from taskoffer.api.base import Time, WireModel, spelled
+from taskoffer.api.base import Time, WireModel, explained, spelled
+from taskoffer.api.v1alpha1.devices import Device
 
 GROUP = "taskoffer.dev"
 VERSION = "v1alpha1"
@@ -18,15 +20,25 @@ CATEGORY = "taskoffer-all"
 GPU_COUNTS = (1, 2, 4, 8)
 """GPU counts that the schema knows; a policy allows some of them."""
 
+_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+_LONGEST_NAME = 253
+_SPELLING = "use lower-case letters, digits, '-' and '.', with a letter or digit at both ends"
 Name = Annotated[
     str,
-    StringConstraints(min_length=1, max_length=253),
-    spelled(
-        r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
-        "must be an object's name: use lower-case letters, digits, '-' and '.', with a letter or digit at both ends",
-    ),
+    StringConstraints(min_length=1, max_length=_LONGEST_NAME),
+    spelled(_NAME, f"must be an object's name: {_SPELLING}"),
 ]
 """An object name (RFC 1123 subdomain)."""
+
+
+def name_problem(text: str) -> str | None:
+    """Say why no object can have this name and what a name looks like, or return None where one can."""
+    if not text:
+        return "is empty: give a name"
+    if len(text) > _LONGEST_NAME:
+        return f"has {len(text)} characters, and a name has {_LONGEST_NAME} at most"
+    return None if re.fullmatch(_NAME, text) else f"is no name: {_SPELLING}"
+
 
 UID = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 DecimalString = Annotated[
@@ -135,6 +147,17 @@ class Assignment(WireModel):
     lane: Annotated[str, StringConstraints(max_length=63)] | None = Field(
         None, description="Lane of the policy that the GPUs are booked in."
     )
+    device_class_name: Name | None = Field(
+        None, description="DeviceClass that the GPUs are claimed from; absent where the device plugin chooses them."
+    )
+    devices: Annotated[tuple[Device, ...], Field(min_length=1, max_length=8)] | None = Field(
+        None, description="The very GPUs, where they are claimed.", json_schema_extra=ATOMIC_LIST
+    )
+
+    @property
+    def device_keys(self) -> tuple[str, ...]:
+        """What the ledger calls its devices; empty where nobody has chosen any."""
+        return tuple(device.key for device in self.devices or ())
 
 
 def _on_different_places(assignments: tuple[Assignment, ...]) -> tuple[Assignment, ...]:
@@ -147,11 +170,14 @@ Assignments = Annotated[tuple[Assignment, ...], Field(min_length=1, max_length=8
 """Where GPUs are booked, each place once: a list with a place that occurs twice could be read but not written."""
 
 
+_RELATIVE = explained(r"^[^/].*$|^$", "is relative to the volume's root: remove the leading '/'")
+
+
 class ClaimPath(WireModel):
     """A path on a PersistentVolumeClaim in the offer's own namespace."""
 
     claim_name: Name = Field(description="Name of the PersistentVolumeClaim.")
-    path: Annotated[str, StringConstraints(max_length=1024, pattern=r"^[^/].*$|^$")] = Field(
+    path: Annotated[str, StringConstraints(max_length=1024, pattern=_RELATIVE)] = Field(
         "",
         description="Path on the volume, relative to its root and without '..'; empty means the root.",
         json_schema_extra=rules(

@@ -26,7 +26,8 @@ from taskoffer.api.v1alpha1.meta import (
     rule,
     rules,
 )
-from taskoffer.api.v1alpha1.taskoffer import ClockMode, Dataset, Model, Output
+from taskoffer.api.v1alpha1.model_and_data import Dataset, Model
+from taskoffer.api.v1alpha1.taskoffer import ClockMode, Output
 
 MOST_ATTEMPTS = 30
 """Tries that may fail, and those that may be preempted."""

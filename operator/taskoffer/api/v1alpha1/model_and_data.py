@@ -1,0 +1,141 @@
+"""What a task is trained from: the base model and the data, what they are and where they lie."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
+
+from taskoffer.api.base import Time, WireModel, spelled
+from taskoffer.api.tasks import (
+    ChatColumns,
+    DatasetType,
+    DPOColumns,
+    FileFormat,
+    GRPOColumns,
+    ImageColumns,
+    InstructColumns,
+)
+from taskoffer.api.v1alpha1.meta import ClaimPath, rule, rules
+
+DATASET_MEMBERS = {t: t.value.lower() for t in DatasetType}
+"""The member of a dataset that is set for each type."""
+
+
+class Architecture(StrEnum):
+    """Architecture of an image model."""
+
+    SDXL = "sdxl"
+    FLUX = "flux"
+
+
+class ModelSource(WireModel):
+    """Where the base model is."""
+
+    persistent_volume_claim: ClaimPath | None = Field(None, description="Folder on a claim in the offer's namespace.")
+
+
+class Model(WireModel):
+    """The base model of the task."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(
+        description="Public name of the base model, for example meta-llama/Llama-3.1-8B.",
+        json_schema_extra=rules(rule("self.trim() != ''", "model.name must not be blank: give the base model's name")),
+    )
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
+        None, description="Branch, tag or commit of the base model."
+    )
+    parameters: Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None = Field(
+        None, description="Number of parameters. When absent it is read from the name (1.5B, 8x7B, 135M)."
+    )
+    architecture: Architecture | None = Field(None, description="sdxl or flux; only for the task type Image.")
+    yarn_factor: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8, 16, 32]})] | None = Field(
+        None, description="YaRN factor by which the context is stretched: 2, 4, 8, 16 or 32."
+    )
+    source: ModelSource | None = Field(None, description="Where the model lies; absent means the public hub.")
+
+
+class UrlSource(WireModel):
+    """Data behind a (presigned) address."""
+
+    url: Annotated[
+        str,
+        StringConstraints(min_length=8, max_length=4096),
+        spelled(r"^(https|http|s3)://.+", "url must be an address: begin it with https://, http:// or s3://"),
+    ] = Field(description="https, http or s3 address.")
+    expires_at: Time | None = Field(None, description="When the address stops to work.")
+
+
+class HubSource(WireModel):
+    """Data set on the public hub."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(description="Name on the hub.")
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
+        None, description="Branch, tag or commit."
+    )
+    split: Annotated[str, StringConstraints(min_length=1, max_length=63)] | None = Field(
+        None, description="Split to read."
+    )
+
+
+class DatasetSource(WireModel):
+    """Where the data is: exactly one member."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "[has(self.persistentVolumeClaim), has(self.url), has(self.hub)].filter(x, x).size() == 1",
+                "dataset.source needs exactly one of persistentVolumeClaim, url and hub: set one and remove the others",
+                on_create=True,
+            )
+        )
+    )
+
+    persistent_volume_claim: ClaimPath | None = Field(None, description="File or folder on a claim of the namespace.")
+    url: UrlSource | None = Field(None, description="A (presigned) address.")
+    hub: HubSource | None = Field(None, description="A data set on the public hub.")
+
+
+class Dataset(WireModel):
+    """The data of the task: its type and exactly the member of that type."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            *(
+                rule(
+                    f"has(self.{member}) == (self.type == '{kind.value}')",
+                    f"dataset.{member} must be set exactly when dataset.type is {kind.value}: "
+                    f"set dataset.type to {kind.value} or remove dataset.{member}",
+                    on_create=True,
+                )
+                for kind, member in DATASET_MEMBERS.items()
+            )
+        )
+    )
+
+    type: DatasetType = Field(description="Which of the members below is set.")
+    instruct: InstructColumns | None = Field(None, description="Columns of instruction data.")
+    chat: ChatColumns | None = Field(None, description="Columns of conversation data.")
+    dpo: DPOColumns | None = Field(None, description="Columns of preference data.")
+    grpo: GRPOColumns | None = Field(None, description="Columns and rewards of a reinforcement task.")
+    image: ImageColumns | None = Field(None, description="Picture data.")
+    rows: Annotated[int, Field(ge=1, le=10**12, json_schema_extra={"format": "int64"})] | None = Field(
+        None, description="Number of rows or picture pairs, where it is known."
+    )
+    size_bytes: Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None = Field(
+        None, description="Size of the data in bytes, where it is known."
+    )
+    file_format: FileFormat | None = Field(None, description="How the rows are stored; default jsonl.")
+    source: DatasetSource | None = Field(None, description="Where the data lies.")
+
+    @model_validator(mode="after")
+    def _check_member(self) -> Dataset:
+        wanted = DATASET_MEMBERS[self.type]
+        present = [m for m in DATASET_MEMBERS.values() if getattr(self, m) is not None]
+        if present != [wanted]:
+            found = ", ".join(present) or "none of them"
+            raise ValueError(
+                f"type {self.type.value} goes with {wanted}, and there is {found}: set {wanted} alone, or change type"
+            )
+        return self
