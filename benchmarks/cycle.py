@@ -91,8 +91,10 @@ VARIANTS: dict[str, Object] = {
     "reserving": {**PREDICTING, "queue": {**QUEUE, "reserveFromGpus": 8}},
     "earliest-end": {**PREDICTING, "gpuChoice": "EarliestEnd"},
     "expected-value": {**PREDICTING, "gpuChoice": "MostValue", "scoring": {"expectedValue": {}}},
+    "hurried": {**PREDICTING, "gpuChoice": "EarliestEnd"},
 }
-"""What the policy switches on, laid over the preset of the first strategy document without its lanes."""
+"""What the policy switches on, laid over the preset of the first strategy document without its lanes. ``hurried`` has
+other offers as well: see :func:`hurry`."""
 
 
 def policy_of(variant: str) -> Object:
@@ -160,6 +162,33 @@ def offer_of(number: int) -> Object:
     return {"metadata": {**_stored(name, f"uid-{number:07}", created), "namespace": namespace}, "spec": spec}
 
 
+def hurry(raw: Object, number: int) -> Object:
+    """Return an offer with a deadline that it misses on one GPU, as every other one does, and meets on more.
+
+    One GPU of each node is free for them: what is free is too slow for all, and each could choose among the rest.
+    """
+    chance, spec = random.Random(number), raw["spec"]  # noqa: S311 - not for secrets
+    for left_out in ("gpuCount", "expiresAt", "active"):
+        spec.pop(left_out, None)
+    (name, parameters) = next((name, size) for name, size, _ in MODELS if name.endswith("Llama-3.1-8B-Instruct"))
+    spec |= {"taskID": f"o-{number}", "timeLimitSeconds": 71_000}
+    spec["deadline"] = rfc3339(NOW + timedelta(hours=3, seconds=chance.randrange(3600)))
+    spec["model"] = {**spec["model"], "name": name, "parameters": parameters}
+    spec["dataset"]["rows"] = 200_000 + chance.randrange(100_000)
+    return raw
+
+
+def pod_of(node: str) -> Object:
+    """Return somebody else's pod that leaves one GPU of a node free, as stored."""
+    limits = {"nvidia.com/gpu": str(GPUS_PER_NODE - 1)}
+    container = {"name": "other", "image": "other", "resources": {"limits": limits, "requests": limits}}
+    return {
+        "metadata": {**_stored(f"on-{node}", f"on-{node}"), "namespace": "others"},
+        "spec": {"nodeName": node, "containers": [container]},
+        "status": {"phase": "Running"},
+    }
+
+
 def _stored(name: str, uid: str, created: datetime = NOW) -> Object:
     return {
         "name": name,
@@ -184,11 +213,17 @@ class Cluster:
     def list_all(self, count: int) -> None:
         """Take in a list of every kind."""
         world = self.world
-        world.nodes.replace([node_of(f"node-{number:03}") for number in range(self.nodes)], "1")
-        for empty in (world.pods, world.batch_jobs, world.jobs):
+        names = [f"node-{number:03}" for number in range(self.nodes)]
+        world.nodes.replace([node_of(name) for name in names], "1")
+        world.pods.replace([pod_of(name) for name in names] if self.variant == "hurried" else [], "1")
+        for empty in (world.batch_jobs, world.jobs):
             empty.replace([], "1")
         world.policies.replace([policy_of(self.variant)], "1")
-        world.offers.replace((offer_of(number) for number in range(count)), "1")
+        world.offers.replace((self.offer(number) for number in range(count)), "1")
+
+    def offer(self, number: int) -> Object:
+        """Return the offer of a number, as created."""
+        return hurry(offer_of(number), number) if self.variant == "hurried" else offer_of(number)
 
     def read(self) -> None:
         """Read every offer."""
@@ -219,7 +254,7 @@ class Cluster:
     def stored(self, number: int) -> Object:
         """Return an offer at a new version."""
         self.version += 1
-        raw = offer_of(number)
+        raw = self.offer(number)
         raw["metadata"]["resourceVersion"] = str(self.version)
         return {**raw, "status": self.status.get(raw["metadata"]["uid"], {})}
 
@@ -247,7 +282,7 @@ def measure(variant: str, count: int, nodes: int, times: int) -> Iterator[tuple[
     gc.freeze()
     gc.set_threshold(3_000, 5, 1_000)
     cluster = Cluster(variant, nodes)
-    yield "list", timed(lambda: cluster.list_all(count))[0] - timed(lambda: [offer_of(n) for n in range(count)])[0]
+    yield "list", timed(lambda: cluster.list_all(count))[0] - timed(lambda: [cluster.offer(n) for n in range(count)])[0]
     yield "read", timed(cluster.read)[0]
     seconds, made = timed(cluster.cycle)
     yield "cold", seconds
@@ -260,7 +295,9 @@ def measure(variant: str, count: int, nodes: int, times: int) -> Iterator[tuple[
     yield "rss", _resident()
     yield "warm", median(timed(cluster.cycle)[0] for _ in range(times))
     yield "changed", median(_changed(cluster, count, turn) for turn in range(times))
-    yield "freed", median(_freed(cluster) for _ in range(times))
+    # Nobody runs where nobody is in time.
+    running = bool(cluster.world.by_state[OfferState.HOLDING])
+    yield "freed", median(_freed(cluster) for _ in range(times)) if running else math.nan
     yield "peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

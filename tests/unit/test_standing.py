@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
+from unittest.mock import patch
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from builders import Object, make_node, make_offer, make_pod, make_policy, stored
 from core_builders import NOW, at
 from taskoffer.api.base import rfc3339
-from taskoffer.decision.cycle import Plan, plan
+from taskoffer.decision.cycle import Plan, _Cycle, plan
 from taskoffer.decision.snapshot import Snapshot
 from taskoffer.decision.verdict import Verdict
 from taskoffer.reconcile.world import World
@@ -189,6 +190,203 @@ def test_whatever_happens_each_cycle_decides_as_if_it_looked_at_every_offer(step
             run_cycle(cluster, first)
     run_cycle(cluster, [])
     run_cycle(cluster, [])
+
+
+ONE_SIZE = {
+    "name": "All",
+    "minParameters": 0,
+    "gpus": 1,
+    "sizeEfficiency": "1",
+    "lora": {"r": 64, "loraAlpha": 128},
+    "train": {"maxLength": 2048, "perDeviceTrainBatchSize": 4, "numTrainEpochs": 3},
+}
+
+
+def hurried(slots: int | None = None, **fields: Any) -> Object:
+    """Return a policy under which offers may choose their count, as their deadlines allow."""
+    return make_policy(
+        name="lab",
+        gpu_choice="EarliestEnd",
+        size_classes=[ONE_SIZE],
+        resources=[{"name": "nvidia.com/gpu", "counts": [1, 2, 4, 8]}],
+        filters={"maxTimeLimitSeconds": 100_000, "minScore": "0", "maxConcurrentJobs": slots},
+        estimation={"gpuMemory": "80G", "duration": {"tokensPerRow": 1024, "startSeconds": 10, "reserveSeconds": 0}},
+        **fields,
+    )
+
+
+HURRIED = [
+    hurried(),
+    hurried(slots=2),
+    hurried(queue={"reserveFromGpus": 8}),
+    hurried(queue={"reserveFromGpus": 2, "priorities": ["low", "high"]}),
+    hurried(namespaces=[{"name": "default", "gpus": 4, "highestPriority": None}]),
+]
+LLAMA: dict[str, Any] = {"model": "meta-llama/Meta-Llama-3-8B", "parameters": 8_030_000_000, "hours": 20}
+"""10,000 rows take 77 minutes on one GPU and 10 on eight, so that a deadline decides the count."""
+HURRIES = st.fixed_dictionaries(
+    {
+        "rows": st.sampled_from([8_000, 10_000, 12_000]),
+        "hours": st.sampled_from([1, 20]),
+        "spec": st.sampled_from([{"deadline": rfc3339(at(seconds))} for seconds in (1000, 1800, 3000, 6000, 9000)]),
+        "gpus": st.sampled_from([None, None, None, None, 1, 8]),
+        "priority_class": st.sampled_from([None, None, "high"]),
+    }
+)
+NODES = ["node-a", "node-b"]
+HURRIED_STEPS = st.one_of(
+    st.tuples(st.just("offers"), st.lists(st.tuples(st.integers(0, 8), HURRIES), max_size=9)),
+    st.tuples(st.just("pod"), st.tuples(st.sampled_from(NODES), st.integers(0, 8))),
+    st.tuples(st.just("ended"), st.integers(0, 8)),
+    st.tuples(st.just("later"), st.integers(1, 900)),
+    *[st.tuples(st.just("cycle"), FATES)] * 4,
+)
+
+
+@given(st.sampled_from(HURRIED), st.integers(0, 8), st.integers(0, 8), st.lists(HURRIED_STEPS, max_size=25))
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_those_for_whom_no_free_count_is_in_time_are_decided_as_if_each_were_looked_at(
+    rules: Object, here: int, there: int, steps: list[tuple[str, Any]]
+) -> None:
+    cluster = Cluster()
+    cluster.put("policies", "lab", rules)
+    for name, taken in zip(NODES, (here, there), strict=True):
+        cluster.put("nodes", name, make_node(name, gpus=8))
+        cluster.put("pods", f"on-{name}", make_pod(f"on-{name}", gpus=taken, node=name) if taken else None)
+    for what, value in steps:
+        if what == "offers":
+            for number, fields in value:
+                made = make_offer(name=f"o{number}", **{**LLAMA, **fields})
+                if ("offers", f"o{number}") not in cluster.objects:
+                    cluster.put("offers", f"o{number}", made, generation=1)
+        elif what == "pod":
+            name, taken = value
+            cluster.put("pods", f"on-{name}", make_pod(f"on-{name}", gpus=taken, node=name) if taken else None)
+        elif what == "ended":
+            cluster.put("offers", f"o{value}", None)
+        elif what == "later":
+            cluster.now += timedelta(seconds=value)
+        else:
+            run_cycle(cluster, value)
+    run_cycle(cluster, [])
+    run_cycle(cluster, [])
+
+
+def in_a_hurry(count: int, rules: Object | None = None) -> Cluster:
+    """Return a cluster of which one GPU is free, with offers that are in time on more than that only."""
+    cluster = Cluster()
+    cluster.put("nodes", "node-a", make_node("node-a", gpus=8))
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=7, node="node-a"))
+    cluster.put("policies", "lab", rules or hurried())
+    for number in range(count):
+        due = {"deadline": rfc3339(at(3600))}
+        cluster.put("offers", f"o{number}", make_offer(name=f"o{number}", **LLAMA, rows=10_000, spec=due))
+    return cluster
+
+
+def test_a_queue_that_is_too_late_for_what_is_free_is_asked_once_and_not_offer_by_offer() -> None:
+    cluster = in_a_hurry(50)
+    run_cycle(cluster, [])
+    made = cluster.world.snapshot(cluster.now)
+    assert made.offers == []
+    found = [(shape.reason, shape.counts, shape.in_time, len(group)) for shape, group in made.standing.items()]
+    assert found == [("WaitingForCapacity", (1, 2, 4, 8), (2, 4, 8), 50)]
+    with patch.object(_Cycle, "_choose", side_effect=AssertionError("an offer was looked at")):
+        assert plan(made).waiting == 50
+
+
+def test_a_count_that_becomes_too_slow_for_offers_that_stand_is_taken_out_of_their_choice() -> None:
+    cluster = in_a_hurry(5)
+    run_cycle(cluster, [])
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=6, node="node-a"))
+    cluster.now = at(2400)
+    made = cluster.world.snapshot(cluster.now)
+    assert [(shape.in_time, len(group)) for shape, group in made.standing.items()] == [((4, 8), 5)]
+    run_cycle(cluster, [])
+    assert plan(cluster.world.snapshot(cluster.now)).decisions == ()
+
+
+def test_those_that_slept_through_the_cycle_are_looked_at_once_a_count_in_time_is_free() -> None:
+    cluster = in_a_hurry(5)
+    run_cycle(cluster, [])
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=6, node="node-a"))
+    made = plan(cluster.world.snapshot(cluster.now))
+    assert [
+        (d.answer.verdict, d.answer.admission.assignments[0].count) for d in made.decisions if d.answer.admission
+    ] == [(Verdict.ADMIT, 2)]
+
+
+def test_those_that_come_after_what_has_changed_the_room_are_woken_up() -> None:
+    cluster = in_a_hurry(5, hurried(slots=1))
+    run_cycle(cluster, [])
+    assert {len(group) for group in cluster.world.snapshot(cluster.now).standing.values()} == {5}
+    between = make_offer(name="o2-and-a-half", gpus=1, rows=100, **LLAMA)
+    cluster.put("offers", "o2-and-a-half", between)
+    made = plan(cluster.world.snapshot(cluster.now))
+    assert {d.offer.key.name: d.answer.reason.value for d in made.decisions} == {
+        "o2-and-a-half": "Admitted",
+        "o3": "WaitingForJobSlot",
+        "o4": "WaitingForJobSlot",
+    }
+    assert made.waiting == 5
+    run_cycle(cluster, [])
+
+
+def told(cluster: Cluster) -> dict[str, str]:
+    """Decide both ways and return the new reasons by offer."""
+    made = plan(cluster.world.snapshot(cluster.now))
+    run_cycle(cluster, [])
+    return {d.offer.key.name: d.answer.reason.value for d in made.decisions}
+
+
+def test_those_that_are_too_late_for_what_is_free_wait_for_more_once_it_is_predicted_to_be_free() -> None:
+    cluster = in_a_hurry(2)
+    run_cycle(cluster, [])
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=3, node="node-a"))
+    cluster.put("offers", "a1", make_offer(name="a1", gpus=4, rows=100, **LLAMA))
+    assert told(cluster) == {"a1": "Admitted", "o0": "WaitingForEarlierEnd"}
+
+
+def test_those_that_are_too_late_for_what_is_free_are_told_what_else_they_wait_for() -> None:
+    cluster = in_a_hurry(2, hurried(namespaces=[{"name": "default", "gpus": 4, "highestPriority": None}]))
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=5, node="node-a"))
+    cluster.put("offers", "a1", make_offer(name="a1", gpus=2, rows=100_000, **LLAMA))
+    assert told(cluster) == {"a1": "Admitted", "o0": "WaitingForCapacity", "o1": "WaitingForCapacity"}
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=4, node="node-a"))
+    cluster.put("offers", "a2", make_offer(name="a2", gpus=1, rows=100_000, **LLAMA))
+    assert told(cluster) == {"a2": "Admitted", "o0": "WaitingForQuota", "o1": "WaitingForQuota"}
+    for name in ("a1", "a2"):
+        cluster.put("offers", name, None)
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=7, node="node-a"))
+    assert told(cluster) == {"o0": "WaitingForCapacity", "o1": "WaitingForCapacity"}
+
+
+def test_one_whose_smallest_count_is_not_free_keeps_its_node_though_it_is_too_late_for_that_count() -> None:
+    cluster = in_a_hurry(0, hurried(queue={"reserveFromGpus": 2}))
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=6, node="node-a"))
+    cluster.put("offers", "a1", make_offer(name="a1", gpus=1, rows=2_500, **LLAMA))
+    assert told(cluster) == {"a1": "Admitted"}
+    due = {"spec": {"deadline": rfc3339(at(2000))}, "hours": 1}
+    cluster.put("offers", "o0", make_offer(name="o0", rows=10_000, **{**LLAMA, **due}))
+    assert told(cluster) == {"o0": "WaitingForCapacity"}
+    assert [shape.in_time for shape in cluster.world.snapshot(cluster.now).standing] == [(4, 8)]
+    cluster.put("offers", "z1", make_offer(name="z1", gpus=1, rows=100_000, **LLAMA))
+    assert told(cluster) == {"z1": "WaitingBehindReservation"}
+
+
+def test_a_kept_node_that_is_lent_to_short_tasks_only_is_no_answer_for_the_whole_group() -> None:
+    cluster = in_a_hurry(0, hurried(queue={"reserveFromGpus": 4, "priorities": ["low", "high"]}))
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=4, node="node-a"))
+    for name, gpus, rows in (("on-two", 2, 20_000), ("on-one", 1, 10_000)):
+        cluster.put("offers", name, make_offer(name=name, gpus=gpus, rows=rows, priority_class="high", **LLAMA))
+    assert told(cluster) == {"on-two": "Admitted", "on-one": "Admitted"}
+    for name, rows in (("short", 8_000), ("very-long", 12_000)):
+        due = {"deadline": rfc3339(at(3600))}
+        cluster.put("offers", name, make_offer(name=name, rows=rows, spec=due, **LLAMA))
+    assert told(cluster) == {"short": "WaitingForCapacity", "very-long": "WaitingForCapacity"}
+    assert [len(group) for group in cluster.world.snapshot(cluster.now).standing.values()] == [2]
+    cluster.put("offers", "large", make_offer(name="large", gpus=4, rows=100, priority_class="high", **LLAMA))
+    assert told(cluster) == {"large": "WaitingForCapacity", "very-long": "WaitingBehindReservation"}
 
 
 def test_a_long_queue_is_asked_once_and_not_offer_by_offer() -> None:

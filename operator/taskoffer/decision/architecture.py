@@ -139,7 +139,6 @@ _UNTIED_FROM = 4 * 10**9
 """Small models share the embedding with the output layer, larger ones do not (Llama 3, Qwen 2.5)."""
 
 
-@lru_cache(maxsize=4096)
 def shape_of(model_name: str, parameters: int) -> ModelShape:
     """Return the shape of a model: its own when it is known by name, else one of its size.
 
@@ -151,7 +150,12 @@ def shape_of(model_name: str, parameters: int) -> ModelShape:
     """
     if parameters < 1:
         raise ValueError(f"a model has at least one parameter, got {parameters}")
-    name = model_name.rsplit("/", 1)[-1].lower()
+    return _shape_of(model_name.rsplit("/", 1)[-1].lower(), parameters)
+
+
+@lru_cache(maxsize=4096)
+def _shape_of(name: str, parameters: int) -> ModelShape:
+    """Return the shape of all models of this name, whoever owns them."""
     for pattern, shape in _PATTERNS:
         if pattern.search(name) and abs(shape.parameters / parameters - 1) <= 0.1:
             return shape

@@ -99,7 +99,15 @@ def text_seconds(shape: ModelShape, parameters: int, work: Work, speed: Speed, g
     return text_pace(shape, parameters, work, speed, gpus).seconds(work.rows)
 
 
-def image_seconds(model: ImageModel, resolution: int, pictures: int, speed: Speed, gpus: int) -> float:
-    """Return the seconds that an image model's training takes: four forward passes' worth for each picture."""
+def image_pace(model: ImageModel, resolution: int, speed: Speed, gpus: int) -> Pace:
+    """Return how fast an image model trains on its GPUs: a picture takes four forward passes' worth.
+
+    A picture counts as a row of one token; ``resolution`` is its edge in pixels.
+    """
     flops = 4 * model.forward_flops * (resolution / 1024) ** 2
-    return pictures * flops / (gpus * speed.mfu * speed.peak_flops)
+    return Pace(1, flops, gpus * speed.mfu * speed.peak_flops)
+
+
+def image_seconds(model: ImageModel, resolution: int, pictures: int, speed: Speed, gpus: int) -> float:
+    """Return the seconds that an image model's training takes, without evaluation and start-up."""
+    return image_pace(model, resolution, speed, gpus).seconds(pictures)

@@ -21,7 +21,10 @@ _OWN = frozenset(
 
 def condition_of(conditions: Sequence[Condition], kind: str) -> Condition | None:
     """Return the condition of a type, or None."""
-    return next((c for c in conditions if c.type == kind), None)
+    for condition in conditions:
+        if condition.type == kind:
+            return condition
+    return None
 
 
 def is_true(conditions: Sequence[Condition], kind: str) -> bool:

@@ -17,7 +17,8 @@ from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import PolicyRef
 from taskoffer.decision.answers import admitted, duplicate_of, ends_earlier, rejection, too_late, waits, waits_for
-from taskoffer.decision.evaluate import Evaluation
+from taskoffer.decision.by_rank import by_rank
+from taskoffer.decision.evaluate import Evaluation, Option
 from taskoffer.decision.moments import later
 from taskoffer.decision.moves import Move, find_moves, resume
 from taskoffer.decision.preemption import Eviction, Preemptions
@@ -38,6 +39,7 @@ from taskoffer.decision.snapshot import (
 )
 from taskoffer.decision.timeline import Opening
 from taskoffer.decision.verdict import Answer, Verdict
+from taskoffer.decision.want import Asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,25 +132,12 @@ class _Cycle:
         ranked.sort()
         self.wanted = sum(found.evaluation.gpus for found in ranked)
         self.wanted += sum(shape.gpus * len(group) for shape, group in snapshot.standing.items())
-        for shape, found in self._by_rank(ranked):
+        for shape, found in by_rank(ranked, snapshot, self.room, self._passed_over, self._may_sleep):
             yield found, snapshot.policies[shape.policy] if shape else policies[found.offer.uid]
 
-    def _by_rank(self, ranked: Sequence[Waiting]) -> Iterator[tuple[Shape | None, Waiting]]:
-        """Merge the ranked offers with the standing groups; a group ends where its obstacle is met again."""
-        queues: list[tuple[Shape | None, Sequence[Waiting]]] = [(None, ranked), *self.snapshot.standing.items()]
-        heads = [(queue[0].order, number, 0) for number, (_, queue) in enumerate(queues) if queue]
-        heapq.heapify(heads)
-        while heads:
-            _, number, at = heads[0]
-            shape, queue = queues[number]
-            step = self._passed_over(shape, queue, at) if shape is not None else 0
-            if step == 0:
-                yield shape, queue[at]
-                step = 1
-            if at + step < len(queue):
-                heapq.heapreplace(heads, (queue[at + step].order, number, at + step))
-            else:
-                heapq.heappop(heads)
+    def _may_sleep(self) -> bool:
+        """Tell whether nothing but offers takes GPUs any more."""
+        return not self.resumptions
 
     def _passed_over(self, shape: Shape, queue: Sequence[Waiting], at: int) -> int:
         """Return how many offers of a standing group, from this one on, need no look: their answer still holds."""
@@ -246,24 +235,24 @@ class _Cycle:
         if evaluation.spare_share is not None:
             return self._with_spare(offer, policy, evaluation, evaluation.spare_share), None
         now = self.snapshot.now
-        ends: list[tuple[datetime, int, Evaluation, Opening | None]] = []
-        stopped: tuple[Evaluation, Obstacle] | None = None
+        ends: list[tuple[datetime, int, Option, Opening | None]] = []
+        stopped: tuple[Option, Obstacle] | None = None
         for option in evaluation.options:
-            choice = evaluation.on(option)
-            obstacle = self.room.obstacle(policy, choice)
+            asked = Asked(option.gpus, evaluation.lane, evaluation.quota, option.seconds)
+            obstacle = self.room.obstacle(policy, asked)
             if obstacle is None:
                 if can_start(offer, evaluation, option, now):
-                    ends.append((later(now, option.seconds), option.gpus, choice, None))
+                    ends.append((later(now, option.seconds), option.gpus, option, None))
                 continue
-            stopped = stopped or (choice, obstacle)
-            opening = None if self.room.rejects(policy, obstacle) else self.room.opening(policy, choice)
+            stopped = stopped or (option, obstacle)
+            opening = None if self.room.rejects(policy, obstacle) else self.room.opening(policy, asked)
             if opening is not None and can_start(offer, evaluation, option, opening.at):
-                ends.append((later(opening.at, option.seconds), option.gpus, choice, opening))
+                ends.append((later(opening.at, option.seconds), option.gpus, option, opening))
         if not ends:
             # Only counts that are not free would still be in time, and nothing says when they will be.
-            choice, obstacle = stopped or (evaluation, self.room.no_room(policy, evaluation))
-            return choice, waits(choice, obstacle, rejects=self.room.rejects(policy, obstacle))
-        _, gpus, choice, opening = min(ends, key=lambda end: (end[0], end[3] is not None, end[1]))
+            return self._none_in_time(offer, policy, evaluation, stopped)
+        _, gpus, option, opening = min(ends, key=lambda end: (end[0], end[3] is not None, end[1]))
+        choice = evaluation.on(option)
         if opening is None:
             return choice, None
         self._wake(opening.at)
@@ -274,6 +263,17 @@ class _Cycle:
         if at_once is not None:
             otherwise = f"on {at_once[1]} GPU(s) from now on it would be {rfc3339(at_once[0])}"
         return choice, ends_earlier(evaluation, gpus, opening, later(opening.at, choice.occupies), otherwise)
+
+    def _none_in_time(
+        self, offer: OfferView, policy: PolicyView, evaluation: Evaluation, stopped: tuple[Option, Obstacle] | None
+    ) -> tuple[Evaluation, Answer]:
+        """Answer an offer of which no count is free in time."""
+        if stopped is not None and _says(offer, stopped[1].reason) and not self.room.rejects(policy, stopped[1]):
+            # It has been told, so nothing is put into words for it.
+            return evaluation, Answer(Verdict.WAIT, stopped[1].reason, stopped[1].message)
+        choice = evaluation.on(stopped[0]) if stopped is not None else evaluation
+        obstacle = stopped[1] if stopped is not None else self.room.no_room(policy, evaluation)
+        return choice, waits(choice, obstacle, rejects=self.room.rejects(policy, obstacle))
 
     def _with_spare(self, offer: OfferView, policy: PolicyView, evaluation: Evaluation, share: float) -> Evaluation:
         """Choose the largest count within a share of the GPUs that are free and that nobody else waits for."""

@@ -7,22 +7,23 @@ Filters return every cause; only the spec and the policy's constants can make a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import NamedTuple
 
 from taskoffer.api.contract import SERVED_TASK_TYPES
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
+from taskoffer.api.v1alpha1.queueing import Queue
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
 from taskoffer.decision.facts import Facts, gather
 from taskoffer.decision.finish import duration_text
-from taskoffer.decision.outcomes import NOTHING, Group, Learned, group_of
-from taskoffer.decision.prediction import estimates_of, refusals_of
+from taskoffer.decision.identity import Itself
+from taskoffer.decision.outcomes import NOTHING, Group, Learned
+from taskoffer.decision.prediction import Prediction, estimates_of, refusals_of
 from taskoffer.decision.score import PLACES, score_of
 from taskoffer.decision.sizing import billions
-from taskoffer.decision.value import at_stake
 from taskoffer.decision.verdict import Refusal, Score
 
 
@@ -44,11 +45,10 @@ class Option(NamedTuple):
     """From the admission to the result."""
     needed: float
     """The same with the reserve."""
-    estimates: tuple[ExplanationItem, ...]
+    prediction: Prediction
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """The part of a decision that does not depend on capacity."""
 
     refusals: tuple[Refusal, ...]
@@ -58,7 +58,8 @@ class Evaluation:
     lane: str | None
     rank: int = 0
     """The score in steps of its last place, for sorting."""
-    estimates: tuple[ExplanationItem, ...] = ()
+    prediction: Prediction | None = None
+    """What is predicted on its GPUs; None where the policy does not estimate."""
     seconds: float = 0.0
     """What the task is predicted to take, with the reserve; 0 where nothing is predicted."""
     ttl: int | None = None
@@ -90,6 +91,11 @@ class Evaluation:
     group: Group | None = None
     """Whose outcomes it rests on; None where the policy does not learn."""
 
+    @property
+    def estimates(self) -> tuple[ExplanationItem, ...]:
+        """The prediction as the offer's status tells it, put into words when somebody asks."""
+        return estimates_of(self.prediction)
+
     def seconds_on(self, gpus: int) -> float:
         """Return for how long the offer holds so many GPUs, if it may choose them, else its own number."""
         return next((option.seconds for option in self.options if option.gpus == gpus), self.occupies)
@@ -97,15 +103,15 @@ class Evaluation:
     @property
     def least_seconds(self) -> float:
         """What the task takes at least, with the reserve, on any of its counts; 0 where nothing is predicted."""
-        return min((option.needed for option in self.options), default=self.seconds)
+        return min([option.needed for option in self.options]) if self.options else self.seconds
 
     def in_lane(self, lane: str) -> Evaluation:
         """Return the same for another lane."""
-        return replace(self, lane=lane)
+        return self._replace(lane=lane)
 
     def on(self, option: Option) -> Evaluation:
         """Return the same for another number of GPUs."""
-        return replace(self, gpus=option.gpus, occupies=option.seconds, estimates=option.estimates)
+        return self._replace(gpus=option.gpus, occupies=option.seconds, prediction=option.prediction)
 
 
 def evaluate(
@@ -139,7 +145,7 @@ def evaluate(
         size_class=facts.size.name if facts.size else "",
         lane=facts.lane.name if facts.lane else None,
         rank=int(score.total / PLACES) if score is not None else 0,
-        estimates=estimates_of(facts.prediction),
+        prediction=facts.prediction,
         ttl=policy.filters.offer_ttl_seconds,
         seconds=facts.prediction.seconds if facts.prediction is not None else 0.0,
         occupies=finish.seconds if finish is not None else float(spec.time_limit_seconds),
@@ -148,16 +154,16 @@ def evaluate(
         quota=namespace if facts.limit is not None and facts.limit.gpus is not None else None,
         borrows_from=facts.lane.borrow_from if facts.lane else (),
         options=tuple(
-            Option(gpus, found.finish.seconds, found.seconds, estimates_of(found))
+            Option(gpus, found.finish.seconds, found.seconds, found)
             for gpus, found in facts.options
             if found.finish is not None
         ),
         spare_share=_spare_share(facts),
         reserves=_reserves(facts),
         preempts=_preempts(facts, priority),
-        at_stake=_at_stake(facts),
+        at_stake=facts.stakes.lateness(facts.known) if facts.stakes is not None and policy.preemption else 0.0,
         floor=_floor(facts),
-        group=group_of(spec, policy) if policy.learning is not None else None,
+        group=facts.group if policy.learning is not None else None,
     )
 
 
@@ -167,13 +173,18 @@ def _spare_share(facts: Facts) -> float | None:
 
 
 def _priority(facts: Facts) -> Priority | None:
-    queue = facts.policy.queue
-    if queue is None:
+    if facts.policy.queue is None:
         return None
-    names = queue.priorities
-    name = facts.spec.priority_class_name or queue.default_priority
-    level = names.index(name) if name in names else 0
     highest = facts.limit.highest_priority if facts.limit is not None else None
+    return _priority_in(Itself(facts.policy.queue), facts.spec.priority_class_name, highest)
+
+
+@lru_cache(maxsize=4096)
+def _priority_in(among: Itself[Queue], asked: str | None, highest: str | None) -> Priority:
+    """Return the priority of all offers that ask for this class, where they may ask for one up to the highest."""
+    queue = among.value
+    names, name = queue.priorities, asked or queue.default_priority
+    level = names.index(name) if name in names else 0
     if highest in names:
         # Nobody has asked for the default, so it gives way to the namespace's limit instead of being refused.
         level = min(level, names.index(highest))
@@ -191,14 +202,6 @@ def _preempts(facts: Facts, priority: Priority | None) -> bool:
         return False
     names = facts.policy.queue.priorities if facts.policy.queue is not None else ()
     return not rules.rules or any(names[priority.level if priority else 0] in rule.by for rule in rules.rules)
-
-
-def _at_stake(facts: Facts) -> float:
-    scoring, task, parameters = facts.policy.scoring.expected_value, facts.task, facts.parameters
-    if facts.policy.preemption is None or scoring is None or task is None or parameters is None:
-        return 0.0
-    success = facts.learned.success_rate(facts.known, Decimal(task.success_rate))
-    return at_stake(facts.spec, task, parameters, scoring, success)
 
 
 def _floor(facts: Facts) -> tuple[int, Decimal | None] | None:
@@ -341,8 +344,8 @@ def _check_gpus(facts: Facts) -> Iterator[Refusal]:
 
 def _check_prediction(facts: Facts) -> Iterator[Refusal]:
     lane_gpus = facts.lane.gpus if facts.lane is not None else None
-    if facts.prediction is not None and facts.gpus is not None:
-        yield from refusals_of(facts.prediction, facts.spec, facts.policy, facts.gpus, lane_gpus, facts.learned)
+    if facts.outlook is not None and facts.gpus is not None:
+        yield from refusals_of(facts.outlook, facts.spec, facts.policy, facts.gpus, lane_gpus)
 
 
 def _check_score(facts: Facts, score: Score) -> Iterator[Refusal]:

@@ -2,25 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
+from typing import NamedTuple
 
 from taskoffer.api.contract import SERVED_TASK_TYPES
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, GpuChoice
 from taskoffer.api.v1alpha1.lanes import Lane, LaneRule
+from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.api.v1alpha1.profiles import FamilyRule, SizeClass, TaskTypeRule
 from taskoffer.api.v1alpha1.queueing import NamespaceLimit
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
-from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Learned
-from taskoffer.decision.prediction import Prediction, fewest_gpu_hours, holding_counts, predict
-from taskoffer.decision.sizing import family_of, parameters_of, size_class_of
-from taskoffer.decision.value import most_valuable
+from taskoffer.decision.fit import Subject
+from taskoffer.decision.footing import Footings, footings_under
+from taskoffer.decision.identity import Itself
+from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Group, Learned
+from taskoffer.decision.prediction import Outlook, Prediction
+from taskoffer.decision.sizing import family_of, parameters_in_name, size_class_of
+from taskoffer.decision.value import Stakes, most_valuable
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the policy knows about an offer; None where it knows nothing."""
+class Traits(NamedTuple):
+    """What a policy knows about a model and a task type, whatever else an offer says; None where it knows nothing."""
+
+    task: TaskTypeRule | None
+    family: FamilyRule | None
+    parameters: int | None
+    size: SizeClass | None
+    lane: Lane | None
+    lane_rule: LaneRule | None
+    usual_gpus: int | None
+    """Those of the size class of the effective size."""
+    footings: Footings | None
+    """What is predicted of all such tasks, where the policy estimates."""
+    group: Group | None
+    """Whose outcomes count for such a task, where it has a size class."""
+
+
+def traits_of(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Traits:
+    """Return what a policy knows about an offer's model and task type; worked out once for all that are alike."""
+    model, image = spec.model, spec.dataset.image
+    resolution = image.resolution if image is not None else None
+    return _traits(Itself(policy), model.name, model.parameters, model.architecture, spec.task_type, resolution)
+
+
+@lru_cache(maxsize=4096)
+def _traits(
+    under: Itself[CapacityPolicySpec],
+    name: str,
+    stated: int | None,
+    architecture: Architecture | None,
+    task_type: TaskType,
+    resolution: int | None,
+) -> Traits:
+    policy = under.value
+    parameters = stated or parameters_in_name(name) or policy.filters.unknown_parameters
+    family = family_of(name, policy.families)
+    size = size_class_of(parameters, policy.size_classes) if parameters is not None else None
+    lane, lane_rule = _lane_of(task_type, architecture, size, policy)
+    task = next((t for t in policy.task_types if t.name is task_type), None)
+    footings = None
+    if policy.estimation is not None and parameters is not None:
+        footings = footings_under(under, Subject(name, architecture, parameters, task_type, resolution or 1024))
+    return Traits(
+        task=task,
+        family=family,
+        parameters=parameters,
+        size=size,
+        lane=lane,
+        lane_rule=lane_rule,
+        usual_gpus=_usual_gpus(parameters, size, task, policy),
+        footings=footings,
+        group=Group(task_type, family.name if family else "", size.name) if size is not None else None,
+    )
+
+
+class Facts(NamedTuple):
+    """What a policy knows about an offer; None where it knows nothing."""
 
     spec: TaskOfferSpec
     policy: CapacityPolicySpec
@@ -29,7 +88,8 @@ class Facts:
     parameters: int | None
     size: SizeClass | None
     lane: Lane | None
-    lane_rule: LaneRule | None
+    group: Group | None = None
+    """Whose outcomes count for its task."""
     limit: NamespaceLimit | None = None
     """What the policy says about the offer's namespace."""
     gpus: int | None = None
@@ -37,6 +97,10 @@ class Facts:
     options: tuple[tuple[int, Prediction], ...] = ()
     """Counts among which the cycle may choose, with what is predicted on them."""
     prediction: Prediction | None = None
+    outlook: Outlook | None = None
+    """What is predicted on any count, where the policy has settings for such a task."""
+    stakes: Stakes | None = None
+    """What the task may earn and cost, where the policy scores by that."""
     learned: Learned = NOTHING
     known: Estimate = UNKNOWN
     """What outcomes have shown of tasks like this one."""
@@ -52,55 +116,59 @@ def gather(
     served: frozenset[TaskType] = SERVED_TASK_TYPES,
 ) -> Facts:
     """Find out what the policy knows, and has learned, about an offer of a namespace."""
-    parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
-    size = size_class_of(parameters, policy.size_classes) if parameters is not None else None
-    lane, lane_rule = _lane_of(spec, size, policy)
-    task = next((t for t in policy.task_types if t.name is spec.task_type), None)
-    limit = next((n for n in policy.namespaces if n.name == namespace), None)
-    sized = size is not None and task is not None
+    traits = traits_of(spec, policy)
+    task, parameters, size, lane_rule = traits.task, traits.parameters, traits.size, traits.lane_rule
+    limit = next((n for n in policy.namespaces if n.name == namespace), None) if policy.namespaces else None
+    outlook, stakes = None, None
+    if size is not None and task is not None:
+        outlook = Outlook(spec, policy.resources[0].counts, traits.footings, traits.group, learned)
+    scoring = policy.scoring.expected_value
+    if scoring is not None and task is not None and parameters is not None:
+        stakes = Stakes(spec, task, parameters, scoring, learned)
     options: tuple[tuple[int, Prediction], ...] = ()
     if spec.gpu_count is not None:
         gpus: int | None = spec.gpu_count
     elif lane_rule is not None:
         gpus = lane_rule.gpus_per_task
     else:
-        chosen, options = _choose(spec, policy, limit, learned) if sized else (None, ())
-        gpus = chosen if chosen is not None else _usual_gpus(parameters, size, task, policy)
+        chosen, options = _choose(outlook, policy, limit, stakes) if outlook is not None else (None, ())
+        gpus = chosen if chosen is not None else traits.usual_gpus
     return Facts(
         spec=spec,
         policy=policy,
         task=task,
-        family=family_of(spec.model.name, policy.families),
+        family=traits.family,
         parameters=parameters,
         size=size,
-        lane=lane,
-        lane_rule=lane_rule,
-        learned=learned,
+        lane=traits.lane,
+        group=traits.group,
         limit=limit,
         gpus=gpus,
         options=options,
-        prediction=predict(spec, policy, gpus, learned) if sized and gpus is not None else None,
-        known=learned.about(spec, policy, gpus) if sized and gpus is not None else UNKNOWN,
+        prediction=outlook.on(gpus) if outlook is not None and gpus is not None else None,
+        outlook=outlook,
+        stakes=stakes,
+        learned=learned,
+        known=outlook.known(gpus) if outlook is not None and gpus is not None else UNKNOWN,
         served=served,
     )
 
 
 def _choose(
-    spec: TaskOfferSpec, policy: CapacityPolicySpec, limit: NamespaceLimit | None, learned: Learned
+    outlook: Outlook, policy: CapacityPolicySpec, limit: NamespaceLimit | None, stakes: Stakes | None
 ) -> tuple[int | None, tuple[tuple[int, Prediction], ...]]:
     """Choose the number of GPUs where neither the offer nor a lane says it, or the counts for the cycle to choose."""
+    most = limit.gpus if limit is not None else None
     if policy.gpu_choice is GpuChoice.FEWEST_GPU_HOURS:
-        return fewest_gpu_hours(spec, policy, learned), ()
+        return outlook.fewest_gpu_hours(), ()
     if policy.gpu_choice is GpuChoice.MOST_VALUE:
-        most = limit.gpus if limit is not None else None
-        chosen, scoring = most_valuable(spec, policy, learned), policy.scoring.expected_value
+        chosen, scoring = most_valuable(outlook, stakes) if stakes is not None else None, policy.scoring.expected_value
         if chosen is None or scoring is None or scoring.spare_share is None:
             return chosen, ()
-        larger = (it for it in holding_counts(spec, policy, learned) if it[0] >= chosen)
-        return chosen, tuple(it for it in larger if most is None or it[0] <= most)
+        larger = ((gpus, it) for gpus, it, _ in outlook.holding() if gpus >= chosen)
+        return chosen, tuple((gpus, it) for gpus, it in larger if most is None or gpus <= most)
     if policy.gpu_choice is GpuChoice.EARLIEST_END:
-        most = limit.gpus if limit is not None else None
-        found = tuple((gpus, it) for gpus, it in holding_counts(spec, policy, learned) if most is None or gpus <= most)
+        found = tuple((gpus, it) for gpus, it, _ in outlook.holding() if most is None or gpus <= most)
         # The smallest count stands for the offer as long as nothing is free for it.
         return min((gpus for gpus, _ in found), default=None), found
     return None, ()
@@ -116,15 +184,15 @@ def _usual_gpus(
 
 
 def _lane_of(
-    spec: TaskOfferSpec, size: SizeClass | None, policy: CapacityPolicySpec
+    task_type: TaskType, architecture: Architecture | None, size: SizeClass | None, policy: CapacityPolicySpec
 ) -> tuple[Lane, LaneRule] | tuple[None, None]:
     for lane in policy.lanes:
         for item in lane.rules:
-            if item.task_types and spec.task_type not in item.task_types:
+            if item.task_types and task_type not in item.task_types:
                 continue
             if item.size_classes and (size is None or size.name not in item.size_classes):
                 continue
-            if item.architectures and spec.model.architecture not in item.architectures:
+            if item.architectures and architecture not in item.architectures:
                 continue
             return lane, item
     return None, None

@@ -11,59 +11,121 @@ from taskoffer.api.v1alpha1.estimation import DurationEstimation
 from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
-from taskoffer.decision.architecture import ModelShape, shape_of
-from taskoffer.decision.compute import Pace, Speed, Work, image_seconds, text_pace
+from taskoffer.decision.architecture import ModelShape
+from taskoffer.decision.compute import Pace, Speed, Work, image_pace, text_pace
+from taskoffer.decision.fit import Subject
 from taskoffer.decision.identity import Itself
 from taskoffer.decision.memory import IMAGE_MODELS
+
+
+class Pacing(NamedTuple):
+    """How a task goes on its GPUs, whatever its rows and its time limit; times are in seconds."""
+
+    gpus: int
+    pace: Pace
+    rows_per_step: int
+    max_steps: int
+    """A number of steps that counts before the rows; 0 where there is none."""
+    epochs: float
+    stretch: float
+    """What training is multiplied with, so that evaluation is in it."""
+    start: float
+    """From the admission to the first step."""
+    around: float
+    """Fetching model and data before, verifying and uploading the result after."""
+    reserve: float
+    """What is to be left of the limit at the end."""
+    how: str
+    """What the pace rests on."""
+
+    def finish(self, spec: TaskOfferSpec, factor: float = 1.0, learned: str = "") -> Finish:
+        """Return how long an offer's task takes.
+
+        Args:
+            spec: The offer.
+            factor: What outcomes have shown the time of training to be a multiple of.
+            learned: How that came about, for people.
+
+        Raises:
+            ValueError: when neither rows nor steps are known.
+        """
+        rows = spec.dataset.rows
+        if self.max_steps > 0:
+            work = self.max_steps * self.rows_per_step
+        elif rows is not None:
+            work = round(rows * self.epochs)
+        else:
+            raise ValueError("dataset.rows is not set: set it to have the time predicted")
+        # The pod's start is not part of what outcomes measure.
+        training = self.pace.seconds(work) * self.stretch * factor
+        seconds = self.start + training + self.around
+        counted = training if spec.clock_mode is ClockMode.TRAINING else seconds
+        limit = spec.time_limit_seconds
+        in_time = counted <= _budget(limit, self.reserve)
+        return Finish(self, rows, training, seconds, counted, limit, in_time, learned)
 
 
 class Finish(NamedTuple):
     """How long a task takes on its GPUs, and how long it may, in seconds."""
 
-    gpus: int
-    start: float
-    """From the admission to the first step."""
+    pacing: Pacing
+    rows: int | None
+    """As the offer states them."""
     training: float
     """Training and evaluation."""
+    seconds: float
+    """From the admission to the result, when the pod starts at once."""
+    counted: float
+    """What the clock of the offer counts: all of it from the admission on, or from the start of the container."""
     limit: float
-    reserve: float
-    """What is to be left of the limit at the end."""
-    start_counts: bool
-    """Whether the clock runs from the admission on, and not from the start of the container."""
-    basis: str
-    """What the prediction rests on."""
-    around: float = 0.0
-    """Fetching model and data before, verifying and uploading the result after."""
+    in_time: bool
+    """Whether the result is there before the reserve begins."""
+    learned: str = ""
+    """How outcomes have corrected it."""
 
     @property
-    def seconds(self) -> float:
-        """Seconds from the admission to the result, when the pod starts at once."""
-        return self.start + self.training + self.around
+    def gpus(self) -> int:
+        """The number of GPUs."""
+        return self.pacing.gpus
 
     @property
-    def counted(self) -> float:
-        """Seconds that the clock of the offer counts."""
-        return self.seconds if self.start_counts else self.training
+    def start(self) -> float:
+        """Seconds from the admission to the first step."""
+        return self.pacing.start
+
+    @property
+    def reserve(self) -> float:
+        """Seconds of the limit that are to be left at the end."""
+        return self.pacing.reserve
 
     @property
     def budget(self) -> float:
         """The time limit without the reserve."""
-        return max(0.0, self.limit - self.reserve)
-
-    @property
-    def in_time(self) -> bool:
-        """Tell whether the result is there before the reserve begins."""
-        return self.counted <= self.budget
+        return _budget(self.limit, self.pacing.reserve)
 
     @property
     def least_limit(self) -> int:
         """The shortest time limit with which it would be."""
-        return math.ceil(self.counted + self.reserve)
+        return math.ceil(self.counted + self.pacing.reserve)
+
+    @property
+    def basis(self) -> str:
+        """Say what the prediction rests on."""
+        pacing = self.pacing
+        if pacing.max_steps > 0:
+            of_what = f"{pacing.max_steps} steps of {pacing.rows_per_step} rows"
+        else:
+            of_what = f"{self.rows} rows, {pacing.epochs:g} epoch(s)"
+        return f"{of_what}{pacing.how}, {self.learned}" if self.learned else f"{of_what}{pacing.how}"
 
     @property
     def numbers(self) -> str:
         """Say the prediction and its limit."""
         return f"{duration_text(self.counted)} of {duration_text(self.budget)} on {self.gpus} GPU(s): {self.basis}"
+
+
+def _budget(limit: float, reserve: float) -> float:
+    return max(0.0, limit - reserve)
 
 
 def finish_of(
@@ -77,34 +139,36 @@ def finish_of(
     Raises:
         ValueError: when neither rows nor steps are known.
     """
+    resolution = spec.dataset.image.resolution if spec.dataset.image else None
+    subject = Subject.of(spec.model, parameters, spec.task_type, resolution)
+    return _pacing(subject, Itself(settings), Itself(duration), gpus).finish(spec)
+
+
+@lru_cache(maxsize=16_384)
+def _pacing(subject: Subject, settings: Itself[Settings], duration: Itself[DurationEstimation], gpus: int) -> Pacing:
+    return pacing_of(subject, settings.value, duration.value, gpus)
+
+
+def pacing_of(subject: Subject, settings: Settings, duration: DurationEstimation, gpus: int) -> Pacing:
+    """Return how a task goes on so many GPUs with these settings; the same for all data."""
     train = settings.train
-    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * gpus
-    if train.max_steps > 0:
-        rows, of_what = train.max_steps * per_step, f"{train.max_steps} steps of {per_step} rows"
-    elif spec.dataset.rows is not None:
-        rows = round(spec.dataset.rows * train.num_train_epochs)
-        of_what = f"{spec.dataset.rows} rows, {train.num_train_epochs:g} epoch(s)"
+    speed = _speed(duration, subject.parameters, train.bf16)
+    if subject.shape is None:
+        pace = image_pace(IMAGE_MODELS[subject.architecture or Architecture.SDXL], subject.resolution, speed, gpus)
+        how = f" of {subject.resolution} pixels, MFU {speed.mfu:g}"
     else:
-        raise ValueError("dataset.rows is not set: set it to have the time predicted")
-    if spec.task_type is TaskType.IMAGE:
-        speed = _speed(duration, parameters, train.bf16)
-        model = IMAGE_MODELS[spec.model.architecture or Architecture.SDXL]
-        resolution = spec.dataset.image.resolution if spec.dataset.image else 1024
-        training = image_seconds(model, resolution, rows, speed, gpus)
-        how = f" of {resolution} pixels, MFU {speed.mfu:g}"
-    else:
-        shape = shape_of(spec.model.name, parameters)
-        pace, how = _pace(Itself(shape), parameters, spec.task_type, Itself(settings), Itself(duration), gpus)
-        training = pace.seconds(rows)
-    return Finish(
+        pace, how = _text_pace(subject, subject.shape, settings, duration, speed, gpus)
+    return Pacing(
         gpus=gpus,
+        pace=pace,
+        rows_per_step=train.per_device_train_batch_size * train.gradient_accumulation_steps * gpus,
+        max_steps=train.max_steps,
+        epochs=train.num_train_epochs,
+        stretch=1 + float(duration.evaluation_share),
         start=duration.start_seconds,
-        training=training * (1 + float(duration.evaluation_share)),
-        limit=spec.time_limit_seconds,
-        reserve=duration.reserve_seconds,
-        start_counts=spec.clock_mode is not ClockMode.TRAINING,
-        basis=of_what + how,
         around=duration.prepare_seconds + duration.submit_seconds,
+        reserve=duration.reserve_seconds,
+        how=how,
     )
 
 
@@ -113,22 +177,15 @@ def _speed(duration: DurationEstimation, parameters: int, bf16: bool) -> Speed:
     return Speed(duration.peak_teraflops * 1e12 / (1 if bf16 else 2), float(duration.mfu_of(parameters)))
 
 
-@lru_cache(maxsize=16_384)
-def _pace(
-    like: Itself[ModelShape],
-    parameters: int,
-    task: TaskType,
-    settings: Itself[Settings],
-    duration: Itself[DurationEstimation],
-    gpus: int,
+def _text_pace(
+    subject: Subject, shape: ModelShape, settings: Settings, duration: DurationEstimation, speed: Speed, gpus: int
 ) -> tuple[Pace, str]:
-    """Return how fast text is trained on, and on what that rests; the same for all data."""
-    shape, lora, train = like.value, settings.value.lora, settings.value.train
-    speed = _speed(duration.value, parameters, train.bf16)
-    tokens = min(duration.value.tokens_per_row, train.max_length)
-    generated = duration.value.generated_tokens_per_row if task is TaskType.GRPO else 0
+    """Return how fast text is trained on, and on what that rests."""
+    lora, train = settings.lora, settings.train
+    tokens = min(duration.tokens_per_row, train.max_length)
+    generated = duration.generated_tokens_per_row if subject.task is TaskType.GRPO else 0
     work = Work(
-        task=task,
+        task=subject.task,
         rows=0,
         tokens_per_row=tokens,
         adapter_parameters=shape.adapter_parameters(lora.r, lora.target_modules),
@@ -138,7 +195,7 @@ def _pace(
         rows_per_generation=train.per_device_train_batch_size * gpus,
     )
     how = f" of {tokens} tokens" + (f" and {generated} generated ones" if generated else "")
-    return text_pace(shape, parameters, work, speed, gpus), f"{how}, MFU {speed.mfu:g}"
+    return text_pace(shape, subject.parameters, work, speed, gpus), f"{how}, MFU {speed.mfu:g}"
 
 
 def duration_text(seconds: float) -> str:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from taskoffer.api.contract import Clamp
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.learning import MOST_BYTES, MOST_SECONDS, Predicted
 from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, ExplanationItem, TaskOfferSpec
-from taskoffer.decision.finish import Finish, duration_text, finish_of
+from taskoffer.decision.finish import Finish, duration_text
 from taskoffer.decision.fit import Fit
+from taskoffer.decision.footing import Footings, footing_on, footings_of
 from taskoffer.decision.identity import Itself
 from taskoffer.decision.memory import GIB
-from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Learned
-from taskoffer.decision.recipe import estimation_of, fit_of
-from taskoffer.decision.sizing import parameters_of
+from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Group, Kind, Learned, group_of
 from taskoffer.decision.verdict import Refusal
 
 _TOLD_CLAMPS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """How an offer's task fits its GPUs, and how long it takes there; None where nothing says so.
 
     Both are corrected by what is known of tasks like it.
@@ -42,13 +40,12 @@ class Prediction:
     @property
     def seconds(self) -> float:
         """What the task takes from its admission, with the reserve; 0 where nothing says so."""
-        return 0.0 if self.finish is None else self.finish.seconds + self.finish.reserve
+        return 0.0 if self.finish is None else self.finish.seconds + self.finish.pacing.reserve
 
     @property
     def memory_numbers(self) -> str:
         """Say the peak and its limit, and how it was corrected."""
-        basis = self.known.memory_basis
-        return f"{self.fit.numbers}, {basis}" if basis else self.fit.numbers
+        return _memory_numbers(self.fit, self.known.memory_basis)
 
     def record(self) -> Predicted:
         """Return what the formulas say and the factors beside it, for a job to keep until it is measured."""
@@ -62,6 +59,93 @@ class Prediction:
         )
 
 
+class Outlook:
+    """What is predicted of one offer under a policy. Each number of GPUs is worked out once, when somebody asks."""
+
+    __slots__ = ("_footings", "_found", "_group", "_learned", "_spec", "counts")
+
+    def __init__(
+        self,
+        spec: TaskOfferSpec,
+        counts: Sequence[int],
+        footings: Footings | None,
+        group: Group | None,
+        learned: Learned = NOTHING,
+    ) -> None:
+        """Take what is known of an offer.
+
+        Args:
+            spec: The offer.
+            counts: The numbers of GPUs that the policy hands out.
+            footings: What the offer shares with others that train the same; None where nothing is estimated.
+            group: Whose outcomes count for it.
+            learned: What the policy has learned.
+        """
+        self.counts = counts
+        self._spec = spec
+        self._footings = footings
+        self._group = group if learned.estimates else None
+        self._learned = learned
+        self._found: dict[int, Prediction | None] = {}
+
+    def known(self, gpus: int) -> Estimate:
+        """Return what outcomes have shown of tasks like this one on so many GPUs."""
+        return self._learned.of(Kind(*self._group, gpus)) if self._group is not None else UNKNOWN
+
+    def on(self, gpus: int) -> Prediction | None:
+        """Return what is predicted on so many GPUs, or None where the policy does not estimate.
+
+        Raises:
+            ValueError: when the policy has no size class or task type for the offer.
+        """
+        if gpus not in self._found:
+            self._found[gpus] = self._predict(gpus)
+        return self._found[gpus]
+
+    def _predict(self, gpus: int) -> Prediction | None:
+        if self._footings is None:
+            return None
+        spec, known = self._spec, self.known(gpus)
+        fit, pacing = footing_on(self._footings, spec, gpus, known.memory_factor)
+        if pacing is None or not (spec.dataset.rows or pacing.max_steps > 0):
+            return Prediction(fit, None, known)
+        basis = known.duration_basis if known is not UNKNOWN else ""
+        # A factor of which nothing would be told does not count.
+        factor = float(known.duration_factor) if basis else 1.0
+        return Prediction(fit, pacing.finish(spec, factor, basis), known)
+
+    def holding(self) -> Iterator[tuple[int, Prediction, Finish]]:
+        """Yield the counts that the policy hands out with which the task fits and ends in time, with what is predicted.
+
+        There are none where nothing says how long the task takes.
+        """
+        for gpus in self.counts:
+            found = self.on(gpus)
+            if found is None:
+                return
+            finish = found.finish
+            if finish is not None:
+                if finish.in_time:
+                    yield gpus, found, finish
+            elif found.fit.fits:
+                # Nothing says so, on whatever count.
+                return
+
+    def fewest_gpu_hours(self) -> int | None:
+        """Return the count with which the task holds and takes the fewest GPU-hours, or None.
+
+        A pod's start takes as long on four GPUs as on one, so that as a rule it is the smallest count that holds.
+        """
+        hours = ((gpus * finish.seconds, gpus) for gpus, _, finish in self.holding())
+        return min(hours, default=(0, None))[1]
+
+
+def outlook_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, learned: Learned = NOTHING) -> Outlook:
+    """Return the outlook of an offer under a policy."""
+    group = group_of(spec, policy) if learned.estimates else None
+    return Outlook(spec, policy.resources[0].counts, footings_of(spec, policy), group, learned)
+
+
 def predict(
     spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, learned: Learned = NOTHING
 ) -> Prediction | None:
@@ -70,84 +154,27 @@ def predict(
     Raises:
         ValueError: when the policy has no size class or task type for the offer.
     """
-    return _predict(Itself(spec), Itself(policy), gpus, Itself(learned.about(spec, policy, gpus)))
-
-
-@lru_cache(maxsize=32)
-def _predict(
-    offered: Itself[TaskOfferSpec], under: Itself[CapacityPolicySpec], gpus: int, shown: Itself[Estimate]
-) -> Prediction | None:
-    """Predict. One evaluation asks for the same counts again and again: to choose, to score, to name a remedy."""
-    spec, policy, known = offered.value, under.value, shown.value
-    fits = fit_of(spec, policy, gpus, known.memory_factor)
-    parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
-    estimation = estimation_of(policy)
-    if fits is None or estimation is None or parameters is None:
-        return None
-    duration, finish = estimation.duration, None
-    if duration is not None and fits.fits and (spec.dataset.rows or fits.effective.train.max_steps > 0):
-        finish = _corrected(finish_of(spec, parameters, fits.effective, duration, gpus), known)
-    return Prediction(fits, finish, known)
-
-
-def _corrected(finish: Finish, known: Estimate) -> Finish:
-    """Return the prediction as outcomes have shown it to be; the pod's start is not part of what they measure."""
-    basis = known.duration_basis
-    if not basis:
-        return finish
-    training = finish.training * float(known.duration_factor)
-    return finish._replace(training=training, basis=f"{finish.basis}, {basis}")
-
-
-def holding_counts(
-    spec: TaskOfferSpec, policy: CapacityPolicySpec, learned: Learned = NOTHING
-) -> Iterator[tuple[int, Prediction]]:
-    """Yield the counts that the policy hands out with which the task fits and ends in time, with the prediction."""
-    for gpus in policy.resources[0].counts:
-        found = predict(spec, policy, gpus, learned)
-        if found is None or (found.fit.fits and found.finish is None):
-            # Nothing says how long the task takes, on whatever count.
-            return
-        if found.finish is not None and found.holds:
-            yield gpus, found
-
-
-def fewest_gpu_hours(spec: TaskOfferSpec, policy: CapacityPolicySpec, learned: Learned = NOTHING) -> int | None:
-    """Return the count that the policy hands out with which the task holds and takes the fewest GPU-hours, or None.
-
-    A pod's start takes as long on four GPUs as on one, so that as a rule it is the smallest count that holds.
-    """
-    hours_of = {
-        gpus: gpus * found.finish.seconds
-        for gpus, found in holding_counts(spec, policy, learned)
-        if found.finish is not None
-    }
-    return min(hours_of, key=lambda gpus: (hours_of[gpus], gpus), default=None)
+    return outlook_of(spec, policy, learned).on(gpus)
 
 
 def refusals_of(
-    found: Prediction,
-    spec: TaskOfferSpec,
-    policy: CapacityPolicySpec,
-    gpus: int,
-    most_gpus: int | None,
-    learned: Learned = NOTHING,
+    outlook: Outlook, spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, most_gpus: int | None
 ) -> Iterator[Refusal]:
     """Say what stands against the offer on its GPUs, and what would be taken under the policy.
 
     Args:
-        found: What is predicted on these GPUs.
+        outlook: What is predicted of the offer.
         spec: The offer.
         policy: The policy.
         gpus: Its GPUs.
         most_gpus: The most that its lane has, where it has one.
-        learned: What the policy has learned.
     """
-    if found.holds:
+    found = outlook.on(gpus)
+    if found is None or found.holds:
         return
-    counts = (n for n in policy.resources[0].counts if n != gpus and (most_gpus is None or n <= most_gpus))
+    counts = (n for n in outlook.counts if n != gpus and (most_gpus is None or n <= most_gpus))
     nearest = sorted(counts, key=lambda n: (abs(n - gpus), n))
-    others = ((n, predict(spec, policy, n, learned)) for n in nearest)
+    others = ((n, outlook.on(n)) for n in nearest)
     enough = next((n for n, other in others if other is not None and other.holds), None)
     remedies = [f"gpuCount {enough}"] if enough is not None else []
     if not found.fit.fits:
@@ -172,17 +199,28 @@ def estimates_of(found: Prediction | None) -> tuple[ExplanationItem, ...]:
     """Return the prediction as the offer's status tells it."""
     if found is None:
         return ()
-    items = [_estimate("PeakMemory", f"{found.fit.peak / GIB:.1f}GiB", found.memory_numbers)]
-    if found.finish is not None:
-        items.append(_estimate("Duration", duration_text(found.finish.seconds), found.finish.numbers))
-    return (*items, *(_clamped(clamp) for clamp in found.fit.clamps[:_TOLD_CLAMPS]))
-
-
-def _clamped(clamp: Clamp) -> ExplanationItem:
-    return _estimate(clamp.reason, f"{clamp.requested} -> {clamp.effective}"[:64], clamp.message[:400])
+    peak, *clamps = _memory_estimates(Itself(found.fit), "" if found.known is UNKNOWN else found.known.memory_basis)
+    if found.finish is None:
+        return (peak, *clamps)
+    seconds = duration_text(found.finish.seconds)
+    duration = ExplanationItem(type="Estimate", name="Duration", value=seconds, message=found.finish.numbers)
+    return (peak, duration, *clamps)
 
 
 @lru_cache(maxsize=4096)
-def _estimate(name: str, value: str, message: str) -> ExplanationItem:
-    """Return an estimate. Offers of a queue share most of theirs, and the values are immutable."""
-    return ExplanationItem(type="Estimate", name=name, value=value, message=message)
+def _memory_estimates(fits: Itself[Fit], basis: str) -> tuple[ExplanationItem, ...]:
+    """Return what is told of memory: the peak, and what was clamped. All offers that train the same are told it."""
+    fit = fits.value
+    peak = ExplanationItem(
+        type="Estimate", name="PeakMemory", value=f"{fit.peak / GIB:.1f}GiB", message=_memory_numbers(fit, basis)
+    )
+    return (peak, *(_clamped(clamp) for clamp in fit.clamps[:_TOLD_CLAMPS]))
+
+
+def _memory_numbers(fit: Fit, basis: str) -> str:
+    return f"{fit.numbers}, {basis}" if basis else fit.numbers
+
+
+def _clamped(clamp: Clamp) -> ExplanationItem:
+    value = f"{clamp.requested} -> {clamp.effective}"[:64]
+    return ExplanationItem(type="Estimate", name=clamp.reason, value=value, message=clamp.message[:400])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Protocol
 
 from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
@@ -18,6 +18,7 @@ from taskoffer.decision.ledger import NodeView, Release, best_fit, open_ledger
 from taskoffer.decision.moments import later
 from taskoffer.decision.snapshot import OfferView, PolicyView, Running, Snapshot, end_of
 from taskoffer.decision.timeline import Demand, Opening, Timeline
+from taskoffer.decision.want import Asked, Want
 
 CAPACITY_REASONS = frozenset(
     {
@@ -30,19 +31,6 @@ CAPACITY_REASONS = frozenset(
     }
 )
 """Reasons of a wait that capacity alone can end."""
-
-
-class Want(Protocol):
-    """What is to be placed: an offer as it was evaluated, or a job that goes on."""
-
-    @property
-    def gpus(self) -> int: ...  # noqa: D102
-    @property
-    def lane(self) -> str | None: ...  # noqa: D102
-    @property
-    def quota(self) -> str | None: ...  # noqa: D102
-    @property
-    def occupies(self) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +121,12 @@ class Room:
     """Lanes whose own offers wait: nobody borrows there."""
     passed_over: int = 0
     """Standing offers whose answer still holds."""
+    changes: int = 0
+    """How often less has become free, or a node has been kept."""
     _nodes: dict[str, list[NodeView]] = field(init=False)
     _stopped: dict[Kind, Obstacle] = field(default_factory=dict)
+    _free: dict[Kind, float] = field(default_factory=dict)
+    """For how long offers may hold their GPUs whose kind nothing stops, as far as somebody has asked."""
     _openings: dict[Kind, Opening | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -157,12 +149,28 @@ class Room:
         found = self._stopped.get(kind)
         if found is not None and evaluation.occupies > found.unless_seconds:
             return found
-        if policy.spec is None:
+        if policy.spec is None or evaluation.occupies <= self._free.get(kind, -1.0):
             return None
-        found = self._limit(policy.name, policy.spec, evaluation) or self._shortage(policy, policy.spec, evaluation)
+        found = self._search(policy, policy.spec, evaluation)
         if found is not None:
             self._stopped[kind] = found
+        else:
+            self._free[kind] = evaluation.occupies
         return found
+
+    def same_for_all(self, policy: PolicyView, asked: Asked) -> bool:
+        """Tell whether offers of this kind are all stopped or all free, however long they hold their GPUs.
+
+        A node that is kept is lent to the shorter ones only.
+        """
+        if policy.spec is None or not self.reservations:
+            return True
+        longest = asked._replace(occupies=math.inf)
+        free = self._search(policy, policy.spec, longest) is None
+        return free or self._search(policy, policy.spec, longest._replace(occupies=0.0)) is not None
+
+    def _search(self, policy: PolicyView, spec: CapacityPolicySpec, want: Want) -> Obstacle | None:
+        return self._limit(policy.name, spec, want) or self._shortage(policy, spec, want)
 
     def still_stops(self, policy: PolicyView, evaluation: Evaluation, reason: str) -> Obstacle | None:
         """Return what stops offers of this kind that wait for this reason already, if they go on waiting for it."""
@@ -170,6 +178,12 @@ class Room:
         if obstacle is None or obstacle.reason.value != reason or self.rejects(policy, obstacle):
             return None
         return obstacle
+
+    def _less_is_free(self) -> None:
+        """Forget what was found free, and when more will be."""
+        self.changes += 1
+        self._free.clear()
+        self._openings.clear()
 
     @staticmethod
     def rejects(policy: PolicyView, obstacle: Obstacle) -> bool:
@@ -197,7 +211,7 @@ class Room:
             kept.extra -= want.gpus
         self.timeline.ledger.book(holder, node.name, want.gpus, policy.name, want.lane, want.quota)
         self.timeline.start(Release(holder, node.name, want.gpus, ends, policy.name, want.lane, want.quota, name))
-        self._openings.clear()
+        self._less_is_free()
         return node
 
     def lack(self, policy: PolicyView, node: NodeView, evaluation: Evaluation) -> Lack:
@@ -219,7 +233,7 @@ class Room:
     def hold(self, policy: str, holder: str, node: str, gpus: int, evaluation: Evaluation) -> None:
         """Keep free GPUs of a node for an offer that waits there for more."""
         self.timeline.ledger.book(holder, node, gpus, policy, evaluation.lane, evaluation.quota)
-        self._openings.clear()
+        self._less_is_free()
 
     def lender(self, policy: PolicyView, evaluation: Evaluation) -> Evaluation | None:
         """Return the evaluation in the first lane that lends its GPUs to the offer's, or None."""
@@ -255,7 +269,7 @@ class Room:
         self.reservations[opening.node] = Reservation(
             str(offer.key), offer.uid, opening.node, evaluation.gpus, opening.at, opening.left
         )
-        self._openings.clear()
+        self._less_is_free()
 
     def lends_nothing(self, policy: PolicyView, evaluation: Evaluation) -> bool:
         """Tell whether no offer of this kind can borrow, however short it is."""
@@ -274,7 +288,7 @@ class Room:
             f"admitted once {evaluation.gpus} are free in time",
         )
 
-    def opening(self, policy: PolicyView, evaluation: Evaluation) -> Opening | None:
+    def opening(self, policy: PolicyView, evaluation: Want) -> Opening | None:
         """Return when an offer of this kind can start first on the predicted timeline, or None where nothing says."""
         kind = _kind(policy, evaluation)
         if kind not in self._openings:
@@ -367,7 +381,7 @@ class Room:
         )
 
 
-def demand_of(policy: PolicyView, evaluation: Evaluation) -> Demand | None:
+def demand_of(policy: PolicyView, evaluation: Want) -> Demand | None:
     """Return what an offer of this kind needs to be free together, or None where the policy is not usable."""
     spec = policy.spec
     if spec is None:

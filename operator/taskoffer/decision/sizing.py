@@ -30,14 +30,19 @@ def family_of(model_name: str, families: Sequence[FamilyRule]) -> FamilyRule | N
     return best[1] if best else None
 
 
-@lru_cache(maxsize=4096)
 def parameters_in_name(model_name: str) -> int | None:
     """Read the number of parameters from a model name: 0.5b, 1.5B, 135M and 8x7B are understood; else None.
 
     When a name carries several sizes the last one counts, as in ``Llama-3-8B-distill-1.5B``; but millions beside
     billions are a context's length, as in ``Qwen2.5-7B-Instruct-1M``.
     """
-    found = _SIZE.findall(model_name.rsplit("/", 1)[-1])
+    return _parameters_in(model_name.rsplit("/", 1)[-1])
+
+
+@lru_cache(maxsize=4096)
+def _parameters_in(name: str) -> int | None:
+    """Read the number of parameters from the part of a name that follows the owner."""
+    found = _SIZE.findall(name)
     if not found:
         return None
     experts, number, unit = next((size for size in reversed(found) if size[2].lower() == "b"), found[-1])

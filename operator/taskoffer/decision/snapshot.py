@@ -70,8 +70,8 @@ class OfferView:
     @property
     def reason(self) -> str | None:
         """The reason that its Admitted condition gives now, or None while it is undecided."""
-        admitted = condition_of(self.conditions, "Admitted")
-        return admitted.reason if admitted else None
+        admitted = condition_of(self.conditions, "Admitted") if self.conditions else None
+        return admitted.reason if admitted is not None else None
 
     @property
     def full_spec(self) -> TaskOfferSpec | None:
@@ -81,9 +81,7 @@ class OfferView:
     @property
     def ends(self) -> datetime | None:
         """The moment after which it is refused as expired unless it was admitted."""
-        if self.spec is None or (self.spec.expires_at is None and self.spec.deadline is None):
-            return None
-        return min(t for t in (self.spec.expires_at, self.spec.deadline) if t is not None)
+        return _sooner(self.spec.expires_at, self.spec.deadline) if self.spec is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +221,13 @@ class Shape(NamedTuple):
     borrows_from: tuple[str, ...] = ()
     reserves: bool = False
     preempts: bool = False
+    counts: tuple[int, ...] = ()
+    """Counts of GPUs among which the cycle chooses."""
+    in_time: tuple[int, ...] = ()
+    """Those of them on which it may still be in time for its deadline."""
 
 
-def shape_of(policy: str, evaluation: Evaluation, reason: str) -> Shape:
+def shape_of(policy: str, evaluation: Evaluation, reason: str, in_time: tuple[int, ...] = ()) -> Shape:
     """Return what an offer has in common with others that wait for the same reason."""
     return Shape(
         policy,
@@ -236,6 +238,8 @@ def shape_of(policy: str, evaluation: Evaluation, reason: str) -> Shape:
         evaluation.borrows_from,
         evaluation.reserves,
         evaluation.preempts,
+        tuple([option.gpus for option in evaluation.options]),
+        in_time,
     )
 
 
@@ -244,11 +248,19 @@ def end_of(offer: OfferView, evaluation: Evaluation | None) -> datetime | None:
 
     It is the first of what the offer says, the end of the time that its policy gives it, and its last start in time.
     """
-    ends = [offer.ends, ttl_end(offer, evaluation)]
+    ends = offer.ends
+    if evaluation is None:
+        return ends
     deadline = offer.spec.deadline if offer.spec is not None else None
-    if evaluation is not None and evaluation.least_seconds > 0 and deadline is not None:
-        ends.append(later(deadline, -evaluation.least_seconds))
-    return min((end for end in ends if end is not None), default=None)
+    if deadline is not None and evaluation.least_seconds > 0:
+        ends = _sooner(ends, later(deadline, -evaluation.least_seconds))
+    return _sooner(ends, ttl_end(offer, evaluation))
+
+
+def _sooner(one: datetime | None, other: datetime | None) -> datetime | None:
+    if one is None or other is None:
+        return one or other
+    return min(one, other)
 
 
 def can_start(offer: OfferView, evaluation: Evaluation, option: Option, moment: datetime) -> bool:

@@ -9,25 +9,22 @@ to be log-normal: the probability is that of a normal variable below ln(limit / 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
+from typing import NamedTuple
 
-from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.profiles import TaskTypeRule
 from taskoffer.api.v1alpha1.scoring import ExpectedValue
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.finish import Finish
-from taskoffer.decision.outcomes import NOTHING, Learned
-from taskoffer.decision.prediction import holding_counts
-from taskoffer.decision.sizing import parameters_of
+from taskoffer.decision.outcomes import Estimate, Learned
+from taskoffer.decision.prediction import Outlook
 
 _PLACES = Decimal("0.0001")
 _MOST = 1e8
 """More than a score can hold: odd factors of a policy are cut here, so that they cannot stop a cycle."""
 
 
-@dataclass(frozen=True, slots=True)
-class Expectation:
+class Expectation(NamedTuple):
     """What is expected of an offer on its GPUs."""
 
     value: float
@@ -36,44 +33,57 @@ class Expectation:
     """Probability that it ends in time, if it succeeds."""
     success: float
     """Probability that it succeeds at all."""
-    penalty: float
     gpu_hours: float
+    gain: Decimal
+    """Expected earnings for each GPU-hour."""
+    loss: Decimal
+    """Expected penalty for each GPU-hour, at most 0."""
 
     @property
     def probability(self) -> float:
         """Probability that the value is earned."""
         return self.in_time * self.success
 
-    @property
-    def gain(self) -> Decimal:
-        """Expected earnings for each GPU-hour."""
-        return _places(self.probability * self.value / self.gpu_hours)
 
-    @property
-    def loss(self) -> Decimal:
-        """Expected penalty for each GPU-hour, at most 0."""
-        return _places(-(1 - self.probability) * self.penalty / self.gpu_hours)
+class Stakes:
+    """What an offer's task may earn and cost. Each number of GPUs is worked out once, when somebody asks."""
 
+    __slots__ = ("_found", "_learned", "_penalty", "_prior", "_spread", "_value")
 
-def expectation_of(
-    spec: TaskOfferSpec, task: TaskTypeRule, parameters: int, finish: Finish, scoring: ExpectedValue, success: Decimal
-) -> Expectation:
-    """Return what is expected of an offer whose task takes so long, and succeeds with this probability."""
-    margin = math.log(finish.limit / finish.counted) / float(scoring.duration_spread) if finish.counted > 0 else 9.0
-    return Expectation(
-        value=value_of(spec, task, parameters, scoring),
-        in_time=0.5 * (1 + math.erf(margin / math.sqrt(2))),
-        success=min(1.0, float(success)),
-        penalty=float(scoring.penalty),
-        gpu_hours=max(finish.gpus * finish.seconds / 3600, 1e-6),
-    )
+    def __init__(
+        self, spec: TaskOfferSpec, task: TaskTypeRule, parameters: int, scoring: ExpectedValue, learned: Learned
+    ) -> None:
+        self._value = value_of(spec, task, parameters, scoring)
+        self._penalty = float(scoring.penalty)
+        self._spread = float(scoring.duration_spread)
+        self._prior = Decimal(task.success_rate)
+        self._learned = learned
+        self._found: dict[int, Expectation] = {}
 
+    def on(self, finish: Finish, known: Estimate) -> Expectation:
+        """Return what is expected on so many GPUs, from when it ends there and what is known of such tasks."""
+        found = self._found.get(finish.gpus)
+        if found is None:
+            found = self._found[finish.gpus] = self._expect(finish, self._learned.success_rate(known, self._prior))
+        return found
 
-def at_stake(
-    spec: TaskOfferSpec, task: TaskTypeRule, parameters: int, scoring: ExpectedValue, success: Decimal
-) -> float:
-    """Return what a task's expected earnings lose between being certainly in time and being certainly late."""
-    return min(1.0, float(success)) * (value_of(spec, task, parameters, scoring) + float(scoring.penalty))
+    def lateness(self, known: Estimate) -> float:
+        """Return what the task's expected earnings lose between being certainly in time and being certainly late."""
+        success = self._learned.success_rate(known, self._prior)
+        return min(1.0, float(success)) * (self._value + self._penalty)
+
+    def _expect(self, finish: Finish, success: Decimal) -> Expectation:
+        margin = math.log(finish.limit / finish.counted) / self._spread if finish.counted > 0 else 9.0
+        in_time, succeeds = 0.5 * (1 + math.erf(margin / math.sqrt(2))), min(1.0, float(success))
+        probability, gpu_hours = in_time * succeeds, max(finish.gpus * finish.seconds / 3600, 1e-6)
+        return Expectation(
+            value=self._value,
+            in_time=in_time,
+            success=succeeds,
+            gpu_hours=gpu_hours,
+            gain=_places(probability * self._value / gpu_hours),
+            loss=_places(-(1 - probability) * self._penalty / gpu_hours),
+        )
 
 
 def value_of(spec: TaskOfferSpec, task: TaskTypeRule, parameters: int, scoring: ExpectedValue) -> float:
@@ -84,18 +94,12 @@ def value_of(spec: TaskOfferSpec, task: TaskTypeRule, parameters: int, scoring: 
     return float(scoring.factor) * math.sqrt(spec.time_limit_seconds / 3600 * billions) * float(task.weight)
 
 
-def most_valuable(spec: TaskOfferSpec, policy: CapacityPolicySpec, learned: Learned = NOTHING) -> int | None:
+def most_valuable(outlook: Outlook, stakes: Stakes) -> int | None:
     """Return the count with which the task holds and is expected to earn most for each GPU-hour, or None."""
-    scoring, parameters = policy.scoring.expected_value, parameters_of(spec.model, policy.filters.unknown_parameters)
-    task = next((t for t in policy.task_types if t.name is spec.task_type), None)
-    if scoring is None or parameters is None or task is None:
-        return None
-    worth = {}
-    for gpus, found in holding_counts(spec, policy, learned):
-        if found.finish is not None:
-            success = learned.success_rate(found.known, Decimal(task.success_rate))
-            expected = expectation_of(spec, task, parameters, found.finish, scoring, success)
-            worth[gpus] = expected.gain + expected.loss
+    worth: dict[int, Decimal] = {}
+    for gpus, found, finish in outlook.holding():
+        expected = stakes.on(finish, found.known)
+        worth[gpus] = expected.gain + expected.loss
     return max(worth, key=lambda gpus: (worth[gpus], -gpus), default=None)
 
 

@@ -6,16 +6,16 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.outcomes import Learned
 from taskoffer.decision.snapshot import PolicyView
-from taskoffer.reconcile.views import OfferEntry
+from taskoffer.reconcile.views import KeptEvaluation, OfferEntry
 
 
 def evaluation_of(entry: OfferEntry, policy: PolicyView, spec: CapacityPolicySpec, learned: Learned) -> Evaluation:
     """Return an offer's evaluation under a policy; made once for each generation of both and what was learned."""
-    under, kept = (policy.uid, policy.generation), entry.evaluation
-    if kept is None or kept[0] != under or kept[1] != learned.version(kept[2].group):
+    kept = entry.evaluation
+    if kept is None or not kept.holds(policy, learned):
         offered = entry.fresh_spec or entry.read_spec()[0]
         assert offered is not None  # noqa: S101 - its terms were read
         made = evaluate(offered, spec, entry.key.namespace, learned)
-        kept = entry.evaluation = (under, learned.version(made.group), made)
+        kept = entry.evaluation = KeptEvaluation(policy.uid, policy.generation, learned.version(made.group), made)
     entry.fresh_spec = None
-    return kept[2]
+    return kept.made

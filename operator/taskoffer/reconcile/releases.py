@@ -88,8 +88,8 @@ def _predicted_seconds(
     world: World, entry: OfferEntry, admission: Admission, policies: Mapping[str, PolicyView]
 ) -> float:
     gpus = sum(part.count for part in admission.assignments)
-    if entry.evaluation is not None and entry.evaluation[0][0] == admission.policy_ref.uid:
-        return entry.evaluation[2].seconds_on(gpus)
+    if entry.evaluation is not None and entry.evaluation.policy_uid == admission.policy_ref.uid:
+        return entry.evaluation.made.seconds_on(gpus)
     return _evaluated_anew(world, entry, admission, policies)
 
 

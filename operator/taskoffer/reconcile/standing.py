@@ -11,6 +11,7 @@ from bisect import bisect_left, insort
 from datetime import datetime
 
 from taskoffer.decision.evaluate import Evaluation
+from taskoffer.decision.in_time import next_too_slow
 from taskoffer.decision.snapshot import OfferView, Shape, Waiting, end_of, next_raise, waiting
 
 _FEW = 256
@@ -50,6 +51,12 @@ class _Group:
         return ordered
 
 
+def _next_turn(offer: OfferView, evaluation: Evaluation, now: datetime) -> datetime | None:
+    """Return when an offer comes into another group, or to another place in its own."""
+    turns = (next_raise(offer, evaluation, now), next_too_slow(offer, evaluation, now))
+    return min((turn for turn in turns if turn is not None), default=None)
+
+
 class Standing:
     """The groups, and where each offer is in them."""
 
@@ -57,7 +64,7 @@ class Standing:
         self._groups: dict[Shape, _Group] = {}
         self._place: dict[str, tuple[Shape, Waiting, datetime | None, datetime | None]] = {}
         self._ends: list[tuple[datetime, str]] = []
-        self._raises: list[tuple[datetime, str]] = []
+        self._turns: list[tuple[datetime, str]] = []
 
     def __len__(self) -> int:
         return len(self._place)
@@ -74,25 +81,29 @@ class Standing:
         return found
 
     def add(self, shape: Shape, offer: OfferView, evaluation: Evaluation, now: datetime) -> None:
-        """Add an offer that is in no group. It stays until it ends, or until its waiting raises its priority."""
+        """Add an offer that is in no group.
+
+        It stays until it ends, until its waiting raises its priority, or until it has become too late for one of the
+        counts that it may choose from.
+        """
         place = waiting(offer, evaluation, now)
         self._groups.setdefault(shape, _Group()).add(place)
-        ends, rises = end_of(offer, evaluation), next_raise(offer, evaluation, now)
-        self._place[offer.uid] = shape, place, ends, rises
+        ends, turns = end_of(offer, evaluation), _next_turn(offer, evaluation, now)
+        self._place[offer.uid] = shape, place, ends, turns
         if ends is not None:
             heapq.heappush(self._ends, (ends, offer.uid))
-        if rises is not None:
-            heapq.heappush(self._raises, (rises, offer.uid))
+        if turns is not None:
+            heapq.heappush(self._turns, (turns, offer.uid))
         self._tidy()
 
     def _tidy(self) -> None:
         """Leave out moments of offers that have changed since, once they are most of what is kept."""
-        if len(self._ends) + len(self._raises) <= 4 * len(self._place) + 64:
+        if len(self._ends) + len(self._turns) <= 4 * len(self._place) + 64:
             return
         self._ends = [(ends, uid) for uid, (_, _, ends, _) in self._place.items() if ends is not None]
-        self._raises = [(rises, uid) for uid, (_, _, _, rises) in self._place.items() if rises is not None]
+        self._turns = [(turns, uid) for uid, (_, _, _, turns) in self._place.items() if turns is not None]
         heapq.heapify(self._ends)
-        heapq.heapify(self._raises)
+        heapq.heapify(self._turns)
 
     def drop(self, uid: str) -> bool:
         """Take an offer out. Tell whether it was there."""
@@ -109,13 +120,13 @@ class Standing:
         self._groups.clear()
         self._place.clear()
         self._ends.clear()
-        self._raises.clear()
+        self._turns.clear()
         return uids
 
     def drop_ended(self, now: datetime) -> list[str]:
         """Take out the offers whose time has come, or that count more by now, and return their UIDs."""
         ended = []
-        for moments, which in ((self._ends, 2), (self._raises, 3)):
+        for moments, which in ((self._ends, 2), (self._turns, 3)):
             while moments and (moments[0][0] <= now or self._stale(moments[0], which)):
                 moment = heapq.heappop(moments)
                 if not self._stale(moment, which) and self.drop(moment[1]):

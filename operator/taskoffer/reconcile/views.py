@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -23,6 +23,7 @@ from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.job_facts import NodeHealth
 from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.naming import job_name
+from taskoffer.decision.outcomes import Learned
 from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView
 from taskoffer.reconcile.cache import Raw
 from taskoffer.reconcile.shapes import count, mapping, mappings
@@ -53,6 +54,21 @@ class OfferState(StrEnum):
     DONE = "Done"
 
 
+class KeptEvaluation(NamedTuple):
+    """What a policy makes of an offer, and under which version of both it and what it has learned that holds."""
+
+    policy_uid: str
+    policy_generation: int
+    learned_version: int
+    made: Evaluation
+
+    def holds(self, policy: PolicyView, learned: Learned) -> bool:
+        """Tell whether the policy would say the same again."""
+        if self.policy_uid != policy.uid or self.policy_generation != policy.generation:
+            return False
+        return self.learned_version == learned.version(self.made.group)
+
+
 @dataclass(slots=True)
 class OfferEntry:
     """An offer as it is kept: its spec as text, since a queue can be long, and of a finished one not even that."""
@@ -78,8 +94,7 @@ class OfferEntry:
     """What is wrong with an admission that is stored and cannot be read."""
     booked: tuple[Assignment, ...] = ()
     """Where the admission books GPUs, as far as that can be read. It counts until it is known that nothing is there."""
-    evaluation: tuple[tuple[str, int], int, Evaluation] | None = None
-    """The policy's UID and generation, the version of what it had learned, and what it makes of the offer."""
+    evaluation: KeptEvaluation | None = None
     terms: tuple[OfferTerms | None, str | None] | None = None
     admitted_as: tuple[str, TaskType, datetime] | None = None
     """Policy, task type and moment of its admission, if it was admitted."""

@@ -15,6 +15,7 @@ from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome, Preemptor
 from taskoffer.decision.evaluate import Evaluation
+from taskoffer.decision.in_time import counts_in_time
 from taskoffer.decision.ledger import Claim, NodeView, open_ledger
 from taskoffer.decision.moves import Move
 from taskoffer.decision.room import CAPACITY_REASONS
@@ -302,7 +303,8 @@ class World:
                 continue
             evaluation = evaluation_of(entry, policy, policy.spec, self.outcomes.learned(policy.name))
             if self._stands(entry, view, evaluation, snapshot.now):
-                shape = shape_of(policy.name, evaluation, view.reason or "")
+                in_time = counts_in_time(view, evaluation, snapshot.now)
+                shape = shape_of(policy.name, evaluation, view.reason or "", in_time)
                 self.standing.add(shape, view, evaluation, snapshot.now)
                 del self.undecided[entry.uid]
             else:

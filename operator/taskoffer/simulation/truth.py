@@ -20,8 +20,9 @@ from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.finish import finish_of
 from taskoffer.decision.fit import Subject, fit
+from taskoffer.decision.footing import fit_of
 from taskoffer.decision.moments import later
-from taskoffer.decision.recipe import estimation_of, fit_of, requested_settings
+from taskoffer.decision.recipe import estimation_of, requested_settings
 from taskoffer.decision.sizing import parameters_of
 from taskoffer.simulation.run import Outcome
 from taskoffer.simulation.task import Task
