@@ -20,17 +20,10 @@ from taskoffer.api.v1alpha1.meta import Condition, ConditionStatus
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.cycle import Decision, Plan, plan
 from taskoffer.decision.evaluate import Evaluation, evaluate
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import Claim, NodeView, Release, Source
-from taskoffer.decision.snapshot import (
-    MoveRequest,
-    OfferKey,
-    OfferView,
-    PolicyView,
-    Resumption,
-    Running,
-    Sibling,
-    Snapshot,
-)
+from taskoffer.decision.placed_jobs import MoveRequest, Resumption, Running
+from taskoffer.decision.snapshot import OfferView, PolicyView, Sibling, Snapshot
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 

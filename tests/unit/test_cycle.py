@@ -24,8 +24,10 @@ from core_builders import (
 from taskoffer.api.reasons import ADMIT_REASONS, REJECT_REASONS, WAIT_REASONS, Reason
 from taskoffer.api.v1alpha1.meta import PolicyRef
 from taskoffer.api.v1alpha1.taskoffer import ClockMode
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import Release
-from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView
+from taskoffer.decision.placed_jobs import MoveRequest
+from taskoffer.decision.snapshot import OfferView, PolicyView
 from taskoffer.decision.verdict import Verdict
 
 LANE = [{"name": "text", "gpus": 2, "rules": [{"gpusPerTask": 1}]}]

@@ -19,8 +19,10 @@ from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.decision.cycle import plan
 from taskoffer.decision.devices import NodeDevice, choose
 from taskoffer.decision.inventory import ClassRule, Inventory, PublishedDevice, class_rule, inventory, nodes_of
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import Claim, NodeView, open_ledger
-from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, Resumption
+from taskoffer.decision.placed_jobs import MoveRequest, Resumption
+from taskoffer.decision.snapshot import OfferView
 from taskoffer.reconcile.device_views import device_class_entry, slice_entry
 
 Object = dict[str, Any]

@@ -24,8 +24,8 @@ from taskoffer.adapters.kube import (
     UnknownOutcomeError,
 )
 from taskoffer.api.contract import ProgressReport
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.moves import Move
-from taskoffer.decision.snapshot import OfferKey
 from virtual_time import run_virtually, virtual_time
 
 __all__ = ["virtual_time"]

@@ -26,9 +26,11 @@ from taskoffer.api.base import rfc3339
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.decision.cycle import Plan, plan
 from taskoffer.decision.forecast import forecasts
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import open_ledger
+from taskoffer.decision.placed_jobs import MoveRequest, Resumption, Running
 from taskoffer.decision.preemption import Preemptions, goes_on
-from taskoffer.decision.snapshot import MoveRequest, OfferKey, OfferView, PolicyView, Resumption, Running, Snapshot
+from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot
 
 QUEUE = {"priorities": ["low", "middle", "high"]}
 RULED = policy(queue=QUEUE, preemption=HIGH_TAKES)

@@ -17,7 +17,7 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.taskoffer import Admission, TaskOfferStatus
 from taskoffer.api.v1alpha1.trainingjob import Attempt, TrainingJob
 from taskoffer.decision.job_facts import OfferEnd
-from taskoffer.decision.snapshot import OfferKey
+from taskoffer.decision.keys import OfferKey
 from taskoffer.render.job import attempt_job, config_map
 from taskoffer.render.names import label_value
 from taskoffer.render.offers import decision_patch, end_patch, revocation_patch

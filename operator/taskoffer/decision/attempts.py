@@ -10,9 +10,10 @@ from taskoffer.api.v1alpha1.meta import Condition
 from taskoffer.api.v1alpha1.trainingjob import Attempt, AttemptOutcome, TrainingJobStatus
 from taskoffer.decision.conditions import condition_of, is_true
 from taskoffer.decision.job_facts import JobFacts, OfferEnd, Refusal
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.moments import later
 from taskoffer.decision.naming import attempt_name
-from taskoffer.decision.snapshot import MoveRequest, OfferKey
+from taskoffer.decision.placed_jobs import MoveRequest
 
 _PAUSE, _LONGEST_PAUSE = 5, 40
 """Seconds after the first refusal, doubled with each one, and the most of them."""

@@ -7,8 +7,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 
 from taskoffer.decision.in_time import none_in_time
+from taskoffer.decision.placed_jobs import Order
 from taskoffer.decision.room import Room
-from taskoffer.decision.snapshot import Order, Shape, Snapshot, Waiting
+from taskoffer.decision.snapshot import Shape, Snapshot, Waiting
 
 Queue = tuple[Shape | None, Sequence[Waiting]]
 Head = tuple[Order, int, int]

@@ -21,13 +21,12 @@ from taskoffer.decision.by_rank import by_rank
 from taskoffer.decision.evaluate import Evaluation, Option
 from taskoffer.decision.moments import later
 from taskoffer.decision.moves import Move, find_moves, resume
+from taskoffer.decision.placed_jobs import Order, Resumption
 from taskoffer.decision.preemption import Eviction, Preemptions
 from taskoffer.decision.room import Obstacle, Room
 from taskoffer.decision.snapshot import (
     OfferView,
-    Order,
     PolicyView,
-    Resumption,
     Shape,
     Snapshot,
     Waiting,

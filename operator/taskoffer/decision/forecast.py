@@ -13,12 +13,14 @@ from datetime import datetime
 
 from taskoffer.api.base import rfc3339
 from taskoffer.decision.cycle import Decision, plan
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import Claim, Release
 from taskoffer.decision.moments import later
 from taskoffer.decision.moves import Move
+from taskoffer.decision.placed_jobs import Resumption, Running
 from taskoffer.decision.preemption import Eviction, goes_on
 from taskoffer.decision.rerun import undecided
-from taskoffer.decision.snapshot import OfferKey, OfferView, Resumption, Running, Snapshot
+from taskoffer.decision.snapshot import OfferView, Snapshot
 from taskoffer.decision.timeline import end_expected
 from taskoffer.decision.verdict import Verdict
 

@@ -10,7 +10,7 @@ from taskoffer.api.v1alpha1.trainingjob import Attempt, StepStatus, TrainingJobS
 from taskoffer.decision.conditions import set_condition
 from taskoffer.decision.job_facts import Action, JobFacts, JobPlan, Notice
 from taskoffer.decision.naming import attempt_name
-from taskoffer.decision.snapshot import MoveRequest
+from taskoffer.decision.placed_jobs import MoveRequest
 from taskoffer.decision.trainer_words import at_its_end, clamps_of, trainer_status_of
 
 

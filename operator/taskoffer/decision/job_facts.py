@@ -11,7 +11,7 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.api.v1alpha1.trainingjob import Attempt, Preemptor, TrainingJob, TrainingJobStatus
-from taskoffer.decision.snapshot import MoveRequest
+from taskoffer.decision.placed_jobs import MoveRequest
 
 
 @dataclass(frozen=True, slots=True)

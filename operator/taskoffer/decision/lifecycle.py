@@ -35,7 +35,7 @@ from taskoffer.decision.job_facts import (
 )
 from taskoffer.decision.measured import with_measured
 from taskoffer.decision.moments import later
-from taskoffer.decision.snapshot import MoveRequest
+from taskoffer.decision.placed_jobs import MoveRequest
 from taskoffer.decision.trainer_words import (
     PERMANENT_EXIT_CODES,
     last_words,

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.decision.devices import assignment
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import best_fit
+from taskoffer.decision.placed_jobs import MoveRequest, Resumption
 from taskoffer.decision.room import Room
-from taskoffer.decision.snapshot import MoveRequest, OfferKey, Resumption, Snapshot
+from taskoffer.decision.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,12 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.preemption import Preemption
 from taskoffer.api.v1alpha1.trainingjob import TrainingJobStatus
 from taskoffer.decision.evaluate import Evaluation
+from taskoffer.decision.keys import OfferKey
+from taskoffer.decision.lack import Lack
 from taskoffer.decision.moments import later
-from taskoffer.decision.room import Lack, Obstacle, Room
-from taskoffer.decision.snapshot import OfferKey, OfferView, PolicyView, Resumption, Running, Snapshot, end_of
+from taskoffer.decision.placed_jobs import Resumption, Running
+from taskoffer.decision.room import Obstacle, Room
+from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot, end_of
 
 _CURABLE = frozenset(
     {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from taskoffer.api.base import rfc3339
@@ -14,9 +14,10 @@ from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, FullMode
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.finish import duration_text
+from taskoffer.decision.lack import Lack
 from taskoffer.decision.ledger import NodeView, Release, best_fit, open_ledger
 from taskoffer.decision.moments import later
-from taskoffer.decision.snapshot import OfferView, PolicyView, Running, Snapshot, end_of
+from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot, end_of
 from taskoffer.decision.timeline import Demand, Opening, Timeline
 from taskoffer.decision.want import Asked, Want
 
@@ -60,45 +61,6 @@ class Reservation:
     def admits(self, gpus: int, ends: datetime) -> bool:
         """Tell whether so many of the node's GPUs can be lent until then without the offer starting later."""
         return gpus <= self.extra or ends <= self.starts
-
-
-@dataclass(frozen=True, slots=True)
-class Lack:
-    """What is missing on a node, and in the limits of the policy, for an offer to start there."""
-
-    node: str
-    lane: str | None
-    quota: str | None
-    gpus: int
-    lane_gpus: int = 0
-    quota_gpus: int = 0
-    slots: int = 0
-
-    def met_by(self, ended: Iterable[Running]) -> bool:
-        """Tell whether nothing is missing any more once jobs on the node have ended."""
-        gpus, lane_gpus, quota_gpus, slots = self.gpus, self.lane_gpus, self.quota_gpus, self.slots
-        for running in ended:
-            gpus -= running.gpus
-            lane_gpus -= running.gpus if running.lane == self.lane else 0
-            quota_gpus -= running.gpus if running.quota == self.quota else 0
-            slots -= 1
-        return gpus <= 0 and lane_gpus <= 0 and quota_gpus <= 0 and slots <= 0
-
-    def helped_by(self, running: Running) -> bool:
-        """Tell whether the end of a job on the node gives something that is missing."""
-        in_lane = self.lane_gpus > 0 and running.lane == self.lane
-        in_quota = self.quota_gpus > 0 and running.quota == self.quota
-        return self.gpus > 0 or in_lane or in_quota or self.slots > 0
-
-    def without(self, running: Running) -> Lack:
-        """Return what is still missing once a job on the node has ended."""
-        return replace(
-            self,
-            gpus=self.gpus - running.gpus,
-            lane_gpus=self.lane_gpus - (running.gpus if running.lane == self.lane else 0),
-            quota_gpus=self.quota_gpus - (running.gpus if running.quota == self.quota else 0),
-            slots=self.slots - 1,
-        )
 
 
 Kind = tuple[str, int, str | None, str | None]

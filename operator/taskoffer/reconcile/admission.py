@@ -27,8 +27,9 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION, PolicyRef
 from taskoffer.decision.answers import first_of_task
 from taskoffer.decision.cycle import Decision, Plan, plan
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import open_ledger
-from taskoffer.decision.snapshot import OfferKey, OfferView
+from taskoffer.decision.snapshot import OfferView
 from taskoffer.decision.verdict import Verdict
 from taskoffer.reconcile.jobs import Jobs
 from taskoffer.reconcile.leftovers import offer_is_there

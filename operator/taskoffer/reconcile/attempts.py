@@ -22,7 +22,7 @@ from taskoffer.api.v1alpha1.meta import API_VERSION
 from taskoffer.api.v1alpha1.trainingjob import TrainingJob, TrainingJobStatus
 from taskoffer.decision.attempts import needs_devices
 from taskoffer.decision.job_facts import Action, DeleteJob, EnsureAttempt, SuspendJob
-from taskoffer.decision.snapshot import OfferKey
+from taskoffer.decision.keys import OfferKey
 from taskoffer.reconcile.leftovers import job_is_there
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import TrainingJobEntry

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from taskoffer.api.v1alpha1.devices import device_key
 from taskoffer.decision.inventory import Attribute, ClassRule, PublishedDevice, Slice, class_rule
-from taskoffer.decision.snapshot import OfferKey
+from taskoffer.decision.keys import OfferKey
 from taskoffer.reconcile.cache import Raw
 from taskoffer.reconcile.shapes import count, mapping, mappings, text
 from taskoffer.render.names import (

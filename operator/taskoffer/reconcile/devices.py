@@ -12,8 +12,8 @@ from taskoffer.adapters.kube import DEVICE_CLASSES
 from taskoffer.api.v1alpha1.capacitypolicy import ResourcePool
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.decision.inventory import ClassRule, Inventory, Slice, inventory, nodes_of
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import Claim, NodeView
-from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.device_views import (
     DeviceClassEntry,

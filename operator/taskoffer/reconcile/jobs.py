@@ -39,10 +39,10 @@ from taskoffer.decision.job_facts import (
     OfferEnd,
     Refusal,
 )
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.lifecycle import step
 from taskoffer.decision.moves import Move
 from taskoffer.decision.preemption import Eviction
-from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.attempts import NameTakenError, carry_out, give_devices_back, name_taken, owned_by
 from taskoffer.reconcile.leftovers import offer_is_there, read_job_again, stop_strays
 from taskoffer.reconcile.observed import is_over, job_facts, left_of, log_tail

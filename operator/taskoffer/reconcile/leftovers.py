@@ -19,7 +19,7 @@ from taskoffer.adapters.kube import (
     ThrottledError,
     UnknownOutcomeError,
 )
-from taskoffer.decision.snapshot import OfferKey
+from taskoffer.decision.keys import OfferKey
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import TrainingJobEntry
 

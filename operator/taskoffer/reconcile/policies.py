@@ -19,12 +19,13 @@ from taskoffer.adapters.metrics import GPUS
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicyStatus
 from taskoffer.api.v1alpha1.meta import API_VERSION
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import open_ledger
 from taskoffer.decision.policy_status import PolicyFacts, policy_status
-from taskoffer.decision.snapshot import OfferKey, PolicyView, Snapshot
+from taskoffer.decision.snapshot import PolicyView, Snapshot
+from taskoffer.reconcile.in_force import node_views
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import PolicyEntry, read
-from taskoffer.reconcile.world import node_views
 from taskoffer.render.patch import merge_patch
 
 logger = logging.getLogger(__name__)

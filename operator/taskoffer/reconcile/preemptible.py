@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome, TrainingJob
 from taskoffer.decision.evaluate import Evaluation
+from taskoffer.decision.placed_jobs import MoveRequest, Resumption, Running
 from taskoffer.decision.preemption import seconds_left
-from taskoffer.decision.snapshot import MoveRequest, PolicyView, Resumption, Running
+from taskoffer.decision.snapshot import PolicyView
 from taskoffer.reconcile.evaluations import evaluation_of
 from taskoffer.reconcile.releases import end_of_booking
 from taskoffer.reconcile.views import OfferEntry, OfferState

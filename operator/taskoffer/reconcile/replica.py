@@ -24,8 +24,8 @@ from taskoffer.adapters.kube import (
 )
 from taskoffer.adapters.metrics import LEADER, LEASE_TRANSITIONS, RESYNC_DIFFERENCES
 from taskoffer.adapters.progress import fetch_report
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.naming import job_name
-from taskoffer.decision.snapshot import OfferKey
 from taskoffer.reconcile.admission import Admission
 from taskoffer.reconcile.cache import Raw, Store
 from taskoffer.reconcile.device_access import find_access

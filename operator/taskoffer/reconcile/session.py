@@ -10,7 +10,7 @@ from taskoffer.adapters.events import EventWriter
 from taskoffer.adapters.kube import ApiError, Kube, Object, Resource, ThrottledError
 from taskoffer.adapters.lease import Lease
 from taskoffer.adapters.metrics import WRITES
-from taskoffer.decision.snapshot import OfferKey
+from taskoffer.decision.keys import OfferKey
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.world import World
 

@@ -21,10 +21,11 @@ from taskoffer.api.v1alpha1.taskoffer import MAX_OFFER_NAME, Admission, TaskOffe
 from taskoffer.api.v1alpha1.trainingjob import TrainingJob
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.job_facts import NodeHealth
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.naming import job_name
 from taskoffer.decision.outcomes import Learned
-from taskoffer.decision.snapshot import OfferKey, OfferTerms, OfferView, PolicyView
+from taskoffer.decision.snapshot import OfferTerms, OfferView, PolicyView
 from taskoffer.reconcile.cache import Raw
 from taskoffer.reconcile.shapes import count, mapping, mappings
 

@@ -10,30 +10,24 @@ from typing import Any, TypeVar
 
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
-from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, ResourcePool
+from taskoffer.api.v1alpha1.capacitypolicy import ResourcePool
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
 from taskoffer.api.v1alpha1.trainingjob import AttemptOutcome, Preemptor
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.in_time import counts_in_time
-from taskoffer.decision.ledger import Claim, NodeView, open_ledger
+from taskoffer.decision.keys import OfferKey
+from taskoffer.decision.ledger import Claim, open_ledger
 from taskoffer.decision.moves import Move
+from taskoffer.decision.placed_jobs import MoveRequest
 from taskoffer.decision.room import CAPACITY_REASONS
-from taskoffer.decision.snapshot import (
-    MoveRequest,
-    OfferKey,
-    OfferView,
-    PolicyView,
-    Sibling,
-    Snapshot,
-    end_of,
-    shape_of,
-)
+from taskoffer.decision.snapshot import OfferView, PolicyView, Sibling, Snapshot, end_of, shape_of
 from taskoffer.reconcile.admitted import Admitted
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.charges import Charges, claim_of
 from taskoffer.reconcile.devices import Devices
 from taskoffer.reconcile.evaluations import evaluation_of
+from taskoffer.reconcile.in_force import USUAL_RESOURCE, counts_days, pool_of, usable
 from taskoffer.reconcile.outcomes import Outcomes
 from taskoffer.reconcile.pod_views import BatchJobEntry, PodEntry, batch_job_entry, pod_entry
 from taskoffer.reconcile.preemptible import resumptions, running_jobs
@@ -230,8 +224,8 @@ class World:
     def snapshot(self, now: datetime) -> Snapshot:
         """Return what a cycle decides on: pending offers that are not being written, and every claim on a GPU."""
         policies = self.policy_views()
-        pool = _pool(policies)
-        resource = pool.name if pool is not None else _USUAL_RESOURCE
+        pool = pool_of(policies)
+        resource = pool.name if pool is not None else USUAL_RESOURCE
         self.outcomes.refresh(policies, now)
         self.unsettle_what_changed(now, policies)
         snapshot = Snapshot(
@@ -246,7 +240,7 @@ class World:
             resumptions=tuple(resumptions(self, policies)),
             releases=releases(self, policies),
             learned={name: self.outcomes.learned(name) for name in policies},
-            admitted_today=self._admitted_today(now) if _counts_days(policies) else {},
+            admitted_today=self._admitted_today(now) if counts_days(policies) else {},
         )
         evaluations = self.settle(snapshot, list(self.undecided.values()))
         return replace(
@@ -321,22 +315,8 @@ class World:
         return ends is None or now < ends
 
     def policy_views(self) -> dict[str, PolicyView]:
-        """Return the policies by name. One that hands out another resource than the oldest does has no spec.
-
-        The ledger counts one resource: with two, GPUs of the one would be lent as the other.
-        """
-        views = {entry.view.name: entry.view for entry in self.policies}
-        usable = [view for view in views.values() if view.spec is not None]
-        first = min(usable, key=lambda view: (view.created is not None, view.created, view.name), default=None)
-        wanted = _handed_out(first.spec) if first is not None and first.spec is not None else ""
-        for view in usable:
-            assert first is not None and view.spec is not None  # noqa: S101, PT018
-            if (name := _handed_out(view.spec)) != wanted:
-                problem = f"resources: {name} is not what the oldest policy, {first.name}, hands out ({wanted})"
-                views[view.name] = replace(view, spec=None, problem=problem)
-            elif (lacks := self.devices.problem(view.spec.resources[0])) is not None:
-                views[view.name] = replace(view, spec=None, problem=lacks, cause=Reason.DEVICES_NOT_AVAILABLE)
-        return views
+        """Return the policies by name; only the usable ones have a spec."""
+        return usable([entry.view for entry in self.policies], self.devices)
 
     def claims(self, resource: str, pool: ResourcePool | None = None) -> Iterator[Claim]:
         """Yield every claim on a GPU, from every source; with a policy's pool those of others on its devices too."""
@@ -358,7 +338,7 @@ class World:
 
     def overbooked(self, admission: Admission) -> str | None:
         """Say which node of an admission is booked beyond what it has, or None."""
-        resource, pool = admission.assignments[0].resource_name, _pool(self.policy_views())
+        resource, pool = admission.assignments[0].resource_name, pool_of(self.policy_views())
         ledger = open_ledger(self.claims(resource, pool))
         nodes = {node.name: node for node in self.nodes}
         for assignment in admission.assignments:
@@ -381,35 +361,6 @@ class World:
             return entry.booked
         last = job.job.status.attempts[-1]
         return () if last.outcome is AttemptOutcome.PREEMPTED else last.assignments
-
-
-def _counts_days(policies: dict[str, PolicyView]) -> bool:
-    """Tell whether some policy asks how many offers were admitted within a day."""
-    specs = (view.spec for view in policies.values())
-    return any(task.daily_floor is not None for spec in specs if spec is not None for task in spec.task_types)
-
-
-_USUAL_RESOURCE = "nvidia.com/gpu"
-
-
-def _pool(policies: dict[str, PolicyView]) -> ResourcePool | None:
-    """Return the resource that the ledger counts. Policies of one cluster hand out the same one."""
-    return next((policy.spec.resources[0] for policy in policies.values() if policy.spec is not None), None)
-
-
-def _handed_out(spec: CapacityPolicySpec) -> str:
-    """Say what a policy hands out."""
-    pool = spec.resources[0]
-    return f"{pool.name} of DeviceClass {pool.device_class_name}" if pool.device_class_name else pool.name
-
-
-def node_views(world: World, policy: PolicyView) -> list[NodeView]:
-    """Return the nodes that a policy selects."""
-    if policy.spec is None:
-        return []
-    pool = policy.spec.resources[0]
-    views = (world.devices.seen(node.view(pool.name), pool) for node in world.nodes)
-    return [view for view in views if policy.selects(view)]
 
 
 def _keep_health(before: NodeEntry | None, after: NodeEntry | None) -> None:

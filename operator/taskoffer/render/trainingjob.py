@@ -10,10 +10,10 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import API_VERSION, ClaimPath
 from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Attempt, OfferRef, Run, TrainingJob, TrainingJobSpec
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.outcomes import NOTHING, Learned, group_of
 from taskoffer.decision.prediction import predict
 from taskoffer.decision.recipe import requested_settings
-from taskoffer.decision.snapshot import OfferKey
 from taskoffer.render.names import DATASET_DIR, JOB_LABEL, MANAGED_BY, MODEL_DIR, OFFER_UID_LABEL, OUTPUT_DIR
 
 

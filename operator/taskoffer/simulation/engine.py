@@ -22,19 +22,13 @@ from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Condition, ConditionStatus
 from taskoffer.decision.cycle import Decision, plan
 from taskoffer.decision.evaluate import Evaluation, evaluate
+from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import Claim, NodeView, Release
 from taskoffer.decision.moments import later
 from taskoffer.decision.moves import Move
+from taskoffer.decision.placed_jobs import Resumption, Running
 from taskoffer.decision.preemption import Eviction, left_of
-from taskoffer.decision.snapshot import (
-    OfferKey,
-    OfferView,
-    PolicyView,
-    Resumption,
-    Running,
-    Sibling,
-    Snapshot,
-)
+from taskoffer.decision.snapshot import OfferView, PolicyView, Sibling, Snapshot
 from taskoffer.decision.verdict import Verdict
 from taskoffer.simulation.run import Outcome, Run, Stretch
 from taskoffer.simulation.trace import Trace
