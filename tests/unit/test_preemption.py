@@ -271,6 +271,14 @@ def test_by_value_a_job_stops_only_where_more_is_won_than_lost(
     assert stopped(made) == wanted
 
 
+def test_by_value_an_offer_goes_on_waiting_for_those_who_stop_for_it() -> None:
+    h100 = node(labels={"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"})
+    jobs = [running("a", 8, ends=60, score=0.1, leaving_for="new-uid")]
+    waits = offer("new", **TASK, expires_at=SOON, waits="WaitingForPreemption")
+    made = plan(world([waits], jobs, rules=earning(), nodes=[h100]))
+    assert (made.decisions, made.evictions, made.waiting) == ((), (), 1)
+
+
 # Looking ahead
 
 

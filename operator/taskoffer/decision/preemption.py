@@ -132,7 +132,9 @@ class Preemptions:
         """Tell whether jobs may be stopped for an offer, as far as that can be told without a search."""
         if policy.spec is None or policy.spec.preemption is None or not self._jobs.get(policy.name):
             return False
-        return policy.spec.preemption.gain_factor is None or self._would_miss(room, policy, offer, evaluation)
+        # That something ends in time for an heir is because of it.
+        weighed = policy.spec.preemption.gain_factor is not None and offer.uid not in self._heirs
+        return not weighed or self._would_miss(room, policy, offer, evaluation)
 
     def choose(
         self, room: Room, policy: PolicyView, offer: OfferView, evaluation: Evaluation, obstacle: Obstacle
