@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -112,3 +113,24 @@ def test_only_as_many_jobs_stop_as_are_needed_and_none_more_often_than_the_polic
     bench.run("second")
     bench.offer("third", 2, priority_class="organic", seconds=600, rows=100)
     bench.decided("third", "WaitingForCapacity")
+
+
+def test_by_value_a_job_stops_for_an_offer_that_would_be_gone_and_is_worth_more(bench: Bench) -> None:
+    bench.node(gpus=4, labels={"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"})
+    bench.policy(preset="expected-value", preemption={"gainFactor": "1", "minRunSeconds": 0, "resumeSeconds": 60})
+    task: dict[str, Any] = {"parameters": 8_030_000_000, "model": "meta-llama/Llama-3.1-8B", "hours": 10}
+    bench.offer("cheap", **task, rows=300_000, spec={"gpuCount": 4, "value": "3"})
+    bench.decided("cheap", "Admitted")
+    pod = bench.run("cheap")
+    soon = (datetime.now(UTC) + timedelta(minutes=40)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    bench.offer("dear", **task, rows=100_000, spec={"gpuCount": 4, "value": "50"}, expires_at=soon)
+    bench.decided("dear", "WaitingForPreemption")
+    bench.asked_to_stop(pod)
+    # Something happens while it waits: the answer stays.
+    bench.offer("beside", **task, rows=100_000, spec={"gpuCount": 1, "value": "1"})
+    bench.decided("beside", "WaitingForCapacity")
+    bench.end(pod, 143)
+    bench.run("dear")
+    told = [w["conditions"][0]["reason"] for w in bench.status_writes("dear")]
+    assert told == ["WaitingForPreemption", "Admitted"]
+    bench.job_condition("cheap", "Running", "Preempted")
