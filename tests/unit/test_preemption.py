@@ -424,3 +424,12 @@ def test_without_its_policy_an_attempt_that_must_move_has_its_own_place_alone(
     booked = [claim("a-uid", count=4), claim("b-uid", count=4)]
     made = cycle([], moves=[request], claims=booked, nodes=[node(), node("node-b")])
     assert [part for move in made.moves for part in move.assignments] == wanted
+
+
+def test_what_a_job_without_its_policy_goes_on_with_is_given_to_nobody_else() -> None:
+    gone = replace(leaving(running("a", 4), "started-uid"), policy="deleted", last=LAST)
+    # It comes between two offers of one kind, of which the first has found the node free enough.
+    pending = [high("first", gpus=1), offer("second", gpus=1, priority_class="low", created=at(1))]
+    made = plan(world(pending, [running("b", 3)], resumptions=(gone,), rules=policy(queue=QUEUE)))
+    assert [move.key.name for move in made.moves] == ["a-job"]
+    assert said(made) == {"first": "Admitted", "second": "WaitingForCapacity"}

@@ -37,7 +37,7 @@ def find_moves(snapshot: Snapshot, room: Room) -> Iterable[Move]:
         node = best_fit([n for n in allowed if n.name not in kept], ledger, request.count)
         again = node is None
         if node is not None:
-            ledger.booked[node.name] = ledger.booked.get(node.name, 0) + request.count
+            room.take(node.name, request.count)
         else:
             # Nowhere else is room, so the job may use the place again that is still booked for it.
             own = [n for n in allowed if n.ready and ledger.free(n) + kept.get(n.name, 0) >= request.count]
@@ -75,7 +75,7 @@ def _where_it_was(wanted: MoveRequest | Resumption, snapshot: Snapshot, room: Ro
     kept = _kept_without_pods(snapshot, wanted.offer_uid).get(last.node_name, 0)
     if node is None or ledger.free(node) + kept < last.count:
         return None
-    ledger.booked[node.name] = ledger.booked.get(node.name, 0) + last.count - min(kept, last.count)
+    room.take(node.name, last.count - min(kept, last.count))
     return Move(wanted.key, wanted.offer_uid, (last,))
 
 

@@ -197,6 +197,12 @@ class Room:
         self.timeline.ledger.book(holder, node, gpus, policy, evaluation.lane, evaluation.quota)
         self._less_is_free()
 
+    def take(self, node: str, gpus: int) -> None:
+        """Book GPUs that count for the node alone: those of a job that moves, or that has no policy any more."""
+        booked = self.timeline.ledger.booked
+        booked[node] = booked.get(node, 0) + gpus
+        self._less_is_free()
+
     def lender(self, policy: PolicyView, evaluation: Evaluation) -> Evaluation | None:
         """Return the evaluation in the first lane that lends its GPUs to the offer's, or None."""
         for lane in evaluation.borrows_from:
