@@ -13,49 +13,134 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from taskoffer.api.addresses import SIGNATURE_PREFIXES, expiry
 from taskoffer.api.base import Time, WireModel
+from taskoffer.api.grpo import DRAWN_PER_TRAINED, GRPOSettings
+from taskoffer.api.limits import EVAL_FRACTION, EVAL_ROWS_MAX, MIN_ROWS, evaluated_rows_cap, rank_cap
+from taskoffer.api.report import AttemptEnd, FigureChange, HistoryPoint, Report, ReportedChange
+from taskoffer.api.reports import Clamp, InForce, Metric, ProgressReport, RunState, Termination
+from taskoffer.api.steps import (
+    PREPARE_CONFIG_PATH,
+    SUBMIT_CONFIG_PATH,
+    BucketFiles,
+    CacheSettings,
+    Credentials,
+    FetchedItem,
+    FetchItem,
+    FetchSource,
+    GitFiles,
+    HubFiles,
+    HubTarget,
+    ItemKind,
+    NetworkSettings,
+    PrepareConfig,
+    Published,
+    RepoType,
+    SubmitConfig,
+    SubmitTarget,
+    WebFile,
+    item_path,
+    job_folder,
+)
 from taskoffer.api.tasks import (
+    CHAT_TEMPLATES,
+    COMPARING_BUILTINS,
+    Architecture,
+    BuiltinName,
+    BuiltinReward,
     ChatColumns,
     DPOColumns,
     FileFormat,
     GRPOColumns,
     ImageColumns,
     InstructColumns,
+    RewardFunction,
     TaskType,
+    chat_template_of,
 )
+from taskoffer.api.techniques import AdaptiveLR, AttnImplementation, LayerRank, LRStage, Optimizer, Techniques
+from taskoffer.api.tuning import TUNING_PATH, AppliedTuning, Tuning
 
 __all__ = [
+    "CHAT_TEMPLATES",
+    "COMPARING_BUILTINS",
     "CONFIG_PATH",
+    "DRAWN_PER_TRAINED",
+    "EVAL_FRACTION",
+    "EVAL_ROWS_MAX",
     "MAX_TERMINATION_BYTES",
+    "MIN_ROWS",
+    "POD_UID_VARIABLE",
+    "PREPARE_CONFIG_PATH",
     "PROGRESS_PORT",
-    "SERVED_TASK_TYPES",
     "SHARDING_SERVED",
+    "SIGNATURE_PREFIXES",
+    "SUBMIT_CONFIG_PATH",
     "TERMINATION_LOG",
+    "TUNING_PATH",
+    "AdaptiveLR",
+    "AppliedTuning",
+    "Architecture",
+    "AttemptEnd",
+    "AttnImplementation",
+    "BucketFiles",
+    "BuiltinName",
+    "BuiltinReward",
+    "CacheSettings",
     "ChatColumns",
     "Clamp",
+    "Credentials",
     "DPOColumns",
+    "DPOLossType",
     "DataConfig",
     "ExitCode",
+    "FetchItem",
+    "FetchSource",
+    "FetchedItem",
+    "FigureChange",
     "FileFormat",
     "GRPOColumns",
+    "GRPOSettings",
+    "GitFiles",
+    "HistoryPoint",
+    "HubFiles",
+    "HubTarget",
     "ImageColumns",
+    "InForce",
     "InstructColumns",
+    "ItemKind",
+    "LRStage",
+    "LayerRank",
     "LoraSettings",
     "Metric",
     "ModelConfig",
+    "NetworkSettings",
+    "Optimizer",
+    "PrepareConfig",
     "ProgressReport",
+    "Published",
+    "RepoType",
+    "Report",
+    "ReportedChange",
+    "RewardFunction",
     "RunConfig",
     "RunState",
+    "SubmitConfig",
+    "SubmitTarget",
     "TaskType",
     "Termination",
     "TrainSettings",
+    "Tuning",
+    "WebFile",
+    "chat_template_of",
+    "evaluated_rows_cap",
+    "expiry",
+    "item_path",
+    "job_folder",
     "rank_cap",
 ]
 
-SERVED_TASK_TYPES: frozenset[TaskType] = frozenset({TaskType.INSTRUCT_TEXT})
-"""Task types that the trainer of this version has a method for."""
-
-SHARDING_SERVED = False
+SHARDING_SERVED = True
 """Whether the trainer can share out a model's parameters over its GPUs (FSDP)."""
 
 CONFIG_PATH = "/etc/taskoffer/run.json"
@@ -63,6 +148,9 @@ CONFIG_PATH = "/etc/taskoffer/run.json"
 
 PROGRESS_PORT = 9500
 """TCP port where rank 0 serves ``GET /progress`` (ProgressReport as JSON), ``/metrics`` and ``/healthz``."""
+
+POD_UID_VARIABLE = "TASKOFFER_POD_UID"
+"""Environment variable that holds the pod's UID."""
 
 TERMINATION_LOG = "/dev/termination-log"
 """File whose content the kubelet copies into the container status when the container ends."""
@@ -74,7 +162,7 @@ MAX_TERMINATION_BYTES = 4096
 class ExitCode(IntEnum):
     """How a training container ends. Only retryable codes are worth another attempt with the same settings.
 
-    The retryable codes 137, 138 and 143 are Kubeflow Trainer's; 64 to 74 are those of sysexits.h. A fault in the
+    The retryable codes 137, 138 and 143 are Kubeflow Trainer's; 64 to 77 are those of sysexits.h. A fault in the
     trainer itself may be one of the machine, so it is tried again as well, as is any code that is not listed.
     """
 
@@ -89,42 +177,20 @@ class ExitCode(IntEnum):
     INTERNAL = 70
     """A fault in the trainer itself."""
     VERIFY_FAILED = 74
-    """Training ended, but the result did not pass verification."""
+    """Training ended, but the result did not pass verification, or what was handed over is not what arrived."""
+    NO_ACCESS = 77
+    """A hub, a bucket or an address refused access: a token, a permission or a signature that has expired."""
     OUT_OF_MEMORY = 137
     """Killed, as a rule for lack of memory."""
     RESTART = 138
-    """The trainer asks to be started again from its last checkpoint."""
+    """It asks to be started again; training goes on from its last checkpoint, a download where it stopped."""
     STOPPED = 143
-    """Stopped by SIGTERM with a checkpoint written."""
+    """Stopped by SIGTERM; training has written a checkpoint, a download is kept as far as it came."""
 
     @property
     def retryable(self) -> bool:
         """Tell whether another attempt with the same settings can succeed."""
         return self in (ExitCode.INTERNAL, ExitCode.OUT_OF_MEMORY, ExitCode.RESTART, ExitCode.STOPPED)
-
-
-def rank_cap(in_features: int, out_features: int) -> int:
-    """Return the largest useful LoRA rank of a linear layer: floor(0.5 * in * out / (in + out)), at least 1.
-
-    At rank in*out/(in+out) the two adapter matrices have as many parameters as the layer itself; half of that
-    is the point where LoRA still saves something. Both the operator and the trainer apply this one function.
-
-    Raises:
-        ValueError: when a dimension is not positive.
-    """
-    if in_features < 1 or out_features < 1:
-        raise ValueError(f"layer dimensions must be positive, got {in_features} x {out_features}")
-    return max(1, (in_features * out_features) // (2 * (in_features + out_features)))
-
-
-class Clamp(WireModel):
-    """A setting that could not be taken literally: what was asked, what is done, and why."""
-
-    field: Annotated[str, StringConstraints(max_length=128)] = Field(description="Name of the setting.")
-    requested: Annotated[str, StringConstraints(max_length=256)] = Field(description="The value that was asked for.")
-    effective: Annotated[str, StringConstraints(max_length=256)] = Field(description="The value that is used.")
-    reason: Annotated[str, StringConstraints(max_length=64)] = Field(description="Reason in CamelCase.")
-    message: Annotated[str, StringConstraints(max_length=512)] = Field("", description="The reason in a sentence.")
 
 
 class LoraSettings(WireModel):
@@ -139,10 +205,49 @@ class LoraSettings(WireModel):
         "all-linear", description="Modules to adapt: all-linear, or names separated by commas."
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
+    rank_pattern: Annotated[tuple[LayerRank, ...], Field(max_length=64)] = Field(
+        (),
+        description="Ranks of single layers in place of r; their alpha follows, so that their scale stays.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["module"]},
+    )
+
+    @model_validator(mode="after")
+    def _check_rank_pattern(self) -> LoraSettings:
+        if len({layer.module for layer in self.rank_pattern}) < len(self.rank_pattern):
+            raise ValueError("rankPattern names a module twice: remove one of its ranks")
+        return self
 
 
-class TrainSettings(WireModel):
-    """Training settings, named as in transformers' TrainingArguments and TRL's SFTConfig.
+class DPOLossType(StrEnum):
+    """Losses of preference data by their names in TRL's DPOConfig (1.16), where the papers are cited as well.
+
+    All of them are a mean over pairs. TRL's other three are left out: ``aot`` and ``aot_unpaired`` sort the pairs
+    that go through the model together, so that what is learned would depend on the micro-batch, and ``sft`` alone
+    does not look at the rejected answers.
+    """
+
+    SIGMOID = "sigmoid"
+    """The loss of the DPO paper (Rafailov et al. 2023, arXiv:2305.18290)."""
+    SIGMOID_NORM = "sigmoid_norm"
+    HINGE = "hinge"
+    IPO = "ipo"
+    EXO_PAIR = "exo_pair"
+    NCA_PAIR = "nca_pair"
+    ROBUST = "robust"
+    BCO_PAIR = "bco_pair"
+    SPPO_HARD = "sppo_hard"
+    APO_ZERO = "apo_zero"
+    APO_DOWN = "apo_down"
+    DISCOPOP = "discopop"
+
+    @property
+    def smooths(self) -> bool:
+        """Tell whether label smoothing has an effect on this loss."""
+        return self in (DPOLossType.EXO_PAIR, DPOLossType.ROBUST)
+
+
+class TrainSettings(Techniques):
+    """Training settings, named as in transformers' TrainingArguments and TRL's SFTConfig and DPOConfig.
 
     ``per_device_train_batch_size`` is the micro-batch. The global batch, the number of rows that an optimizer
     step learns from, is ``per_device_train_batch_size * gradient_accumulation_steps * GPUs``.
@@ -172,8 +277,26 @@ class TrainSettings(WireModel):
         25, description="Steps between checkpoints; a multiple of eval_steps."
     )
     save_total_limit: Annotated[int, Field(ge=1, le=64)] = Field(2, description="Checkpoints to keep.")
+    reserve_minutes: Annotated[float, Field(ge=0, le=240)] | None = Field(
+        None,
+        description="Minutes before the deadline at which the result is to be ready, at most a tenth of the time that "
+        "an attempt has. Absent means 3, or 12 where rewards are source text.",
+    )
     dataloader_num_workers: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Data loading processes per GPU.")
     seed: Annotated[int, Field(ge=0, le=4294967295)] = Field(42, description="Random seed.")
+    snr_gamma: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        None, description="Min-SNR weighting of the loss of SDXL, 5 in its paper; absent weighs all timesteps alike."
+    )
+    beta: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None, description="How strongly the model is held near the base model; absent means 0.1 for DPO."
+    )
+    loss_type: DPOLossType = Field(DPOLossType.SIGMOID, description="Loss of preference data (DPO).")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of wrong preferences that the losses robust and exo_pair reckon with."
+    )
+    grpo: GRPOSettings | None = Field(
+        None, description="How completions are drawn, rewarded and learned from (GRPO); absent means the defaults."
+    )
 
     @model_validator(mode="after")
     def _check_save_steps(self) -> TrainSettings:
@@ -184,13 +307,28 @@ class TrainSettings(WireModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_label_smoothing(self) -> TrainSettings:
+        if self.loss_type is DPOLossType.EXO_PAIR and self.label_smoothing == 0:
+            raise ValueError("labelSmoothing must be above 0 with lossType exo_pair; its paper recommends 0.001")
+        if self.loss_type is DPOLossType.ROBUST and self.label_smoothing >= 0.5:
+            raise ValueError(
+                f"labelSmoothing ({self.label_smoothing:g}) must be below 0.5 with lossType robust: at 0.5 the "
+                "preferences would be a coin's"
+            )
+        return self
+
 
 class ModelConfig(WireModel):
     """The base model as the pod finds it."""
 
     name: str = Field(description="Public name of the base model, written into the adapter's card.")
     revision: str | None = Field(None, description="Revision of the base model.")
-    path: str = Field(description="Folder in the pod that holds config.json, weights and tokenizer.")
+    path: str = Field(
+        description="Folder in the pod that holds config.json, weights and tokenizer; for an image model the folder "
+        "with model_index.json."
+    )
+    architecture: Architecture | None = Field(None, description="Architecture of an image model.")
 
 
 class DataConfig(WireModel):
@@ -203,8 +341,9 @@ class DataConfig(WireModel):
     dpo: DPOColumns | None = Field(None, description="Columns of preference data.")
     grpo: GRPOColumns | None = Field(None, description="Columns and rewards of a reinforcement task.")
     image: ImageColumns | None = Field(None, description="Picture data.")
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="Share of the rows held out.")
-    eval_rows_max: Annotated[int, Field(ge=1)] = Field(400, description="Most rows held out.")
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(EVAL_FRACTION, description="Share of the rows held out.")
+    eval_rows_max: Annotated[int, Field(ge=1)] = Field(EVAL_ROWS_MAX, description="Most rows held out.")
+    min_rows: Annotated[int, Field(ge=2)] = Field(MIN_ROWS, description="Fewest usable rows to start a training with.")
 
 
 class RunConfig(WireModel):
@@ -223,65 +362,10 @@ class RunConfig(WireModel):
     output_dir: str = Field(description="Folder that receives the verified adapter.")
     checkpoint_dir: str = Field(description="Folder that keeps checkpoints over restarts.")
     deadline: Time | None = Field(None, description="When the result must be there; the trainer stops before it.")
+    time_limit_seconds: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Seconds from the container's start; absent where the clock runs from the admission."
+    )
+    expected_seconds: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="What the operator predicts from the first step to the end of the whole run."
+    )
     sample_prompts: tuple[str, ...] = Field((), description="Prompts that are answered before and after training.")
-
-
-class RunState(StrEnum):
-    """Where a run is."""
-
-    STARTING = "Starting"
-    TRAINING = "Training"
-    EVALUATING = "Evaluating"
-    SAVING = "Saving"
-    VERIFYING = "Verifying"
-    DONE = "Done"
-    STOPPED = "Stopped"
-    FAILED = "Failed"
-
-
-class Metric(WireModel):
-    """A named value as a decimal string, in the shape of Kubeflow Trainer's trainerStatus."""
-
-    name: Annotated[str, StringConstraints(max_length=64)] = Field(description="Name of the metric.")
-    value: Annotated[str, StringConstraints(max_length=64)] = Field(description="Its value as a string.")
-
-
-class ProgressReport(WireModel):
-    """What the trainer says of itself at ``GET /progress``.
-
-    ``progress_percentage``, ``estimated_remaining_seconds``, ``metrics`` and ``last_updated_time`` carry
-    Kubeflow Trainer's field names and go into ``TrainingJob.status.trainerStatus`` as they are.
-    """
-
-    job_name: str
-    attempt: int = 1
-    state: RunState
-    progress_percentage: Annotated[int, Field(ge=0, le=100)] | None = None
-    estimated_remaining_seconds: Annotated[int, Field(ge=0)] | None = None
-    metrics: tuple[Metric, ...] = ()
-    last_updated_time: Time
-    step: int = 0
-    total_steps: int | None = None
-    resumed_from_step: int | None = Field(None, description="Step of the checkpoint this run continued from.")
-    clamps: tuple[Clamp, ...] = ()
-
-
-class Termination(WireModel):
-    """What the trainer leaves in the termination log: at most MAX_TERMINATION_BYTES as JSON."""
-
-    exit_code: int
-    reason: Annotated[str, StringConstraints(max_length=64)] = Field(description="Reason in CamelCase.")
-    message: Annotated[str, StringConstraints(max_length=1024)] = ""
-    step: int = 0
-    total_steps: int | None = None
-    train_loss: float | None = None
-    eval_loss_before: float | None = Field(None, description="Held-out loss of the base model.")
-    eval_loss_after: float | None = Field(None, description="Held-out loss with the adapter.")
-    adapter_dir: str | None = None
-    adapter_sha256: str | None = None
-    resumed_from_step: int | None = None
-    training_seconds: float | None = Field(None, description="This attempt, from its first step to its end.")
-    tokens_per_second: float | None = Field(None, description="Mean over this attempt's steps, all processes together.")
-    peak_gpu_bytes: int | None = Field(None, description="Most memory in use on a GPU of this attempt.")
-    peak_host_bytes: int | None = Field(None, description="Largest resident set of a training process.")
-    clamps: tuple[Clamp, ...] = ()

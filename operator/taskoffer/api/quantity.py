@@ -1,9 +1,11 @@
-"""Whole numbers as Kubernetes writes them."""
+"""Quantities as Kubernetes writes them."""
 
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)(m|[A-Za-z]{1,2})?")
 _WHOLE = re.compile(r"([0-9]{1,19})(k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
 _FACTORS: dict[str, int] = {"": 1} | {
     unit: base**power
@@ -22,3 +24,16 @@ def whole(quantity: object) -> int:
         return 0
     number, unit = found.groups("")
     return int(number) * _FACTORS[unit]
+
+
+def cores(quantity: str) -> Decimal:
+    """Read an amount of CPU: 500m is half a core.
+
+    Raises:
+        ValueError: when it is not a non-negative number with a unit of Kubernetes.
+    """
+    found = _NUMBER.fullmatch(quantity)
+    number, unit = found.groups("") if found is not None else ("", "?")
+    if unit != "m" and unit not in _FACTORS:
+        raise ValueError(f"{quantity!r} is not an amount of CPU: write it as 500m, 2 or 1.5")
+    return Decimal(number) / 1000 if unit == "m" else Decimal(number) * _FACTORS[unit]

@@ -55,7 +55,6 @@ class Reason(StrEnum):
 
     # Verdict: reject (can never be admitted as it stands)
     TASK_TYPE_NOT_ACCEPTED = "TaskTypeNotAccepted", "The policy does not accept this task type."
-    TASK_TYPE_NOT_SERVED = "TaskTypeNotServed", "No trainer method serves this task type yet."
     FEATURE_NOT_SERVED = "FeatureNotServed", "The offer asks for something that this version does not do yet."
     MODEL_FAMILY_NOT_ACCEPTED = (
         "ModelFamilyNotAccepted",
@@ -70,15 +69,27 @@ class Reason(StrEnum):
     SCORE_TOO_LOW = "ScoreTooLow", "The score does not pass the policy's threshold."
     GPU_COUNT_NOT_ALLOWED = "GpuCountNotAllowed", "The number of GPUs is not one that the policy hands out."
     INSUFFICIENT_MEMORY = "InsufficientMemory", "Not even one row at a time fits the memory of the GPUs."
+    INSUFFICIENT_STORAGE = (
+        "InsufficientStorage",
+        "Not even two checkpoints fit the space that the policy gives to the checkpoints of a job.",
+    )
     CANNOT_FINISH_IN_TIME = "CannotFinishInTime", "The task is predicted to take longer than the offer gives."
     PRIORITY_NOT_ALLOWED = (
         "PriorityNotAllowed",
         "The policy, or its limit for the namespace, does not let the offer ask for this priority class.",
     )
+    TRAINER_NOT_ALLOWED = (
+        "TrainerNotAllowed",
+        "The offer brings its own trainer, and the policy's trainers do not allow it.",
+    )
     NO_LANE = "NoLane", "The policy works with lanes and none takes this kind of task."
     CAPACITY_FULL = "CapacityFull", "Capacity is full and the policy says to reject instead of queueing."
     DUPLICATE_TASK = "DuplicateTask", "An older offer in the namespace carries the same task id."
     EXPIRED = "Expired", "The offer was not decided in its favour before expiresAt or its deadline."
+    SOURCE_EXPIRES = (
+        "SourceExpires",
+        "The address of the data stops to work before the offer was admitted, and nothing can be fetched before that.",
+    )
     INVALID_OFFER = "InvalidOffer", "The stored offer does not fit the schema of this version."
 
     # Finished
@@ -106,6 +117,10 @@ class Reason(StrEnum):
     JOB_CREATED = "JobCreated", "The Job of an attempt was created."
     RUNNING = "Running", "The training container runs."
     PENDING = "Pending", "The training container has not started yet."
+    PREPARING = "Preparing", "Model and data are being fetched; the training begins once they are there."
+    PREPARE_FAILED = "PrepareFailed", "Model or data could not be fetched, or are not what the offer says."
+    SUBMITTING = "Submitting", "The training is over and its result is being handed over; its GPUs are free."
+    SUBMIT_FAILED = "SubmitFailed", "The result could not be handed over; it is still on its claim."
     ATTEMPT_FAILED = "AttemptFailed", "An attempt ended without a result; another one follows."
     ATTEMPTS_EXHAUSTED = "AttemptsExhausted", "The last attempt that the policy allows has failed."
     NODE_LOST = "NodeLost", "The node of a running attempt is gone or not Ready."
@@ -119,6 +134,29 @@ class Reason(StrEnum):
     INVALID_JOB = "InvalidJob", "The stored TrainingJob does not fit the schema of this version."
     BATCH_CLAMPED = "BatchClamped", "The micro-batch was lowered to what fits; the rows per step stay the same."
     RANK_CLAMPED = "RankClamped", "The LoRA rank was lowered to what is useful or allowed."
+    TARGETS_CLAMPED = (
+        "TargetsClamped",
+        "The model's layers are called otherwise than the settings list, so that all linear layers are adapted.",
+    )
+    DROPOUT_UNSUPPORTED = (
+        "DropoutUnsupported",
+        "Adapters on the experts of a mixture-of-experts model cannot have dropout, so that there is none.",
+    )
+    PARAMETERS_SHARED_OUT = (
+        "ParametersSharedOut",
+        "A copy of the model on each GPU does not fit with the rank that is asked for: each GPU holds a share of it.",
+    )
+    SHARDING_NOT_SERVED = (
+        "ShardingNotServed",
+        "The trainer of this version cannot share out a model's parameters over its GPUs, so that each holds a copy.",
+    )
+    CHECKPOINTS_CLAMPED = "CheckpointsClamped", "Fewer checkpoints are kept, so that they fit the space they have."
+    EVALUATION_CLAMPED = (
+        "EvaluationClamped",
+        "Fewer rows are held out, so that evaluations take a tenth of the training's time at most.",
+    )
+    LOADERS_CLAMPED = "LoadersClamped", "Fewer processes load data, or prepare less of it ahead, than was asked for."
+    SETTINGS_CLAMPED = "SettingsClamped", "Settings were not taken literally; each with its reason is in status.clamps."
 
     # CapacityPolicy
     READY = "Ready", "The policy is valid and in force."
@@ -158,7 +196,6 @@ WAIT_REASONS = frozenset(
 REJECT_REASONS = frozenset(
     {
         Reason.TASK_TYPE_NOT_ACCEPTED,
-        Reason.TASK_TYPE_NOT_SERVED,
         Reason.FEATURE_NOT_SERVED,
         Reason.MODEL_FAMILY_NOT_ACCEPTED,
         Reason.PARAMETERS_UNKNOWN,
@@ -167,12 +204,15 @@ REJECT_REASONS = frozenset(
         Reason.SCORE_TOO_LOW,
         Reason.GPU_COUNT_NOT_ALLOWED,
         Reason.INSUFFICIENT_MEMORY,
+        Reason.INSUFFICIENT_STORAGE,
         Reason.CANNOT_FINISH_IN_TIME,
         Reason.PRIORITY_NOT_ALLOWED,
+        Reason.TRAINER_NOT_ALLOWED,
         Reason.NO_LANE,
         Reason.CAPACITY_FULL,
         Reason.DUPLICATE_TASK,
         Reason.EXPIRED,
+        Reason.SOURCE_EXPIRES,
         Reason.INVALID_OFFER,
     }
 )

@@ -369,7 +369,6 @@ def _tell(
         value = {
             "nodes": fleet.nodes,
             "gpus_per_node": fleet.gpus,
-            "every_task_type_served": True,
             "policies": to_json(by_policy, [work.title for work in works]),
             **({"best_in_hindsight": hindsight.as_json(found)} if found else {}),
         }
@@ -392,7 +391,4 @@ def _heading(works: Sequence[_Work]) -> str:
     first = works[0].make
     drawn = f" of {first.count} offers each, offered load {first.load:g}" if isinstance(first, _Drawn) else ""
     spread = "; mean (least..most)" if count > 1 else ""
-    return (
-        f"{count} trace{'s' if count > 1 else ''}{drawn}, {fleet.nodes} x {fleet.gpus} GPUs{spread}\n"
-        "Every task type counts as served, also those that no trainer has a method for yet.\n"
-    )
+    return f"{count} trace{'s' if count > 1 else ''}{drawn}, {fleet.nodes} x {fleet.gpus} GPUs{spread}\n"

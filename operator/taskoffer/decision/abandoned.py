@@ -20,7 +20,7 @@ _WHY = "its offer is gone"
 
 def abandoned(facts: JobFacts) -> JobPlan:
     """Return what to do about an unfinished TrainingJob whose offer is gone: stop its pods, then say that it ended."""
-    if not (facts.job.status.attempts or facts.jobs or facts.pods):
+    if not (facts.job.status.attempts or facts.jobs or facts.pods or facts.steps):
         # Nothing has come of it, so there is nothing to stop; it may even be somebody else's.
         return JobPlan()
     return stop_and_fail(facts, _WHY, Reason.CANCELLED)
@@ -28,7 +28,8 @@ def abandoned(facts: JobFacts) -> JobPlan:
 
 def stop_and_fail(facts: JobFacts, why: str, reason: Reason) -> JobPlan:
     """Return what to do about a TrainingJob that cannot go on: stop its pods, and once they have ended say why."""
-    to_stop = tuple(SuspendJob(job.name) for job in facts.jobs.values() if not job.finished and not job.suspended)
+    stopped = (SuspendJob(job.name) for job in facts.jobs.values() if not job.finished and not job.suspended)
+    to_stop = (*stopped, *steps_to_stop(facts))
     alive = [pod for pod in facts.pods if not pod.terminal]
     before = facts.job.status
     conditions, attempts = before.conditions, list(before.attempts)
@@ -53,6 +54,12 @@ def stop_and_fail(facts: JobFacts, why: str, reason: Reason) -> JobPlan:
     )
 
 
+def steps_to_stop(facts: JobFacts) -> tuple[SuspendJob, ...]:
+    """Return what stops the Jobs of steps around the training that have not ended."""
+    jobs = [view.job for view in facts.steps.values()]
+    return tuple(SuspendJob(job.name) for job in jobs if not job.finished and not job.suspended)
+
+
 def stray_jobs(facts: JobFacts, made: JobPlan) -> tuple[SuspendJob, ...]:
     """Return what stops the Jobs that would run although no attempt wants them.
 
@@ -67,11 +74,12 @@ def stray_jobs(facts: JobFacts, made: JobPlan) -> tuple[SuspendJob, ...]:
     removed = {action.name for action in made.actions if isinstance(action, DeleteJob)}
     # A Job whose pod has ended is about to end as well.
     ended = {pod.job_name for pod in facts.pods if pod.terminal}
-    return tuple(
+    strays = tuple(
         SuspendJob(job.name)
         for job in facts.jobs.values()
         if job.name != wanted and job.name not in removed | ended and not job.finished and not job.suspended
     )
+    return (*strays, *steps_to_stop(facts)) if over else strays
 
 
 def pods_of_no_attempt(facts: JobFacts, attempts: Sequence[Attempt]) -> int:

@@ -27,6 +27,20 @@ _MOST_ITEMS = 16
 _TOLD_CONSTRAINTS = 8
 
 
+def expired(spec: TaskOfferSpec | OfferTerms, ends: datetime, now: datetime) -> Answer:
+    """Answer an offer of which a moment has passed that it names itself."""
+    names = {"expiresAt": spec.expires_at, "deadline": spec.deadline}
+    name = next((name for name, moment in names.items() if moment == ends), None)
+    if name is not None:
+        return Answer(Verdict.REJECT, Reason.EXPIRED, f"not admitted before spec.{name} {rfc3339(ends)}")
+    message = (
+        f"the data cannot be fetched: its address stops to work at {rfc3339(ends)}, as spec.dataset.source.url says by "
+        f"expiresAt or by its signature, and now it is {rfc3339(now.replace(microsecond=0))}"
+    )
+    remedy = _remedy(Reason.SOURCE_EXPIRES, "accepted with a new address that works until the task has begun")
+    return Answer(Verdict.REJECT, Reason.SOURCE_EXPIRES, message, explanation=(remedy,))
+
+
 def too_late(spec: TaskOfferSpec | OfferTerms, evaluation: Evaluation, now: datetime) -> Answer:
     """Answer an offer whose task would end after its deadline if it started now."""
     assert spec.deadline is not None  # noqa: S101

@@ -12,11 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import linear_regression
+from typing import NamedTuple
 
 from taskoffer.api.contract import rank_cap
 
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer but the output layer."""
+
+
+Ranks = tuple[tuple[str, int], ...]
+"""Names of layers and their ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +81,23 @@ class ModelShape:
         """Parameters in all: the linear layers, the embedding and the output layer. Norms and biases are left out."""
         return self.linear_parameters + self.vocabulary * self.hidden * (1 if self.tied else 2)
 
-    def adapter_parameters(self, rank: int, target_modules: str = ALL_LINEAR, *, capped: bool = True) -> int:
-        """Parameters that LoRA of a rank adds: the sum of rank times (in + out); each layer's rank is capped."""
-        return _adapter_parameters(self, rank, target_modules, capped)
+    def adapter_parameters(
+        self, rank: int, target_modules: str = ALL_LINEAR, *, pattern: Ranks = (), capped: bool = True
+    ) -> int:
+        """Parameters that LoRA of a rank adds: the sum of rank times (in + out); each layer's rank is capped.
+
+        Args:
+            rank: Rank of the layers that the pattern does not name.
+            target_modules: The layers that are adapted.
+            pattern: Ranks of single layers.
+            capped: Whether no layer gets more than it can use.
+        """
+        return _adapter_parameters(self, rank, target_modules, pattern, capped)
+
+    def layer_ranks(self, rank: int, target_modules: str = ALL_LINEAR, pattern: Ranks = ()) -> dict[str, int]:
+        """Return the rank of each adapted layer: the pattern's, else the one for all, but not more than it can use."""
+        asked = dict(pattern)
+        return {name: min(asked.get(name, rank), rank_cap(i, o)) for name, i, o in self.adapted(target_modules)}
 
     def rank_caps(self, target_modules: str = ALL_LINEAR) -> dict[int, tuple[str, ...]]:
         """Return the largest useful ranks and the adapted layers that they hold for, the largest rank first."""
@@ -95,14 +114,42 @@ def _linear_parameters(shape: ModelShape) -> int:
 
 
 @lru_cache(maxsize=16_384)
-def _adapter_parameters(shape: ModelShape, rank: int, target_modules: str, capped: bool) -> int:
-    layers = shape.adapted(target_modules)
-    return shape.layers * sum((min(rank, rank_cap(i, o)) if capped else rank) * (i + o) for _, i, o in layers)
+def _adapter_parameters(shape: ModelShape, rank: int, target_modules: str, pattern: Ranks, capped: bool) -> int:
+    layers, asked = shape.adapted(target_modules), dict(pattern)
+    ranks = {name: asked.get(name, rank) for name, _, _ in layers}
+    return shape.layers * sum((min(ranks[n], rank_cap(i, o)) if capped else ranks[n]) * (i + o) for n, i, o in layers)
 
 
 def by_layer(caps: Mapping[int, tuple[str, ...]]) -> str:
     """Write ranks and the layers that they hold for, as in ``q/o 1024, k/v 409``."""
     return ", ".join(f"{'/'.join(n.removesuffix('_proj') for n in names)} {cap}" for cap, names in caps.items())
+
+
+class Structure(NamedTuple):
+    """What a model's name says of its layers beside their widths."""
+
+    experts: bool = False
+    """Whether it is a mixture of experts."""
+    other_layers: bool = False
+    """Whether its linear layers are not called as Llama's: query, key and value in one, other words, or factors."""
+
+
+_DEEPSEEK = r"deepseek-(?:v[23]|r1(?!.*distill))"
+_EXPERTS = re.compile(
+    rf"(?<![a-z0-9.])\d+x\d|mixtral|(?<![a-z])moe(?![a-z])|(?<![a-z0-9])a\d+(?:\.\d+)?[bm](?![a-z0-9])|{_DEEPSEEK}|gpt-oss"
+)
+"""How names say that a model has experts: 8x7B, Mixtral, Qwen1.5-MoE, 30B-A3B, DeepSeek from its second version on."""
+_OTHER_LAYERS = re.compile(rf"(?<![a-z])phi(?![a-z])|{_DEEPSEEK}|falcon|bloom|pythia|gpt-neox|gpt-oss|internlm2")
+
+
+def structure_of(model_name: str) -> Structure:
+    """Return what the part of a model's name that follows the owner says of its layers."""
+    return _structure_of(model_name.rsplit("/", 1)[-1].lower())
+
+
+@lru_cache(maxsize=4096)
+def _structure_of(name: str) -> Structure:
+    return Structure(_EXPERTS.search(name) is not None, _OTHER_LAYERS.search(name) is not None)
 
 
 _TABLE: dict[str, ModelShape] = {

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from taskoffer.api.base import rfc3339
-from taskoffer.api.contract import SERVED_TASK_TYPES
+from taskoffer.api.contract import CHAT_TEMPLATES, chat_template_of
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import DATASET_OF_TASK, TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
@@ -20,6 +20,7 @@ from taskoffer.decision.finish import duration_text
 from taskoffer.decision.moments import later
 from taskoffer.decision.outcomes import NOTHING, Learned
 from taskoffer.decision.sizing import billions, family_of, parameters_of
+from taskoffer.decision.step_needs import unserved
 
 Patch = Mapping[str, Any]
 
@@ -27,6 +28,8 @@ MUTABLE = frozenset({"active", "expiresAt", "priorityClassName"})
 """Fields of a spec that may change; any other change takes a new offer."""
 _ANY_CLAIM = "claim"
 """Stands for a PersistentVolumeClaim of the reader's own: which one it is decides nothing."""
+_ANY_ADDRESS = "https://address.example/data"
+"""Stands for an address of the reader's own, which decides nothing either."""
 _FAMILIES_TOLD = 3
 _HIGHEST_VALUE = 10**8 - 1
 """The most that spec.value can hold."""
@@ -179,7 +182,7 @@ def _smaller_model(case: Case) -> Iterator[Change]:
     """Propose the largest smaller model that fits and ends in time, in three digits."""
     if case.parameters is None:
         return
-    gone = Reason.INSUFFICIENT_MEMORY, Reason.CANNOT_FINISH_IN_TIME
+    gone = Reason.INSUFFICIENT_MEMORY, Reason.INSUFFICIENT_STORAGE, Reason.CANNOT_FINISH_IN_TIME
     found = case.most(1, case.parameters - 1, _model_of, *gone)
     if found is not None:
         step = max(1, 10 ** (len(str(found)) - 3))
@@ -211,8 +214,8 @@ def _families(case: Case) -> Iterator[Change]:
 
 
 def _task_types(case: Case) -> Iterator[Change]:
-    """Propose task types that are accepted and served; their data is of another type, so its columns are too."""
-    accepted = [t.name for t in case.policy.task_types if t.accepted and t.name in SERVED_TASK_TYPES]
+    """Propose task types that are accepted; their data is of another type, so its columns are too."""
+    accepted = [t.name for t in case.policy.task_types if t.accepted]
     before = DATASET_OF_TASK[case.spec.task_type].value.lower()
     for task in accepted:
         if task is case.spec.task_type or task is TaskType.GRPO:
@@ -258,25 +261,27 @@ def _more_value(case: Case) -> Iterator[Change]:
 def _features(case: Case) -> Iterator[Change]:
     """Propose a spec without everything that is not served."""
     spec, says = case.spec, []
+    missing = {name for name, _ in unserved(spec, case.policy.steps)}
     patch: dict[str, Any] = {}
     claim = {"persistentVolumeClaim": {"claimName": _ANY_CLAIM}}
-    if spec.model.source is None or spec.model.source.persistent_volume_claim is None:
-        patch["model"] = {"source": claim}
-        says.append("the model on a claim")
-    if spec.dataset.source is None or spec.dataset.source.persistent_volume_claim is None:
-        patch["dataset"] = {"source": {"url": None, "hub": None, **claim}}
-        says.append("the data on a claim")
-    if spec.output is None or spec.output.persistent_volume_claim is None:
-        patch["output"] = dict(claim)
-        says.append("an output claim")
-    if spec.output is not None and spec.output.repository is not None:
-        patch["output"] = {**patch.get("output", {}), "repository": None}
-        says.append("no output.repository")
+    if spec.dataset.chat is not None and chat_template_of(spec.dataset.chat.chat_template) is None:
+        patch["dataset"] = {"chat": {"chatTemplate": CHAT_TEMPLATES[0]}}
+        says.append(f"dataset.chat.chatTemplate {CHAT_TEMPLATES[0]}")
+    for field_name, change, words in (
+        ("model.source", {"model": {"source": {"url": None, **claim}}}, "the model on a claim"),
+        ("dataset.source", {"dataset": {"source": {"url": None, "hub": None, **claim}}}, "the data on a claim"),
+        ("output", {"output": dict(claim)}, "an output claim"),
+        ("output.repository", {"output": {"repository": None}}, "no output.repository"),
+        ("output.url", {"output": {"url": None}}, "no output.url"),
+    ):
+        if field_name in missing:
+            for name, part in change.items():
+                patch[name] = {**patch.get(name, {}), **part}
+            says.append(words)
     if spec.model.yarn_factor is not None:
         patch["model"] = {**patch.get("model", {}), "yarnFactor": None}
         says.append("no model.yarnFactor")
     for field_name, given in (
-        ("trainer", spec.trainer),
         ("klCoefficient", spec.kl_coefficient),
         ("extraDatasets", spec.extra_datasets),
     ):
@@ -288,6 +293,10 @@ def _features(case: Case) -> Iterator[Change]:
         says.append("tracking.mode Disabled")
     if says:
         yield Change(", ".join(says), patch)
+
+
+def _policys_trainer(_case: Case) -> Iterator[Change]:
+    yield Change("no trainer", {"trainer": None})
 
 
 def _later_end(case: Case) -> Iterator[Change]:
@@ -307,6 +316,14 @@ def _later_end(case: Case) -> Iterator[Change]:
         yield Change(" and ".join(says), patch)
     if case.evaluation.ttl is not None:
         yield Change(" and ".join(["the offer created anew", *says]), patch, anew=True)
+
+
+def _other_address(case: Case) -> Iterator[Change]:
+    """Propose an address of the data that works as long as the offer may wait and a while longer."""
+    if case.spec.source_ends is not None:
+        until = rfc3339(later(case.now.replace(microsecond=0), case.spec.time_limit_seconds))
+        patch = {"dataset": {"source": {"url": {"url": _ANY_ADDRESS, "expiresAt": until}}}}
+        yield Change(f"a new address of the data that works until {until}", patch)
 
 
 def _other_task(case: Case) -> Iterator[Change]:
@@ -330,7 +347,6 @@ Proposal = Callable[[Case], Iterator[Change]]
 _FULL: tuple[Proposal, ...] = (_gpu_counts, _priorities)
 _PROPOSALS: dict[Reason, tuple[Proposal, ...]] = {
     Reason.TASK_TYPE_NOT_ACCEPTED: (_task_types,),
-    Reason.TASK_TYPE_NOT_SERVED: (_task_types,),
     Reason.FEATURE_NOT_SERVED: (_features,),
     Reason.MODEL_FAMILY_NOT_ACCEPTED: (_families,),
     Reason.PARAMETERS_UNKNOWN: (_sizes,),
@@ -339,12 +355,15 @@ _PROPOSALS: dict[Reason, tuple[Proposal, ...]] = {
     Reason.SCORE_TOO_LOW: (_limit_for_score, _gpu_counts, _more_value, _families, _sizes),
     Reason.GPU_COUNT_NOT_ALLOWED: (_gpu_counts,),
     Reason.INSUFFICIENT_MEMORY: (_gpu_counts, _smaller_model),
+    Reason.INSUFFICIENT_STORAGE: (_smaller_model,),
     Reason.CANNOT_FINISH_IN_TIME: (_gpu_counts, _longer_limit, _fewer_rows, _smaller_model, _later_end),
     Reason.PRIORITY_NOT_ALLOWED: (_priorities,),
+    Reason.TRAINER_NOT_ALLOWED: (_policys_trainer,),
     Reason.NO_LANE: (_sizes, _task_types),
     Reason.CAPACITY_FULL: _FULL,
     Reason.DUPLICATE_TASK: (_other_task,),
     Reason.EXPIRED: (_later_end,),
+    Reason.SOURCE_EXPIRES: (_other_address,),
     Reason.SUSPENDED: (_active,),
     Reason.WAITING_FOR_CAPACITY: _FULL,
     Reason.WAITING_FOR_LANE: _FULL,

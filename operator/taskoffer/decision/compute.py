@@ -38,8 +38,10 @@ class Work:
     adapter_parameters: int
     checkpointing: bool = True
     generated_tokens_per_row: float = 0.0
-    rows_per_generation: int = 1
-    """Completions that are generated together, over all GPUs."""
+    rows_per_generation: float = 1
+    """Completions that are generated together, over all GPUs; a mean where a step is no multiple of it."""
+    compared: bool = False
+    """Whether the base model goes over the rows as well, for the KL divergence from it."""
 
 
 def flops_per_token(shape: ModelShape, work: Work, length: float) -> float:
@@ -47,11 +49,12 @@ def flops_per_token(shape: ModelShape, work: Work, length: float) -> float:
 
     Linear layers take 4 per weight (6 with gradient checkpointing, whose second forward is counted here) and 6 (8) per
     adapter weight; attention 2 x length x width x layers x 4.5; the output layer 6 x vocabulary x width. A preference
-    task runs the reference model as well: 2 per weight more.
+    task runs the reference model as well, and so does one whose divergence from the base model counts: 2 per weight
+    more.
     """
     linear, adapter = shape.linear_parameters, work.adapter_parameters
     per_weight, per_adapter = (6, 8) if work.checkpointing else (4, 6)
-    if work.task is TaskType.DPO:
+    if work.task is TaskType.DPO or work.compared:
         per_weight += 2
     attention = 2 * length * shape.query * shape.layers * 4.5
     return per_weight * linear + per_adapter * adapter + attention + 6 * shape.vocabulary * shape.hidden
@@ -65,7 +68,7 @@ class Pace:
     flops_per_token: float
     flops_per_second: float
     """Of all GPUs."""
-    rows_per_generation: int = 1
+    rows_per_generation: float = 1
     generated_tokens_per_row: float = 0.0
     seconds_per_generated_token: float = 0.0
     """Of all completions that are generated together."""

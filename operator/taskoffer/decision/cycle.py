@@ -16,7 +16,16 @@ from datetime import datetime
 from taskoffer.api.base import rfc3339
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import PolicyRef
-from taskoffer.decision.answers import admitted, duplicate_of, ends_earlier, rejection, too_late, waits, waits_for
+from taskoffer.decision.answers import (
+    admitted,
+    duplicate_of,
+    ends_earlier,
+    expired,
+    rejection,
+    too_late,
+    waits,
+    waits_for,
+)
 from taskoffer.decision.by_rank import by_rank
 from taskoffer.decision.evaluate import Evaluation, Option
 from taskoffer.decision.moments import later
@@ -169,9 +178,7 @@ class _Cycle:
             return None, Answer(Verdict.REJECT, Reason.INVALID_OFFER, message), None
         ends = offer.ends
         if ends is not None and now >= ends:
-            name = "expiresAt" if spec.expires_at == ends else "deadline"
-            message = f"not admitted before spec.{name} {rfc3339(ends)}"
-            return None, Answer(Verdict.REJECT, Reason.EXPIRED, message), None
+            return None, expired(spec, ends, now), None
         duplicate = duplicate_of(offer, spec, self.snapshot)
         if duplicate is not None:
             return None, duplicate, None

@@ -11,19 +11,21 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import NamedTuple
 
-from taskoffer.api.contract import SERVED_TASK_TYPES
+from taskoffer.api.contract import CHAT_TEMPLATES, chat_template_of
 from taskoffer.api.reasons import Reason
-from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.queueing import Queue
 from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
 from taskoffer.decision.facts import Facts, gather
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.identity import Itself
+from taskoffer.decision.items import misnamed
 from taskoffer.decision.outcomes import NOTHING, Group, Learned
-from taskoffer.decision.prediction import Prediction, estimates_of, refusals_of
+from taskoffer.decision.own_trainer import check_trainer
+from taskoffer.decision.prediction import NOT_ESTIMATED, Prediction, estimates_of, refusals_of
 from taskoffer.decision.score import PLACES, score_of
 from taskoffer.decision.sizing import billions
+from taskoffer.decision.step_needs import unserved
 from taskoffer.decision.verdict import Refusal, Score
 
 
@@ -90,11 +92,13 @@ class Evaluation(NamedTuple):
 
     group: Group | None = None
     """Whose outcomes it rests on; None where the policy does not learn."""
+    own_trainer: bool = False
+    """Whether the offer brings its own trainer, of which nothing is predicted."""
 
     @property
     def estimates(self) -> tuple[ExplanationItem, ...]:
         """The prediction as the offer's status tells it, put into words when somebody asks."""
-        return estimates_of(self.prediction)
+        return (NOT_ESTIMATED,) if self.own_trainer else estimates_of(self.prediction)
 
     def seconds_on(self, gpus: int) -> float:
         """Return for how long the offer holds so many GPUs, if it may choose them, else its own number."""
@@ -119,8 +123,6 @@ def evaluate(
     policy: CapacityPolicySpec,
     namespace: str = "",
     learned: Learned = NOTHING,
-    *,
-    served: frozenset[TaskType] = SERVED_TASK_TYPES,
 ) -> Evaluation:
     """Filter and score an offer of a namespace under a policy.
 
@@ -129,9 +131,8 @@ def evaluate(
         policy: The policy.
         namespace: The offer's namespace, which the policy may limit.
         learned: What the policy has learned from finished jobs.
-        served: Task types that a trainer has a method for; a simulation may ask what if there were more.
     """
-    facts = gather(spec, policy, namespace, learned, served)
+    facts = gather(spec, policy, namespace, learned)
     refusals = [refusal for check in _FILTERS for refusal in check(facts)]
     score = score_of(facts)
     if score is not None:
@@ -164,6 +165,7 @@ def evaluate(
         at_stake=facts.stakes.lateness(facts.known) if facts.stakes is not None and policy.preemption else 0.0,
         floor=_floor(facts),
         group=facts.group if policy.learning is not None else None,
+        own_trainer=spec.trainer is not None,
     )
 
 
@@ -219,32 +221,21 @@ def _check_task_type(facts: Facts) -> Iterator[Refusal]:
             f"taskType {facts.spec.task_type.value} is not accepted by the policy, which takes {', '.join(accepted)}",
             f"accepted with taskType {' or '.join(accepted)}",
         )
-    if facts.spec.task_type not in facts.served:
-        served = ", ".join(sorted(t.value for t in facts.served))
-        yield Refusal(
-            Reason.TASK_TYPE_NOT_SERVED,
-            f"no trainer method serves taskType {facts.spec.task_type.value} yet; this version trains {served}",
-            f"accepted with taskType {served}",
-        )
 
 
 def _check_features(facts: Facts) -> Iterator[Refusal]:
-    for field, remedy in _unserved(facts.spec):
-        yield Refusal(Reason.FEATURE_NOT_SERVED, f"spec.{field} is not served by this version: {remedy}", remedy)
+    for field, remedy in (*unserved(facts.spec, facts.policy.steps), *_unserved(facts.spec)):
+        yield Refusal(Reason.FEATURE_NOT_SERVED, f"spec.{field} is not served: {remedy}", remedy)
+    for field, wrong in misnamed(facts.spec, facts.policy.steps):
+        remedy = f"correct {field}, or use a claim"
+        yield Refusal(Reason.FEATURE_NOT_SERVED, f"spec.{field} is not served: {wrong}; {remedy}", remedy)
 
 
 def _unserved(spec: TaskOfferSpec) -> Iterator[tuple[str, str]]:
     """Name each field that asks for something this version does not do, with the remedy."""
-    if spec.model.source is None or spec.model.source.persistent_volume_claim is None:
-        yield "model.source", "put the model on a claim and set model.source.persistentVolumeClaim"
-    if spec.dataset.source is None or spec.dataset.source.persistent_volume_claim is None:
-        yield "dataset.source", "put the data on a claim and set dataset.source.persistentVolumeClaim"
-    if spec.output is None or spec.output.persistent_volume_claim is None:
-        yield "output", "set output.persistentVolumeClaim, the claim that receives the adapter"
-    if spec.output is not None and spec.output.repository is not None:
-        yield "output.repository", "remove it and take the adapter from the output claim"
-    if spec.trainer is not None:
-        yield "trainer", "remove it; the policy's trainer image is used"
+    chat = spec.dataset.chat
+    if chat is not None and chat_template_of(chat.chat_template) is None:
+        yield "dataset.chat.chatTemplate", f"set it to one of {', '.join(CHAT_TEMPLATES)}"
     if spec.kl_coefficient is not None:
         yield "klCoefficient", "remove it"
     if spec.extra_datasets:
@@ -348,6 +339,10 @@ def _check_prediction(facts: Facts) -> Iterator[Refusal]:
         yield from refusals_of(facts.outlook, facts.spec, facts.policy, facts.gpus, lane_gpus)
 
 
+def _check_trainer(facts: Facts) -> Iterator[Refusal]:
+    return check_trainer(facts.spec, facts.policy)
+
+
 def _check_score(facts: Facts, score: Score) -> Iterator[Refusal]:
     least = facts.policy.filters.min_score
     if least is not None and score.total <= Decimal(least):
@@ -365,5 +360,6 @@ _FILTERS: tuple[Callable[[Facts], Iterator[Refusal]], ...] = (
     _check_priority,
     _check_gpus,
     _check_prediction,
+    _check_trainer,
     _check_features,
 )

@@ -6,7 +6,6 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import NamedTuple
 
-from taskoffer.api.contract import SERVED_TASK_TYPES
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, GpuChoice
 from taskoffer.api.v1alpha1.lanes import Lane, LaneRule
@@ -89,7 +88,7 @@ class Facts(NamedTuple):
     size: SizeClass | None
     lane: Lane | None
     group: Group | None = None
-    """Whose outcomes count for its task."""
+    """Whose outcomes count for its task; None where it brings its own trainer."""
     limit: NamespaceLimit | None = None
     """What the policy says about the offer's namespace."""
     gpus: int | None = None
@@ -104,7 +103,6 @@ class Facts(NamedTuple):
     learned: Learned = NOTHING
     known: Estimate = UNKNOWN
     """What outcomes have shown of tasks like this one."""
-    served: frozenset[TaskType] = SERVED_TASK_TYPES
     """Task types that a trainer has a method for."""
 
 
@@ -113,15 +111,16 @@ def gather(
     policy: CapacityPolicySpec,
     namespace: str,
     learned: Learned,
-    served: frozenset[TaskType] = SERVED_TASK_TYPES,
 ) -> Facts:
     """Find out what the policy knows, and has learned, about an offer of a namespace."""
     traits = traits_of(spec, policy)
     task, parameters, size, lane_rule = traits.task, traits.parameters, traits.size, traits.lane_rule
     limit = next((n for n in policy.namespaces if n.name == namespace), None) if policy.namespaces else None
     outlook, stakes = None, None
+    # The policy knows how its own recipe fits and how long that takes, and nothing of anybody else's.
+    footings, group = (traits.footings, traits.group) if spec.trainer is None else (None, None)
     if size is not None and task is not None:
-        outlook = Outlook(spec, policy.resources[0].counts, traits.footings, traits.group, learned)
+        outlook = Outlook(spec, policy.resources[0].counts, footings, group, learned)
     scoring = policy.scoring.expected_value
     if scoring is not None and task is not None and parameters is not None:
         stakes = Stakes(spec, task, parameters, scoring, learned)
@@ -141,7 +140,7 @@ def gather(
         parameters=parameters,
         size=size,
         lane=traits.lane,
-        group=traits.group,
+        group=group,
         limit=limit,
         gpus=gpus,
         options=options,
@@ -150,7 +149,6 @@ def gather(
         stakes=stakes,
         learned=learned,
         known=outlook.known(gpus) if outlook is not None and gpus is not None else UNKNOWN,
-        served=served,
     )
 
 

@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+from taskoffer.api.contract import DRAWN_PER_TRAINED, GRPOSettings, TrainSettings
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import DurationEstimation
 from taskoffer.api.v1alpha1.model_and_data import Architecture
@@ -37,6 +38,8 @@ class Pacing(NamedTuple):
     """What is to be left of the limit at the end."""
     how: str
     """What the pace rests on."""
+    generations: int = 1
+    """Rows that are trained on for each row of the data: the completions of a prompt."""
 
     def finish(self, spec: TaskOfferSpec, factor: float = 1.0, learned: str = "") -> Finish:
         """Return how long an offer's task takes.
@@ -53,7 +56,7 @@ class Pacing(NamedTuple):
         if self.max_steps > 0:
             work = self.max_steps * self.rows_per_step
         elif rows is not None:
-            work = round(rows * self.epochs)
+            work = round(rows * self.epochs) * self.generations
         else:
             raise ValueError("dataset.rows is not set: set it to have the time predicted")
         # The pod's start is not part of what outcomes measure.
@@ -158,10 +161,11 @@ def pacing_of(subject: Subject, settings: Settings, duration: DurationEstimation
         how = f" of {subject.resolution} pixels, MFU {speed.mfu:g}"
     else:
         pace, how = _text_pace(subject, subject.shape, settings, duration, speed, gpus)
+    drawing = _drawing(subject, train)
     return Pacing(
         gpus=gpus,
         pace=pace,
-        rows_per_step=train.per_device_train_batch_size * train.gradient_accumulation_steps * gpus,
+        rows_per_step=_rows_per_step(train, drawing, gpus),
         max_steps=train.max_steps,
         epochs=train.num_train_epochs,
         stretch=1 + float(duration.evaluation_share),
@@ -169,7 +173,21 @@ def pacing_of(subject: Subject, settings: Settings, duration: DurationEstimation
         around=duration.prepare_seconds + duration.submit_seconds,
         reserve=duration.reserve_seconds,
         how=how,
+        generations=drawing.num_generations if drawing is not None else 1,
     )
+
+
+def _drawing(subject: Subject, train: TrainSettings) -> GRPOSettings | None:
+    """Return how completions are drawn, where the policy says it."""
+    return train.grpo if subject.task is TaskType.GRPO else None
+
+
+def _rows_per_step(train: TrainSettings, drawing: GRPOSettings | None, gpus: int) -> int:
+    """Return the rows of a step; the completions of a prompt are never parted."""
+    rows, group = train.per_device_train_batch_size * train.gradient_accumulation_steps * gpus, 1
+    if drawing is not None:
+        group = drawing.num_generations
+    return -(-rows // group) * group
 
 
 def _speed(duration: DurationEstimation, parameters: int, bf16: bool) -> Speed:
@@ -182,19 +200,32 @@ def _text_pace(
 ) -> tuple[Pace, str]:
     """Return how fast text is trained on, and on what that rests."""
     lora, train = settings.lora, settings.train
+    drawing = _drawing(subject, train)
     tokens = min(duration.tokens_per_row, train.max_length)
     generated = duration.generated_tokens_per_row if subject.task is TaskType.GRPO else 0
+    # Without the policy's word one micro-batch of each process is generated at a time.
+    together: float = train.per_device_train_batch_size * gpus
+    if drawing is not None:
+        generated = min(generated, drawing.max_completion_length)
+        tokens = max(1, min(tokens, train.max_length - drawing.max_completion_length))
+        # A step is drawn in as few rounds as the trainer's rows at once allow.
+        rows = _rows_per_step(train, drawing, gpus)
+        together = rows / math.ceil(rows / (DRAWN_PER_TRAINED * together))
     work = Work(
         task=subject.task,
         rows=0,
         tokens_per_row=tokens,
-        adapter_parameters=shape.adapter_parameters(lora.r, lora.target_modules),
+        adapter_parameters=shape.adapter_parameters(
+            lora.r, lora.target_modules, pattern=tuple((layer.module, layer.r) for layer in lora.rank_pattern)
+        ),
         checkpointing=train.gradient_checkpointing,
         generated_tokens_per_row=generated,
-        # One micro-batch of each process is generated at a time.
-        rows_per_generation=train.per_device_train_batch_size * gpus,
+        rows_per_generation=together,
+        compared=drawing is not None and drawing.beta > 0,
     )
     how = f" of {tokens} tokens" + (f" and {generated} generated ones" if generated else "")
+    if drawing is not None:
+        how += f", {drawing.num_generations} times"
     return text_pace(shape, subject.parameters, work, speed, gpus), f"{how}, MFU {speed.mfu:g}"
 
 

@@ -2,34 +2,42 @@
 
 What a policy asks for is kept where it can be kept. Where it cannot, three things give way, in this order: the rank of
 each layer to what the layer can hold, the micro-batch to what fits (the global batch stays, through accumulation), and,
-when not even one row fits, the rank again. What gave way is told, with the numbers.
+when not even one row fits, the rank again. Checkpoints are sized beside that: fewer are kept where they have no room
+for all. What gave way is told, with the numbers.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 
-from taskoffer.api.contract import SHARDING_SERVED, Clamp, LoraSettings, TrainSettings
+from taskoffer.api.contract import DRAWN_PER_TRAINED, SHARDING_SERVED, Clamp, LayerRank, LoraSettings, TrainSettings
 from taskoffer.api.quantity import whole
-from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.model_and_data import Architecture, Model
 from taskoffer.api.v1alpha1.trainingjob import Settings
-from taskoffer.decision.architecture import ModelShape, by_layer, shape_of
-from taskoffer.decision.memory import GIB, IMAGE_MODELS, Layout, Load, Need, image_need, text_need
-from taskoffer.decision.sizing import billions
+from taskoffer.decision.architecture import ALL_LINEAR, ModelShape, Ranks, Structure, shape_of, structure_of
+from taskoffer.decision.clamping import (
+    batch_clamp,
+    checkpoints_clamp,
+    dropout_clamp,
+    evaluation_batch_clamp,
+    rank_clamp,
+    scale_clamp,
+    sharding_clamp,
+    targets_clamp,
+    tokens_clamp,
+)
+from taskoffer.decision.memory import GIB, IMAGE_MODELS, Layout, Load, Need, checkpoint_bytes, image_need, text_need
 
 _LEAST_RANK = 8
 """Below this an adapter is not what anybody has asked for, so the offer is refused instead."""
 _MOST_ACCUMULATION = 65_536
 """The schema's bound on gradientAccumulationSteps."""
-_SCALE_TOLERANCE = 0.05
-"""How far the adapter's scale may move, through rounding alpha, without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,10 @@ class Fit:
     """The largest micro-batch that fits with the effective rank; 0 when the training does not fit at all."""
     known: bool
     """Whether the model's own layers and widths were used."""
+    checkpoint_bytes: int
+    """Space for the checkpoints that are kept and the one that is being written."""
+    lacks_storage: bool = False
+    """Whether it does not fit because of its checkpoints."""
 
     @property
     def fits(self) -> bool:
@@ -54,11 +66,13 @@ class Fit:
     @property
     def numbers(self) -> str:
         """Say the peak and its limit."""
-        rows = self.effective.train.per_device_train_batch_size
+        train = self.effective.train
+        most = train.per_device_train_max_tokens
+        tokens = f" and at most {most} tokens" if most is not None else ""
         source = "" if self.known else ", layers estimated from the size"
         return (
-            f"{self.peak / GIB:.1f} of {self.limit / GIB:.1f} GiB on each GPU with {rows} row(s) at a time "
-            f"({self.layout.name}{source})"
+            f"{self.peak / GIB:.1f} of {self.limit / GIB:.1f} GiB on each GPU with {train.per_device_train_batch_size} "
+            f"row(s){tokens} at a time ({self.layout.name}{source})"
         )
 
 
@@ -76,10 +90,12 @@ class Subject:
     resolution: int = 1024
     shape: ModelShape | None = field(init=False)
     """None for a model of pictures."""
+    structure: Structure = field(init=False)
 
     def __post_init__(self) -> None:
         text = self.task is not TaskType.IMAGE
         object.__setattr__(self, "shape", shape_of(self.model_name, self.parameters) if text else None)
+        object.__setattr__(self, "structure", structure_of(self.model_name) if text else Structure())
 
     @classmethod
     def of(cls, model: Model, parameters: int, task: TaskType, resolution: int | None) -> Subject:
@@ -93,7 +109,8 @@ def fit(
 ) -> Fit:
     """Return how a training fits this many GPUs of one node.
 
-    Models are spread by copies (DDP) where a copy fits, else in shares (FSDP) where the trainer can do that.
+    Models are spread by copies (DDP) where a copy fits with the rank that is asked for, else in shares (FSDP) where the
+    trainer can do that and a larger rank fits so.
 
     Args:
         subject: What is trained.
@@ -102,154 +119,247 @@ def fit(
         gpus: How many of them.
         memory_factor: What outcomes have shown every need to be a multiple of.
     """
-    limit = whole(estimation.gpu_memory) * float(estimation.memory_fraction)
-    layouts = [Layout(gpus)]
-    if gpus > 1 and SHARDING_SERVED and subject.task is not TaskType.IMAGE:
-        layouts.append(Layout(gpus, sharded=True))
-    fits = [_in_layout(subject, asked, estimation, layout, limit, float(memory_factor)) for layout in layouts]
-    return next((one for one in fits if one.fits), fits[-1])
+    served = gpus > 1 and SHARDING_SERVED and subject.task is not TaskType.IMAGE
+    copies, shares = Layout(gpus), Layout(gpus, sharded=True)
+    if served and asked.train.fsdp:
+        return _Fitting(subject, asked, estimation, shares, float(memory_factor)).result()
+    found = _Fitting(subject, asked, estimation, copies, float(memory_factor)).result()
+    if served and (not found.fits or found.effective.lora.r < asked.lora.r):
+        other = _Fitting(subject, asked, estimation, shares, float(memory_factor)).result()
+        if not found.fits or (other.fits and other.effective.lora.r > found.effective.lora.r):
+            return other
+    return found
 
 
-def _in_layout(
-    subject: Subject, asked: Settings, estimation: Estimation, layout: Layout, limit: float, factor: float
-) -> Fit:
-    shape = subject.shape
-    margin = 0.0 if shape is None or shape.known else float(estimation.unknown_shape_margin)
+def fit_by_copies(
+    subject: Subject, asked: Settings, estimation: Estimation, gpus: int, memory_factor: Decimal = Decimal(1)
+) -> Fit | None:
+    """Return how a training fits by copies that :func:`fit` spreads in shares for the sake of its rank, or None.
 
-    def need_at(rank: int) -> Need:
-        return _need(subject, shape, asked, rank, layout, margin).scaled(factor)
+    A smaller rank is less work, so that it may end in time where the larger one does not.
 
-    useful, targets = asked.lora.r, asked.lora.target_modules
-    if shape is not None and shape.known:
-        useful = min(useful, max(shape.rank_caps(targets)))
-    rank, least = useful, min(useful, _LEAST_RANK)
-    if need_at(rank).largest_rows(limit) == 0:
+    Args:
+        subject: What is trained.
+        asked: The settings that the policy asks for.
+        estimation: The policy's GPUs.
+        gpus: How many of them.
+        memory_factor: What outcomes have shown every need to be a multiple of.
+    """
+    if asked.train.fsdp:
+        return None
+    found = _Fitting(subject, asked, estimation, Layout(gpus), float(memory_factor)).result()
+    if not found.fits:
+        return None
+    told = tuple(
+        clamp.model_copy(update={"message": f"{clamp.message}; in shares (FSDP) a larger one fits, and ends too late"})
+        if clamp.field == "lora.r"
+        else clamp
+        for clamp in found.clamps
+    )
+    return replace(found, clamps=told)
+
+
+class _Fitting:
+    """One look at a training in one layout."""
+
+    def __init__(
+        self, subject: Subject, asked: Settings, estimation: Estimation, layout: Layout, factor: float
+    ) -> None:
+        self.subject, self.asked, self.estimation = subject, asked, estimation
+        self.layout, self.factor = layout, factor
+        self.limit = whole(estimation.gpu_memory) * float(estimation.memory_fraction)
+        self.volume = whole(estimation.checkpoint_volume) if estimation.checkpoint_volume is not None else None
+        known = subject.shape is None or subject.shape.known
+        self.margin = 0.0 if known else float(estimation.unknown_shape_margin)
+        self.known = known
+        self.lora = _for_structure(subject, asked.lora)
+        self.useful = asked.lora.r
+        if subject.shape is not None and known:
+            self.useful = min(self.useful, max(subject.shape.rank_caps(self.lora.target_modules)))
+
+    def result(self) -> Fit:
+        """Return the fit with the largest rank and micro-batch that there is room for."""
+        rank = self._rank()
+        need, adapter = self._need(rank), self._adapter(rank)
+        rows = need.largest_rows(self.limit)
+        lacks_storage = rows > 0 and not self._has_room(rank)
+        lora, train = self._lora(rank), self._train(need, max(1, rows), adapter)
+        fits = rows > 0 and not lacks_storage
+        return Fit(
+            effective=Settings(lora=lora, train=train),
+            clamps=self._clamps(rank, lora, train, need, adapter) if fits else (),
+            layout=self.layout,
+            peak=need.at(self._rows_at_once(train)),
+            limit=self.limit,
+            largest_rows=rows if fits else 0,
+            known=self.known,
+            checkpoint_bytes=checkpoint_bytes(adapter, train.save_total_limit),
+            lacks_storage=lacks_storage,
+        )
+
+    # The rank
+
+    def _rank(self) -> int:
+        """Return the largest rank up to the useful one that fits, or the least that is worth it."""
+        useful, least = self.useful, min(self.useful, _LEAST_RANK)
+        if self._holds(useful):
+            return useful
         # The need grows with the rank, so the largest one that fits is found by halving the range.
         ranks = range(least, useful + 1)
-        fitting = bisect_left(ranks, True, key=lambda rank: need_at(rank).largest_rows(limit) == 0)
-        rank = max(least, least + fitting - 1)
-    need = need_at(rank)
-    rows = need.largest_rows(limit)
-    lora = _with_rank(asked.lora, rank)
-    train = _batch(asked.train, max(1, rows))
-    clamps: tuple[Clamp, ...] = ()
-    if rows > 0:
+        fitting = bisect_left(ranks, True, key=lambda rank: not self._holds(rank))
+        return max(least, least + fitting - 1)
+
+    def _holds(self, rank: int) -> bool:
+        return self._need(rank).largest_rows(self.limit) > 0 and self._has_room(rank)
+
+    def _has_room(self, rank: int) -> bool:
+        """Tell whether one checkpoint, and another one while it is written, fit their volume."""
+        return self.volume is None or checkpoint_bytes(self._adapter(rank), 1) <= self.volume
+
+    def _pattern(self, rank: int) -> Ranks:
+        """Return the ranks that are asked for single layers; they give way in proportion to the one for all."""
+        return tuple((layer.module, max(1, layer.r * rank // self.useful)) for layer in self.lora.rank_pattern)
+
+    def _adapter(self, rank: int) -> int:
+        shape = self.subject.shape
+        if shape is not None:
+            return shape.adapter_parameters(rank, self.lora.target_modules, pattern=self._pattern(rank))
+        return rank * IMAGE_MODELS[self.subject.architecture or Architecture.SDXL].adapter_parameters_per_rank
+
+    def _lora(self, rank: int) -> LoraSettings:
+        """Return the settings with this rank and, as far as whole numbers go, the same scale."""
+        lora, shape = self.lora, self.subject.shape
+        pattern = dict(self._pattern(rank))
+        if shape is not None and shape.known:
+            ranks = shape.layer_ranks(rank, lora.target_modules, tuple(pattern.items()))
+            pattern |= {name: own for name, own in ranks.items() if own != rank}
+        changes: dict[str, object] = {}
+        if pattern != {layer.module: layer.r for layer in lora.rank_pattern}:
+            changes["rank_pattern"] = tuple(LayerRank(module=name, r=own) for name, own in pattern.items())
+        if rank != lora.r:
+            alpha = Decimal(_exact_alpha(lora, rank)).to_integral_value(ROUND_HALF_UP)
+            changes |= {"r": rank, "lora_alpha": max(1, int(alpha))}
+        return lora.model_copy(update=changes) if changes else lora
+
+    # Memory
+
+    def _need(self, rank: int) -> Need:
+        subject, train, shape = self.subject, self.asked.train, self.subject.shape
+        widest = max([rank, *(own for _, own in self._pattern(rank))])
+        load = Load(
+            task=subject.task,
+            max_length=train.max_length,
+            rank=widest,
+            adapter_parameters=self._adapter(rank),
+            dropout=self.lora.lora_dropout > 0,
+            checkpointing=train.gradient_checkpointing,
+            bf16=train.bf16,
+            average=train.ema_decay is not None,
+            drawn_at_once=DRAWN_PER_TRAINED if subject.task is TaskType.GRPO and train.grpo is not None else None,
+        )
+        if shape is None:
+            image = IMAGE_MODELS[subject.architecture or Architecture.SDXL]
+            return image_need(image, subject.resolution, load, self.layout).scaled(self.factor)
+        return text_need(shape, subject.parameters, load, self.layout, self.margin).scaled(self.factor)
+
+    # The micro-batch
+
+    @property
+    def _row_tokens(self) -> int:
+        """Tokens of the longest row; a preference pair is two sequences."""
+        return self.asked.train.max_length * (2 if self.subject.task is TaskType.DPO else 1)
+
+    def _rows_at_once(self, train: TrainSettings) -> int:
+        """Return how many of the longest rows a micro-batch holds."""
+        most = train.per_device_train_max_tokens
+        rows = train.per_device_train_batch_size
+        return rows if most is None or self.subject.shape is None else min(rows, max(1, most // self._row_tokens))
+
+    def _train(self, need: Need, largest: int, adapter: int) -> TrainSettings:
+        asked = self.asked.train
+        changes: dict[str, object] = {"fsdp": self.layout.sharded}
+        if self._rows_at_once(asked) > largest:
+            if asked.per_device_train_max_tokens is not None and self.subject.shape is not None:
+                changes["per_device_train_max_tokens"] = largest * self._row_tokens
+            else:
+                changes |= _batch(asked, largest)
+        if asked.per_device_eval_batch_size is not None:
+            changes["per_device_eval_batch_size"] = min(asked.per_device_eval_batch_size, largest)
+        if self.volume is not None:
+            room = self.volume // checkpoint_bytes(adapter, 0) - 1
+            changes["save_total_limit"] = max(1, min(asked.save_total_limit, room))
+        changed = {name: value for name, value in changes.items() if getattr(asked, name) != value}
+        return asked.model_copy(update=changed) if changed else asked
+
+    # What is said
+
+    def _clamps(
+        self, rank: int, lora: LoraSettings, train: TrainSettings, need: Need, adapter: int
+    ) -> tuple[Clamp, ...]:
+        asked, subject = self.asked, self.subject
+        what = "pictures" if subject.task is TaskType.IMAGE else f"rows of {train.max_length} tokens"
+        literal = need.at(asked.train.per_device_train_batch_size)
+        tokens = need.at(max(1, (asked.train.per_device_train_max_tokens or 0) // self._row_tokens))
         told = (
-            _rank_clamp(shape, subject, asked.lora, rank, useful, limit),
-            _scale_clamp(asked.lora, lora),
-            _batch_clamp(subject, asked.train, train, need, limit),
+            rank_clamp(subject.shape, subject.parameters, self.lora, rank, self.useful, self._lack()),
+            scale_clamp(asked.lora, lora, _exact_alpha(asked.lora, lora.r)),
+            batch_clamp(asked.train, train, what, literal, self.limit),
+            tokens_clamp(asked.train, train, tokens, self.limit),
+            sharding_clamp(asked.train, train, self.layout.gpus, self._copy() if train.fsdp else ""),
+            targets_clamp(asked.lora, lora, subject.structure.experts),
+            dropout_clamp(asked.lora, lora),
+            checkpoints_clamp(asked.train, train, adapter, self.volume or 0),
+            evaluation_batch_clamp(asked.train, train),
         )
-        clamps = tuple(clamp for clamp in told if clamp is not None)
-    return Fit(
-        effective=Settings(lora=lora, train=train),
-        clamps=clamps,
-        layout=layout,
-        peak=need.at(train.per_device_train_batch_size),
-        limit=limit,
-        largest_rows=rows,
-        known=shape is None or shape.known,
-    )
+        return tuple(clamp for clamp in told if clamp is not None)
 
+    def _lack(self) -> str:
+        """Say what has no room at the useful rank."""
+        if self._need(self.useful).largest_rows(self.limit) == 0:
+            return f"not even one row at a time fits {self.limit / GIB:.1f} GiB"
+        volume = (self.volume or 0) / 1e9
+        return f"not even one checkpoint and another one being written fit {volume:.0f} GB"
 
-def _need(
-    subject: Subject, shape: ModelShape | None, asked: Settings, rank: int, layout: Layout, margin: float
-) -> Need:
-    image = IMAGE_MODELS[subject.architecture or Architecture.SDXL]
-    if shape is not None:
-        adapter = shape.adapter_parameters(rank, asked.lora.target_modules)
-    else:
-        adapter = rank * image.adapter_parameters_per_rank
-    load = Load(
-        task=subject.task,
-        max_length=asked.train.max_length,
-        rank=rank,
-        adapter_parameters=adapter,
-        dropout=asked.lora.lora_dropout > 0,
-        checkpointing=asked.train.gradient_checkpointing,
-        bf16=asked.train.bf16,
-    )
-    if shape is None:
-        return image_need(image, subject.resolution, load, layout)
-    return text_need(shape, subject.parameters, load, layout, margin)
-
-
-def _rank_clamp(
-    shape: ModelShape | None, subject: Subject, lora: LoraSettings, rank: int, useful: int, limit: float
-) -> Clamp | None:
-    """Say what becomes of the rank: what each layer can hold of it, where the layers are known, and what fits."""
-    caps = shape.rank_caps(lora.target_modules) if shape is not None and shape.known else {}
-    lower = {cap: names for cap, names in caps.items() if cap < rank}
-    parts = []
-    if shape is not None and any(cap < lora.r for cap in caps):
-        literal = billions(shape.adapter_parameters(lora.r, lora.target_modules, capped=False))
-        too_wide = by_layer({cap: names for cap, names in caps.items() if cap < lora.r})
-        size = billions(subject.parameters)
-        parts.append(
-            f"{too_wide}: half of what each layer can hold; {size} at r {lora.r} would add {literal} parameters"
+    def _copy(self) -> str:
+        """Say why a copy of the model on each GPU does not do."""
+        copies = _Fitting(self.subject, self.asked, self.estimation, Layout(self.layout.gpus), self.factor)
+        peak = copies._need(copies.useful).at(1) / GIB
+        return (
+            f"with a copy of the model on each GPU one row at r {copies.useful} needs {peak:.0f} GiB of "
+            f"{self.limit / GIB:.1f}"
         )
-    if rank < useful:
-        parts.append(f"at r {useful} not even one row at a time fits {limit / GIB:.1f} GiB, at {rank} it does")
-    if not parts:
-        return None
-    effective = ", ".join(part for part in (str(rank) if rank < lora.r else "", by_layer(lower)) if part)
-    return _clamp("lora.r", lora.r, effective, Reason.RANK_CLAMPED, f"r {lora.r} → {'; '.join(parts)}")
 
 
-def _with_rank(lora: LoraSettings, rank: int) -> LoraSettings:
-    """Return the settings with a smaller rank and, as far as whole numbers go, the same scale."""
-    if rank == lora.r:
-        return lora
-    alpha = Decimal(lora.lora_alpha * _scale_share(lora, rank)).to_integral_value(ROUND_HALF_UP)
-    return lora.model_copy(update={"r": rank, "lora_alpha": max(1, int(alpha))})
+def _for_structure(subject: Subject, lora: LoraSettings) -> LoraSettings:
+    """Return the settings without what a model's structure cannot take: dropout on experts, names of other layers."""
+    changes: dict[str, object] = {}
+    if subject.structure.experts and lora.lora_dropout > 0:
+        changes["lora_dropout"] = 0.0
+    if lora.target_modules != ALL_LINEAR and subject.shape is not None:
+        own = {name for name, _, _ in subject.shape.linears}
+        lacking = subject.shape.known and not own.issuperset(n.strip() for n in lora.target_modules.split(","))
+        if lacking or subject.structure.experts or subject.structure.other_layers:
+            changes["target_modules"] = ALL_LINEAR
+    return lora.model_copy(update=changes) if changes else lora
 
 
-def _scale_share(lora: LoraSettings, rank: int) -> float:
-    """Return what alpha is to be multiplied with so that alpha / r, or alpha / sqrt(r), stays."""
-    return math.sqrt(rank / lora.r) if lora.use_rslora else rank / lora.r
+def _exact_alpha(lora: LoraSettings, rank: int) -> float:
+    """Return the alpha with which alpha / r, or alpha / sqrt(r), stays."""
+    return lora.lora_alpha * (math.sqrt(rank / lora.r) if lora.use_rslora else rank / lora.r)
 
 
-def _scale_clamp(asked: LoraSettings, lora: LoraSettings) -> Clamp | None:
-    exact = asked.lora_alpha * _scale_share(asked, lora.r)
-    if abs(lora.lora_alpha / exact - 1) <= _SCALE_TOLERANCE:
-        return None
-    message = f"alpha is a whole number of at least 1; {exact:.3g} would keep the adapter's scale at r {lora.r}"
-    return _clamp("lora.loraAlpha", asked.lora_alpha, lora.lora_alpha, Reason.RANK_CLAMPED, message)
+def _batch(train: TrainSettings, largest: int) -> dict[str, object]:
+    """Return a micro-batch that fits, and the accumulation that keeps the rows of a step.
 
-
-def _batch(train: TrainSettings, largest: int) -> TrainSettings:
-    """Return the settings with a micro-batch that fits and, where the schema can say it, the same rows per step."""
-    asked = train.per_device_train_batch_size
-    if asked <= largest:
-        return train
-    per_step = asked * train.gradient_accumulation_steps
+    The largest divisor of the rows of a step is taken, so that these stay exactly. Where that leaves more than half of
+    the memory unused (13 rows, of which 7 fit), the step is cut into as few micro-batches as can be, of equal size,
+    and its rows are rounded up to fill the last one: 14, never more than one row for each micro-batch on top.
+    """
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     rows = max(n for n in range(1, largest + 1) if per_step % n == 0)
-    if per_step // rows > _MOST_ACCUMULATION:
+    if 2 * rows < largest:
+        rows = math.ceil(per_step / math.ceil(per_step / largest))
+    if math.ceil(per_step / rows) > _MOST_ACCUMULATION:
         rows = largest
-    steps = min(per_step // rows, _MOST_ACCUMULATION)
-    return train.model_copy(update={"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps})
-
-
-def _batch_clamp(
-    subject: Subject, asked: TrainSettings, train: TrainSettings, need: Need, limit: float
-) -> Clamp | None:
-    before, rows = asked.per_device_train_batch_size, train.per_device_train_batch_size
-    if rows == before:
-        return None
-    steps, per_step = train.gradient_accumulation_steps, before * asked.gradient_accumulation_steps
-    what = "pictures" if subject.task is TaskType.IMAGE else f"rows of {train.max_length} tokens"
-    kept = f"keep {per_step}" if rows * steps == per_step else f"make {rows * steps} of {per_step}"
-    message = (
-        f"{before} {what} at a time need {need.at(before) / GIB:.0f} GiB of {limit / GIB:.1f}; {rows} at a time and "
-        f"gradientAccumulationSteps {steps} {kept} rows per step and GPU"
-    )
-    return _clamp("train.perDeviceTrainBatchSize", before, rows, Reason.BATCH_CLAMPED, message)
-
-
-def _clamp(field: str, requested: int, effective: int | str, reason: Reason, message: str) -> Clamp:
-    return Clamp(
-        field=field,
-        requested=str(requested),
-        effective=str(effective)[:256],
-        reason=reason.value,
-        message=message[:512],
-    )
+    steps = min(math.ceil(per_step / rows), _MOST_ACCUMULATION)
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}

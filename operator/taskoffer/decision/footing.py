@@ -13,7 +13,7 @@ from typing import NamedTuple
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.finish import Pacing, pacing_of
-from taskoffer.decision.fit import Fit, Subject, fit
+from taskoffer.decision.fit import Fit, Subject, fit, fit_by_copies
 from taskoffer.decision.identity import Itself
 from taskoffer.decision.recipe import estimation_of, settings_for
 from taskoffer.decision.sizing import parameters_of
@@ -27,6 +27,8 @@ class Footing(NamedTuple):
     fit: Fit
     pacing: Pacing | None
     """None where the policy does not predict the time, or the task does not fit."""
+    faster: Footing | None = None
+    """With a smaller rank, for tasks that would end too late in shares; None where it is not the rank that shares."""
 
 
 class Footings:
@@ -61,7 +63,12 @@ class Footings:
         found = fit(subject, asked, estimation, gpus, memory_factor)
         if estimation.duration is None or not found.fits:
             return Footing(found, None)
-        return Footing(found, pacing_of(subject, found.effective, estimation.duration, gpus))
+        faster = None
+        if found.layout.sharded:
+            other = fit_by_copies(subject, asked, estimation, gpus, memory_factor)
+            if other is not None:
+                faster = Footing(other, pacing_of(subject, other.effective, estimation.duration, gpus))
+        return Footing(found, pacing_of(subject, found.effective, estimation.duration, gpus), faster)
 
 
 @lru_cache(maxsize=4096)
@@ -73,10 +80,10 @@ def _corrected(footings: Itself[Footings], gpus: int, memory_factor: Decimal) ->
 def footings_of(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Footings | None:
     """Return the footings of an offer, the same value for all that train the same under this policy.
 
-    None where the policy does not estimate, or the model's size is not known.
+    None where the policy does not estimate, the model's size is not known, or the offer brings its own trainer.
     """
     parameters = parameters_of(spec.model, policy.filters.unknown_parameters)
-    if policy.estimation is None or parameters is None:
+    if policy.estimation is None or parameters is None or spec.trainer is not None:
         return None
     resolution = spec.dataset.image.resolution if spec.dataset.image is not None else None
     return footings_under(Itself(policy), Subject.of(spec.model, parameters, spec.task_type, resolution))
@@ -86,16 +93,6 @@ def footings_of(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Footings | N
 def footings_under(policy: Itself[CapacityPolicySpec], subject: Subject) -> Footings:
     """Return the footings of a subject, the same value for all subjects that are alike."""
     return Footings(policy.value, subject)
-
-
-def fit_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> Fit | None:
-    """Return how the offer fits so many GPUs of one node, or None where the policy does not estimate.
-
-    Raises:
-        ValueError: when the policy has no size class or task type for the offer.
-    """
-    footings = footings_of(spec, policy)
-    return footing_on(footings, spec, gpus).fit if footings is not None else None
 
 
 def footing_on(footings: Footings, spec: TaskOfferSpec, gpus: int, memory_factor: Decimal = _AS_PLANNED) -> Footing:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment
-from taskoffer.api.v1alpha1.trainingjob import Attempt, StepStatus, TrainingJobStatus
+from taskoffer.api.v1alpha1.trainingjob import Attempt, AttemptOutcome, StepName, StepStatus, TrainingJobStatus
 from taskoffer.decision.conditions import set_condition
 from taskoffer.decision.job_facts import Action, JobFacts, JobPlan, Notice
 from taskoffer.decision.naming import attempt_name
 from taskoffer.decision.placed_jobs import MoveRequest
-from taskoffer.decision.trainer_words import at_its_end, clamps_of, trainer_status_of
+from taskoffer.decision.step_needs import is_prepared, is_submitted
+from taskoffer.decision.told_clamps import clamps_of, notice_of
+from taskoffer.decision.trainer_words import at_its_end, trainer_status_of
 
 
 class JobDraft:
@@ -21,6 +24,8 @@ class JobDraft:
         """Begin with what is observed and the attempts so far, of which there is at least one."""
         self.facts = facts
         self.run_spec = facts.job.spec.run
+        # Whatever answers in the pod of a trainer that the offer has brought is not ours.
+        self.report = facts.report if self.run_spec.trainer is None else None
         self.attempts = list(attempts)
         self.current = attempts[-1]
         self.notices: list[Notice] = []
@@ -29,6 +34,7 @@ class JobDraft:
         self.wake_at: datetime | None = None
         self.trainer_status = facts.job.status.trainer_status
         self.result = facts.job.status.result
+        self.steps = {step.name: step for step in facts.job.status.steps}
 
     def _wake(self, moment: datetime) -> None:
         self.wake_at = min(self.wake_at, moment) if self.wake_at else moment
@@ -63,24 +69,42 @@ class JobDraft:
         )
 
     def _take_report(self, *, final: bool = False) -> None:
-        report, before = self.facts.report, self.trainer_status
+        report, before = self.report, self.trainer_status
         if report is None or report.job_name != self.facts.job.metadata.name:
             return
         passed = report.last_updated_time - before.last_updated_time if before is not None else None
         if passed is None or passed >= (timedelta.resolution if final else self.facts.progress_interval):
             self.trainer_status = trainer_status_of(report)
 
+    def _fail(self, reason: Reason, message: str) -> JobPlan:
+        self._condition("Running", False, reason, message)
+        self._condition("Failed", True, reason, message)
+        self.notices.append(Notice(reason, message, warning=reason is not Reason.CANCELLED))
+        return self._plan("Failed")
+
+    def _steps(self, train: str) -> Iterator[StepStatus]:
+        """Yield how far each step is. Once the training has succeeded, what fails is not the training."""
+        trained = self.attempts[-1].outcome is AttemptOutcome.SUCCEEDED
+        needed = {StepName.PREPARE: is_prepared(self.run_spec), StepName.SUBMIT: is_submitted(self.run_spec)}
+        for name in StepName:
+            if name is StepName.TRAIN:
+                yield StepStatus.model_validate({"name": name, "state": "Succeeded" if trained else train})
+            elif needed[name]:
+                yield self.steps.get(name) or StepStatus(name=name, state="Pending")
+
     def _plan(self, train: str, *, move: MoveRequest | None = None) -> JobPlan:
         before = self.facts.job.status
         if self.trainer_status is not None and train == "Succeeded":
             self.trainer_status = at_its_end(self.trainer_status)
+        clamps = clamps_of(before.clamps, self.run_spec.clamps, self.report)
+        self.notices.extend(notice_of(before.clamps, clamps))
         status = TrainingJobStatus(
             observed_generation=self.facts.job.metadata.generation,
             conditions=self.conditions,
             attempts=tuple(self.attempts),
-            steps=(StepStatus.model_validate({"name": "Train", "state": train}),),
+            steps=tuple(self._steps(train)),
             trainer_status=self.trainer_status,
-            clamps=clamps_of(before.clamps, self.run_spec.clamps, self.facts.report),
+            clamps=clamps,
             result=self.result,
         )
         return JobPlan(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from taskoffer.api.contract import ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.taskoffer import Admission
-from taskoffer.api.v1alpha1.trainingjob import Attempt, Preemptor, TrainingJob, TrainingJobStatus
+from taskoffer.api.v1alpha1.trainingjob import Attempt, Preemptor, StepName, TrainingJob, TrainingJobStatus
 from taskoffer.decision.placed_jobs import MoveRequest
 
 
@@ -42,6 +42,14 @@ class PodView:
     exit_code: int | None = None
     message: str = ""
     waiting: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """The Job of a step around the training, with what its newest pod says."""
+
+    job: JobView
+    pod: PodView | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,8 @@ class JobFacts:
     jobs: Mapping[str, JobView]
     pods: Sequence[PodView]
     nodes: Mapping[str, NodeHealth]
+    steps: Mapping[StepName, StepView] = field(default_factory=dict)
+    """The Jobs of the steps around the training; they are in neither of the two above."""
     report: ProgressReport | None = None
     moved_to: tuple[Assignment, ...] | None = None
     """The next attempt's place, once the cycle has found one for it."""
@@ -105,6 +115,23 @@ class EnsureAttempt:
 
     attempt: Attempt
     number: int
+    seconds: int | None = None
+    """What a trainer that the offer has brought has left; None for ours, which knows its deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnsureStep:
+    """Create ConfigMap and Job of a step around the training unless they are there."""
+
+    name: StepName
+    seconds: int
+    """How long the step may take."""
+    deadline: datetime | None
+    """When the whole task has to be done."""
+    lease_until: datetime
+    """Until when the job keeps its files in the cache."""
+    repeats: int = 0
+    """How often it was begun before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +166,7 @@ class OfferEnd:
     message: str
 
 
-Action = EnsureAttempt | SuspendJob | DeleteJob
+Action = EnsureAttempt | EnsureStep | SuspendJob | DeleteJob
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,13 +18,17 @@ from taskoffer.api.v1alpha1.trainingjob import (
     AttemptOutcome,
     Preemptor,
 )
-from taskoffer.decision.abandoned import abandoned, pods_of_no_attempt, stop_and_fail, stray_jobs
+from taskoffer.decision.abandoned import (
+    abandoned,
+    pods_of_no_attempt,
+    steps_to_stop,
+    stop_and_fail,
+    stray_jobs,
+)
 from taskoffer.decision.attempts import asked_again_at, end_of_offer, first_attempt, move_request, need_of, says_refused
 from taskoffer.decision.conditions import condition_of, is_true
-from taskoffer.decision.job_draft import JobDraft
 from taskoffer.decision.job_facts import (
     DeleteJob,
-    EnsureAttempt,
     JobFacts,
     JobPlan,
     JobView,
@@ -35,13 +39,9 @@ from taskoffer.decision.job_facts import (
 )
 from taskoffer.decision.measured import with_measured
 from taskoffer.decision.moments import later
+from taskoffer.decision.own_trainer_draft import OwnTrainerDraft
 from taskoffer.decision.placed_jobs import MoveRequest
-from taskoffer.decision.trainer_words import (
-    PERMANENT_EXIT_CODES,
-    last_words,
-    parse_termination,
-    result_of,
-)
+from taskoffer.decision.trainer_words import last_words, result_of
 
 _NOT_STARTED = "the pod has not started"
 
@@ -71,7 +71,7 @@ def _step(facts: JobFacts) -> JobPlan:
     return _Pass(facts, attempts).run()
 
 
-class _Pass(JobDraft):
+class _Pass(OwnTrainerDraft):
     """One look at an unfinished job. Methods return the plan."""
 
     def __init__(self, facts: JobFacts, attempts: tuple[Attempt, ...]) -> None:
@@ -84,12 +84,17 @@ class _Pass(JobDraft):
     def run(self) -> JobPlan:
         if self._cancelled():
             return self._stop(Reason.CANCELLED, "the offer was cancelled")
+        if self.current.outcome is AttemptOutcome.SUCCEEDED:
+            return self._submitted()
         if self.current.outcome is not None:
             return self._next_attempt()
         if self.pod is not None and self.pod.terminal:
             return self._ended(self.pod)
         if self.pod is None and self.job is not None and self.job.finished:
             return self._ended_without_pod(self.job)
+        over = self._time_is_up()
+        if over is not None:
+            return over
         deadline = self.current.deadline
         if deadline is not None and self.facts.now >= deadline:
             return self._stop(Reason.DEADLINE_EXCEEDED, f"the deadline {deadline:%Y-%m-%dT%H:%M:%SZ} has passed")
@@ -124,6 +129,9 @@ class _Pass(JobDraft):
     # The cases
 
     def _create(self) -> JobPlan:
+        fetching = self._prepare()
+        if fetching is not None:
+            return fetching
         number = len(self.attempts)
         if (unknown := pods_of_no_attempt(self.facts, self.attempts)) > 0:
             waits = f"attempt {number}: {unknown} pod(s) of a TrainingJob that was deleted have not ended"
@@ -132,7 +140,7 @@ class _Pass(JobDraft):
         refusal, refused_before = self.facts.refusal, says_refused(self.conditions, number)
         if refusal is not None and refusal.job_name == self.current.job_name:
             return self._refused(refusal, refused_before)
-        self.actions.append(EnsureAttempt(self.current, number))
+        self.actions.append(self._ensure_attempt())
         if not refused_before:
             # In the words of a pass that finds the Job without a pod, so that such a pass has nothing to write.
             self._condition("Running", False, Reason.PENDING, f"attempt {number}: {_NOT_STARTED}")
@@ -147,7 +155,7 @@ class _Pass(JobDraft):
             return self._give_up(AttemptOutcome.START_TIMEOUT, Reason.START_TIMEOUT, message)
         again = asked_again_at(refusal)
         if self.facts.now >= again:
-            self.actions.append(EnsureAttempt(self.current, len(self.attempts)))
+            self.actions.append(self._ensure_attempt())
         self._wake(min(again, gives_up))
         if not before:
             self._condition("Running", False, Reason.JOB_REFUSED, f"attempt {len(self.attempts)}: {refusal.message}")
@@ -211,8 +219,10 @@ class _Pass(JobDraft):
         return self.facts.now
 
     def _ended(self, pod: PodView) -> JobPlan:
-        report = parse_termination(pod.message)
+        report = self._said(pod)
         finished = self._by_own_clock(pod.finished_at or self.facts.now)
+        if not pod.succeeded and self._was_stopped_by_clock(finished):
+            return self._trained_by_clock(finished, pod.exit_code)
         message = last_words(report, pod.message, None if pod.succeeded else self.facts.log_tail)
         if pod.succeeded:
             self._amend(outcome=AttemptOutcome.SUCCEEDED, finished_at=finished, exit_code=0, message=message or None)
@@ -220,7 +230,7 @@ class _Pass(JobDraft):
         if self.facts.log_tail is None:
             return JobPlan(failed_pod=pod.name)
         code = pod.exit_code
-        if self.current.preempted_for is not None and code not in PERMANENT_EXIT_CODES:
+        if self.current.preempted_for is not None and code not in self._permanent:
             return self._preempted(self.current.preempted_for, finished, code)
         stopped = code == ExitCode.STOPPED
         self._amend(
@@ -230,12 +240,14 @@ class _Pass(JobDraft):
             message=message or None,
         )
         summary = f"attempt {len(self.attempts)} ended with exit code {code}: {message or 'no message'}"
-        if code in PERMANENT_EXIT_CODES:
+        if code in self._permanent:
             return self._fail(Reason.FAILED, summary)
         return self._retry_or_fail(summary)
 
     def _ended_without_pod(self, job: JobView) -> JobPlan:
         """The Job is over and its pod was removed by somebody else before its end was seen."""
+        if not job.succeeded and self._is_time_up():
+            return self._trained_by_clock(self.facts.now, None)
         outcome = AttemptOutcome.SUCCEEDED if job.succeeded else AttemptOutcome.FAILED
         self._amend(outcome=outcome, finished_at=self.facts.now, message="the pod was removed before its end was seen")
         if job.succeeded:
@@ -264,7 +276,7 @@ class _Pass(JobDraft):
         return self._plan("Pending")
 
     def _retry_or_fail(self, summary: str) -> JobPlan:
-        if self.current.deadline is not None and self.facts.now >= self.current.deadline:
+        if self._due is not None and self.facts.now >= self._due:
             return self._fail(Reason.DEADLINE_EXCEEDED, f"the deadline has passed; {summary}")
         if self._tried >= self.limits.max_attempts:
             return self._fail(
@@ -290,11 +302,11 @@ class _Pass(JobDraft):
 
     def _next_attempt(self) -> JobPlan:
         """The last attempt is over: place the next one, on the same GPUs where that is possible."""
-        last = self.current
-        if last.deadline is not None and self.facts.now >= last.deadline:
-            return self._stop(Reason.DEADLINE_EXCEEDED, f"the deadline {last.deadline:%Y-%m-%dT%H:%M:%SZ} has passed")
-        if last.deadline is not None:
-            self._wake(last.deadline)
+        last, due = self.current, self._due
+        if due is not None and self.facts.now >= due:
+            return self._stop(Reason.DEADLINE_EXCEEDED, f"the deadline {due:%Y-%m-%dT%H:%M:%SZ} has passed")
+        if due is not None:
+            self._wake(due)
         if last.outcome is AttemptOutcome.PREEMPTED:
             return self._go_on(last)
         move_away = last.outcome in (AttemptOutcome.NODE_LOST, AttemptOutcome.START_TIMEOUT)
@@ -350,6 +362,7 @@ class _Pass(JobDraft):
         if self.job is not None and not self.job.finished and not self.job.suspended:
             self.actions.append(SuspendJob(self.job.name))
             self.notices.append(Notice(Reason.STOPPING, f"{why}: the pods are asked to stop"))
+        self.actions.extend(steps_to_stop(self.facts))
         if alive:
             self._condition("Running", True, Reason.STOPPING, f"{why}; {len(alive)} pod(s) are asked to stop")
             return self._plan("Running")
@@ -360,16 +373,19 @@ class _Pass(JobDraft):
     def _complete(self, report: Termination | None) -> JobPlan:
         self._take_report(final=True)
         self.result = result_of(report) or self.result
-        text = "trained and verified"
-        if report and report.eval_loss_before is not None and report.eval_loss_after is not None:
-            text += f"; held-out loss {report.eval_loss_before:.4f} -> {report.eval_loss_after:.4f}"
+        return self._submitted()
+
+    def _submitted(self) -> JobPlan:
+        """The training is over and its GPUs are free: the job is complete once its result has been handed over."""
+        waits = self._submit()
+        if waits is not None:
+            return waits
+        text, result = "trained and verified", self.result
+        if result is not None and result.eval_loss_before is not None and result.eval_loss_after is not None:
+            text += f"; held-out loss {float(result.eval_loss_before):.4f} -> {float(result.eval_loss_after):.4f}"
+        if result is not None and result.submitted_to is not None:
+            text += f"; submitted to {result.submitted_to}"
         self._condition("Running", False, Reason.SUCCEEDED, text)
         self._condition("Complete", True, Reason.SUCCEEDED, text)
         self.notices.append(Notice(Reason.SUCCEEDED, text))
         return self._plan("Succeeded")
-
-    def _fail(self, reason: Reason, message: str) -> JobPlan:
-        self._condition("Running", False, reason, message)
-        self._condition("Failed", True, reason, message)
-        self.notices.append(Notice(reason, message, warning=reason is not Reason.CANCELLED))
-        return self._plan("Failed")

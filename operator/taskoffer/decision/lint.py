@@ -13,6 +13,7 @@ from taskoffer.api.v1alpha1.scoring import TermName, TermWeight
 from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT
 from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.lint_profiles import finding, lint_profiles
+from taskoffer.decision.lint_trainers import lint_trainers
 
 _PRESSURE = Decimal("0.90")
 """Share of a GPU's memory above which running jobs are under pressure, in both strategy documents."""
@@ -35,6 +36,7 @@ def lint(
         *_queue(spec),
         *_preemption(spec),
         *_memory(spec),
+        *lint_trainers(spec),
         *_shared(shared or {}),
         *lint_profiles(spec.size_classes, spec.task_types, spec.lanes, spec.estimation),
     )

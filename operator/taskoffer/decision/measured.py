@@ -23,7 +23,8 @@ def with_measured(made: JobPlan, facts: JobFacts) -> JobPlan:
     status = made.status
     if status is None or not (is_true(status.conditions, "Complete") or is_true(status.conditions, "Failed")):
         return made
-    report = _last_report(facts, status)
+    # What another trainer has left is its own word.
+    report = _last_report(facts, status) if facts.job.spec.run.trainer is None else None
     figures = measured_of(status, report, facts.job.spec.run.predicted)
     return replace(made, status=status.model_copy(update={"measured": figures}))
 
@@ -51,7 +52,7 @@ def measured_of(status: TrainingJobStatus, report: Termination | None, predicted
         tokens_per_second=_rate(status, report),
         peak_memory_bytes=_positive(report.peak_gpu_bytes if report else None, MOST_BYTES),
         peak_host_bytes=_positive(report.peak_host_bytes if report else None, MOST_BYTES),
-        predicted_seconds=_told(told.training_seconds, told.duration_factor, MOST_SECONDS),
+        predicted_seconds=expected_seconds(told),
         predicted_peak_bytes=_told(told.peak_memory_bytes, told.memory_factor, MOST_BYTES),
     )
 
@@ -110,6 +111,11 @@ def _whole(value: float, most: int) -> int | None:
 
 def _positive(value: int | None, most: int) -> int | None:
     return value if value is not None and 0 < value <= most else None
+
+
+def expected_seconds(predicted: Predicted | None) -> int | None:
+    """Return what a job's training was predicted to take, corrected by earlier outcomes, or None where nothing was."""
+    return _told(predicted.training_seconds, predicted.duration_factor, MOST_SECONDS) if predicted else None
 
 
 def _told(formula: int | None, factor: str | None, most: int) -> int | None:

@@ -20,6 +20,11 @@ GIB = 1024**3
 
 _ADAPTER_BYTES = 16
 """Per adapter parameter: float32 weight and gradient, two moments of Adam."""
+_AVERAGE_BYTES = 4
+"""Per adapter parameter: the moving average of the weight, where one is kept."""
+_CHECKPOINT_BYTES = 16
+"""Per adapter parameter in a checkpoint: 4.1 of weights and 8.7 of Adam's state were measured, 3.2 are left for an
+average and the rest."""
 _FRAGMENTATION = 1.05
 _CUDA_BYTES = 1.5 * GIB
 _NCCL_BYTES = 1.0 * GIB
@@ -53,6 +58,16 @@ class Load:
     dropout: bool = False
     checkpointing: bool = True
     bf16: bool = True
+    average: bool = False
+    """Whether a moving average of the adapter is kept beside it."""
+    drawn_at_once: int | None = None
+    """Completions that are drawn at once for each row that is trained at once, where a policy sets how they are drawn;
+    None plans with one whose keys and values are kept beside the activations."""
+
+    @property
+    def adapter_bytes(self) -> int:
+        """What the adapter takes on a GPU that holds all of it."""
+        return (_ADAPTER_BYTES + (_AVERAGE_BYTES if self.average else 0)) * self.adapter_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +99,11 @@ class Need:
         return max(0, int(room / self.per_row))
 
 
+def checkpoint_bytes(adapter_parameters: int, kept: int) -> int:
+    """Return the space that checkpoints take: those that are kept, and one more while it is being written."""
+    return (kept + 1) * _CHECKPOINT_BYTES * adapter_parameters
+
+
 def text_need(shape: ModelShape, parameters: int, load: Load, layout: Layout, margin: float = 0.0) -> Need:
     """Return what a language model's training needs on each GPU.
 
@@ -106,8 +126,11 @@ def text_need(shape: ModelShape, parameters: int, load: Load, layout: Layout, ma
     )
     stored = tokens * 2 * shape.hidden * shape.layers if load.checkpointing else 0
     head = tokens * 8 * shape.hidden
+    # Keys and values in bfloat16, over all layers.
     cache = 4 * shape.key_value * shape.layers * load.max_length if load.task is TaskType.GRPO else 0
-    per_row = stored + layer * (1 if load.checkpointing else shape.layers) + head + cache
+    trained = stored + layer * (1 if load.checkpointing else shape.layers) + head
+    # A step is drawn before any of it is trained, so the larger of both counts.
+    per_row = trained + cache if load.drawn_at_once is None else max(trained, load.drawn_at_once * cache)
     buffers = 0.0
     if layout.sharded:
         buffers = 4.0 * parameters / shape.layers
@@ -117,7 +140,7 @@ def text_need(shape: ModelShape, parameters: int, load: Load, layout: Layout, ma
     width = 1 if load.bf16 else 2
     return Need(
         weights=2.0 * width * parameters / share,
-        adapter=_ADAPTER_BYTES * adapter * guessed / share,
+        adapter=load.adapter_bytes * guessed / share,
         buffers=buffers * guessed,
         per_row=per_row * width * guessed,
         fixed=_CUDA_BYTES + (_NCCL_BYTES if layout.gpus > 1 else 0) + tile * _FRAGMENTATION,
@@ -137,11 +160,12 @@ class ImageModel:
 
 
 IMAGE_MODELS = {
-    Architecture.SDXL: ImageModel(2_567_000_000, 1_450_000, 3.0 * GIB, 6.76e12),
-    Architecture.FLUX: ImageModel(11_901_000_000, 1_630_000, 6.25 * GIB, 74.4e12),
+    Architecture.SDXL: ImageModel(2_567_463_684, 2_616_320, 3.0 * GIB, 6.76e12),
+    Architecture.FLUX: ImageModel(11_901_408_320, 4_085_760, 6.25 * GIB, 74.4e12),
 }
-"""Parameters, adapter parameters and FLOPs were counted on the meta device with diffusers 0.42. The activations are an
-assumption (12 and 25 GiB for four pictures) that no GPU has confirmed yet."""
+"""Parameters, adapter parameters and FLOPs were counted on the meta device with diffusers 0.42; the adapter is on the
+attention and feed-forward layers of the blocks, as the trainer puts it. The activations are an assumption (12 and
+25 GiB for four pictures) that no GPU has confirmed yet."""
 
 
 def image_need(model: ImageModel, resolution: int, load: Load, layout: Layout) -> Need:
@@ -149,7 +173,7 @@ def image_need(model: ImageModel, resolution: int, load: Load, layout: Layout) -
     adapter, width = load.adapter_parameters, 1 if load.bf16 else 2
     return Need(
         weights=2.0 * width * model.parameters,
-        adapter=_ADAPTER_BYTES * adapter,
+        adapter=load.adapter_bytes,
         buffers=4.0 * adapter if layout.gpus > 1 else 0.0,
         per_row=model.activation_bytes * width * (resolution / 1024) ** 2,
         fixed=_CUDA_BYTES + (_NCCL_BYTES if layout.gpus > 1 else 0),

@@ -162,11 +162,14 @@ def group_of(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Group | None:
 
 
 def outcome_of(job: TrainingJob) -> Outcome | None:
-    """Return what a job says of its kind; None while it runs, and where its kind is not recorded."""
+    """Return what a job says of its kind.
+
+    None while it runs, where its kind is not recorded, and where its offer brought its own trainer.
+    """
     run, status = job.spec.run, job.status
     kind = next((kind for kind in ("Complete", "Failed") if is_true(status.conditions, kind)), "")
     ended = condition_of(status.conditions, kind)
-    if ended is None or run.size_class is None:
+    if ended is None or run.size_class is None or run.trainer is not None:
         return None
     success = True if ended.type == "Complete" else None
     if ended.type == "Failed" and is_failure(ended.reason, status.attempts):

@@ -13,13 +13,18 @@ from taskoffer.api.v1alpha1.learning import MOST_BYTES, MOST_SECONDS, Predicted
 from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, ExplanationItem, TaskOfferSpec
 from taskoffer.decision.finish import Finish, duration_text
 from taskoffer.decision.fit import Fit
-from taskoffer.decision.footing import Footings, footing_on, footings_of
+from taskoffer.decision.footing import Footing, Footings, footing_on, footings_of
 from taskoffer.decision.identity import Itself
 from taskoffer.decision.memory import GIB
 from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Group, Kind, Learned, group_of
 from taskoffer.decision.verdict import Refusal
 
 _TOLD_CLAMPS = 3
+
+NOT_ESTIMATED = ExplanationItem(
+    type="Estimate", name="OwnTrainer", message="not estimated: the offer brings its own trainer"
+)
+"""Told in the place of a prediction, which would be one of the policy's own recipe."""
 
 
 class Prediction(NamedTuple):
@@ -54,6 +59,7 @@ class Prediction(NamedTuple):
         return Predicted(
             training_seconds=None if training is None else round(training),
             peak_memory_bytes=max(1, min(round(self.fit.peak / float(memory)), MOST_BYTES)),
+            checkpoint_bytes=max(1, min(self.fit.checkpoint_bytes, MOST_BYTES)),
             duration_factor=str(duration) if self.finish is not None else None,
             memory_factor=str(memory),
         )
@@ -106,13 +112,12 @@ class Outlook:
         if self._footings is None:
             return None
         spec, known = self._spec, self.known(gpus)
-        fit, pacing = footing_on(self._footings, spec, gpus, known.memory_factor)
-        if pacing is None or not (spec.dataset.rows or pacing.max_steps > 0):
-            return Prediction(fit, None, known)
-        basis = known.duration_basis if known is not UNKNOWN else ""
-        # A factor of which nothing would be told does not count.
-        factor = float(known.duration_factor) if basis else 1.0
-        return Prediction(fit, pacing.finish(spec, factor, basis), known)
+        footing = footing_on(self._footings, spec, gpus, known.memory_factor)
+        found = _predicted(spec, footing, known)
+        if found.holds or footing.faster is None:
+            return found
+        faster = _predicted(spec, footing.faster, known)
+        return faster if faster.holds else found
 
     def holding(self) -> Iterator[tuple[int, Prediction, Finish]]:
         """Yield the counts that the policy hands out with which the task fits and ends in time, with what is predicted.
@@ -138,6 +143,16 @@ class Outlook:
         """
         hours = ((gpus * finish.seconds, gpus) for gpus, _, finish in self.holding())
         return min(hours, default=(0, None))[1]
+
+
+def _predicted(spec: TaskOfferSpec, footing: Footing, known: Estimate) -> Prediction:
+    pacing = footing.pacing
+    if pacing is None or not (spec.dataset.rows or pacing.max_steps > 0):
+        return Prediction(footing.fit, None, known)
+    basis = known.duration_basis if known is not UNKNOWN else ""
+    # A factor of which nothing would be told does not count.
+    factor = float(known.duration_factor) if basis else 1.0
+    return Prediction(footing.fit, pacing.finish(spec, factor, basis), known)
 
 
 def outlook_of(spec: TaskOfferSpec, policy: CapacityPolicySpec, learned: Learned = NOTHING) -> Outlook:
@@ -177,7 +192,9 @@ def refusals_of(
     others = ((n, outlook.on(n)) for n in nearest)
     enough = next((n for n, other in others if other is not None and other.holds), None)
     remedies = [f"gpuCount {enough}"] if enough is not None else []
-    if not found.fit.fits:
+    if found.fit.lacks_storage:
+        yield _lacks_storage(found.fit, spec, policy)
+    elif not found.fit.fits:
         yield Refusal(
             Reason.INSUFFICIENT_MEMORY,
             f"{spec.model.name} needs {found.memory_numbers}, with LoRA rank {found.fit.effective.lora.r}",
@@ -193,6 +210,16 @@ def refusals_of(
             f"predicted to take {found.finish.numbers}",
             f"accepted with {' or '.join(remedies or ['fewer rows or a smaller model'])}",
         )
+
+
+def _lacks_storage(fit: Fit, spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Refusal:
+    volume = policy.estimation.checkpoint_volume if policy.estimation is not None else None
+    return Refusal(
+        Reason.INSUFFICIENT_STORAGE,
+        f"a checkpoint of {spec.model.name} and another one being written take {fit.checkpoint_bytes / 1e9:.3g} GB, "
+        f"with LoRA rank {fit.effective.lora.r}, and the policy's estimation.checkpointVolume is {volume}",
+        "accepted with a smaller model, or once estimation.checkpointVolume is raised",
+    )
 
 
 def estimates_of(found: Prediction | None) -> tuple[ExplanationItem, ...]:

@@ -37,6 +37,7 @@ class OfferTerms:
     deadline: datetime | None
     expires_at: datetime | None
     is_active: bool
+    source_ends: datetime | None
 
     @classmethod
     def of(cls, spec: TaskOfferSpec) -> OfferTerms:
@@ -71,8 +72,10 @@ class OfferView:
 
     @property
     def ends(self) -> datetime | None:
-        """The moment after which it is refused as expired unless it was admitted."""
-        return _sooner(self.spec.expires_at, self.spec.deadline) if self.spec is not None else None
+        """The moment after which it is refused unless it was admitted: it is over, or its data cannot be fetched."""
+        if self.spec is None:
+            return None
+        return _sooner(_sooner(self.spec.expires_at, self.spec.deadline), self.spec.source_ends)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taskoffer.api.contract import Clamp, ExitCode, ProgressReport, Termination
+from taskoffer.api.contract import ExitCode, Metric, ProgressReport, Termination
 from taskoffer.api.v1alpha1.trainingjob import Result, TrainerStatus
 
 PERMANENT_EXIT_CODES = frozenset(code for code in ExitCode if not code.retryable) - {ExitCode.DONE}
@@ -42,17 +42,22 @@ def result_of(report: Termination | None) -> Result | None:
         sha256=report.adapter_sha256[:64] if report.adapter_sha256 else None,
         eval_loss_before=text(report.eval_loss_before),
         eval_loss_after=text(report.eval_loss_after),
+        metrics_before=_by_name(report.figures_before, 64),
+        metrics_after=_by_name(report.figures_after, 64),
     )
+
+
+def _by_name(metrics: tuple[Metric, ...], most: int) -> tuple[Metric, ...]:
+    """Return each name's last value. The pod runs foreign data: equal names would make the status unwritable."""
+    return tuple({metric.name: metric for metric in metrics}.values())[:most]
 
 
 def trainer_status_of(report: ProgressReport) -> TrainerStatus:
     """Return what a job's status keeps of a progress report."""
-    # The pod runs foreign data: names that occur twice or too often must not make the status unwritable.
-    metrics = {metric.name: metric for metric in report.metrics}
     return TrainerStatus(
         progress_percentage=report.progress_percentage,
         estimated_remaining_seconds=report.estimated_remaining_seconds,
-        metrics=tuple(metrics.values())[:256],
+        metrics=_by_name(report.metrics, 256),
         last_updated_time=report.last_updated_time,
     )
 
@@ -60,12 +65,3 @@ def trainer_status_of(report: ProgressReport) -> TrainerStatus:
 def at_its_end(status: TrainerStatus) -> TrainerStatus:
     """Return the status of a training that is done."""
     return status.model_copy(update={"progress_percentage": 100, "estimated_remaining_seconds": 0})
-
-
-def clamps_of(
-    before: tuple[Clamp, ...], decided: tuple[Clamp, ...], report: ProgressReport | None
-) -> tuple[Clamp, ...]:
-    """Return what was clamped: by the decision, and by the trainer once it has said so."""
-    if report is not None and report.clamps:
-        return (*decided, *report.clamps)[:64]
-    return before or decided

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from taskoffer.adapters.events import Subject
 from taskoffer.adapters.kube import (
@@ -21,12 +23,15 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION
 from taskoffer.api.v1alpha1.trainingjob import TrainingJob, TrainingJobStatus
 from taskoffer.decision.attempts import needs_devices
-from taskoffer.decision.job_facts import Action, DeleteJob, EnsureAttempt, SuspendJob
+from taskoffer.decision.job_facts import Action, DeleteJob, EnsureAttempt, EnsureStep, SuspendJob
 from taskoffer.decision.keys import OfferKey
+from taskoffer.decision.naming import step_name
+from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.leftovers import job_is_there
 from taskoffer.reconcile.session import Session
 from taskoffer.reconcile.views import TrainingJobEntry
 from taskoffer.render.job import attempt_job, config_map, resource_claim
+from taskoffer.render.steps import step_config_map, step_job
 
 
 class NameTakenError(Exception):
@@ -52,7 +57,24 @@ async def carry_out(session: Session, entry: TrainingJobEntry, job: TrainingJob,
     session.lease.check()
     namespace = entry.key.namespace
     if isinstance(action, EnsureAttempt):
-        return await _ensure(session, entry, job, action)
+        # Who has a status had this Job already; with it the TrainingJob may be gone, and nothing has told it.
+        if action.number == 1 and job.status.conditions and not await job_is_there(session, entry):
+            return None
+        attempt, number = action.attempt, action.number
+        # A trainer that the offer has brought is told everything by its arguments.
+        config = config_map(job, attempt, number) if job.spec.run.trainer is None else None
+        objects = (
+            (None, CONFIG_MAPS, config),
+            (session.world.devices.claims, RESOURCE_CLAIMS, resource_claim(job, attempt, number)),
+            (session.world.batch_jobs, BATCH_JOBS, attempt_job(job, attempt, number, action.seconds)),
+        )
+        return await _ensure(session, entry, attempt.job_name, objects)
+    if isinstance(action, EnsureStep):
+        steps = (
+            (None, CONFIG_MAPS, step_config_map(job, action)),
+            (session.world.batch_jobs, BATCH_JOBS, step_job(job, action)),
+        )
+        return await _ensure(session, entry, step_name(entry.key.name, action.name, action.repeats), steps)
     try:
         if isinstance(action, SuspendJob):
             made = await session.kube.patch(BATCH_JOBS, namespace, action.name, {"spec": {"suspend": True}})
@@ -64,18 +86,16 @@ async def carry_out(session: Session, entry: TrainingJobEntry, job: TrainingJob,
     return None
 
 
-async def _ensure(session: Session, entry: TrainingJobEntry, job: TrainingJob, action: EnsureAttempt) -> Refused | None:
-    """Create the objects of an attempt. One of the name that is there is accepted only from the same owner."""
-    # Who has a status had this Job already; with it the TrainingJob may be gone, and nothing has told it.
-    if action.number == 1 and job.status.conditions and not await job_is_there(session, entry):
-        return None
+async def _ensure(
+    session: Session,
+    entry: TrainingJobEntry,
+    job_name: str,
+    objects: Sequence[tuple[Store[Any] | None, Resource, Object | None]],
+) -> Refused | None:
+    """Create the objects of a Job. One of the name that is there is accepted only from the same owner."""
     namespace = entry.key.namespace
     subject = Subject(API_VERSION, "TrainingJob", namespace, entry.key.name, entry.uid)
-    for store, resource, manifest in (
-        (None, CONFIG_MAPS, config_map(job, action.attempt, action.number)),
-        (session.world.devices.claims, RESOURCE_CLAIMS, resource_claim(job, action.attempt, action.number)),
-        (session.world.batch_jobs, BATCH_JOBS, attempt_job(job, action.attempt, action.number)),
-    ):
+    for store, resource, manifest in objects:
         if manifest is None:
             continue
         what = f"{manifest['kind']} {namespace}/{manifest['metadata']['name']}"
@@ -91,12 +111,12 @@ async def _ensure(session: Session, entry: TrainingJobEntry, job: TrainingJob, a
             raise
         except ApiError as error:
             WRITE_RETRIES.labels("TrainingJob", "refused").inc()
-            return Refused(action.attempt.job_name, f"the API server refuses {what}: {error.message}"[:900])
+            return Refused(job_name, f"the API server refuses {what}: {error.message}"[:900])
         except UnknownOutcomeError as error:
             # A webhook that is down answers 500, for ever. What is there after all is taken in by the next pass.
             if await _is_absent(session, resource, namespace, manifest["metadata"]["name"]):
                 WRITE_RETRIES.labels("TrainingJob", "unknown").inc()
-                return Refused(action.attempt.job_name, f"the API server does not take {what}: {error}"[:900])
+                return Refused(job_name, f"the API server does not take {what}: {error}"[:900])
             raise
     return None
 

@@ -34,6 +34,7 @@ from taskoffer.decision.conditions import is_true
 from taskoffer.decision.job_facts import (
     Action,
     EnsureAttempt,
+    EnsureStep,
     JobFacts,
     JobPlan,
     OfferEnd,
@@ -345,7 +346,7 @@ class Jobs:
 
     async def _carry_out(self, entry: TrainingJobEntry, facts: JobFacts, action: Action) -> None:
         refused = await carry_out(self._session, entry, facts.job, action)
-        if not isinstance(action, EnsureAttempt):
+        if not isinstance(action, (EnsureAttempt, EnsureStep)):
             return
         before = self._refusals.pop(entry.key, None)
         if refused is None:

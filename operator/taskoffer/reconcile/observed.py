@@ -8,9 +8,10 @@ from datetime import timedelta
 from taskoffer.adapters.clock import utcnow
 from taskoffer.adapters.kube import ApiError, Kube, ThrottledError, UnknownOutcomeError
 from taskoffer.api.contract import ProgressReport
-from taskoffer.api.v1alpha1.trainingjob import TrainingJob
+from taskoffer.api.v1alpha1.trainingjob import StepName, TrainingJob
 from taskoffer.decision.conditions import is_true
-from taskoffer.decision.job_facts import JobFacts, OfferFacts
+from taskoffer.decision.job_facts import JobFacts, OfferFacts, StepView
+from taskoffer.decision.keys import OfferKey
 from taskoffer.reconcile.views import OfferEntry, TrainingJobEntry
 from taskoffer.reconcile.world import World
 from taskoffer.render.names import CONTAINER
@@ -30,8 +31,9 @@ def job_facts(
         now=utcnow(),
         job=job,
         offer=_offer_facts(offer) if offer is not None else None,
-        jobs={j.view.name: j.view for j in world.batch_of.get(key, {}).values()},
-        pods=[p.view for p in world.pods_of.get(key, {}).values()],
+        jobs={j.view.name: j.view for j in world.batch_of.get(key, {}).values() if j.step is None},
+        pods=[p.view for p in world.pods_of.get(key, {}).values() if p.step is None],
+        steps=_steps(world, key),
         nodes={n.name: n.health for n in world.nodes},
         report=report,
         moved_to=moved.assignments if (moved := world.moved.get(key)) else None,
@@ -39,6 +41,17 @@ def job_facts(
         progress_interval=timedelta(seconds=progress_interval),
         devices_withdrawn=world.devices.withdrawn(job.status.attempts[-1].assignments if job.status.attempts else ()),
     )
+
+
+def _steps(world: World, key: OfferKey) -> dict[StepName, StepView]:
+    """Return the newest Job of each step around a training, with its newest pod."""
+    found: dict[StepName, StepView] = {}
+    jobs = [job for job in world.batch_of.get(key, {}).values() if job.step is not None]
+    for job in sorted(jobs, key=lambda job: (job.view.created is not None, job.view.created)):
+        if job.step is not None:
+            own = [pod.view for pod in world.pods_of.get(key, {}).values() if pod.job_uid == job.uid]
+            found[job.step] = StepView(job.view, max(own, key=lambda pod: (pod.created, pod.name), default=None))
+    return found
 
 
 def _offer_facts(offer: OfferEntry) -> OfferFacts:

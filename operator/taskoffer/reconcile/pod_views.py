@@ -6,10 +6,21 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from taskoffer.api.quantity import whole
+from taskoffer.api.v1alpha1.trainingjob import StepName
 from taskoffer.decision.job_facts import JobView, PodView
 from taskoffer.reconcile.cache import Raw
 from taskoffer.reconcile.moments import moment
-from taskoffer.render.names import CONTAINER, JOB_LABEL, LANE_LABEL, OFFER_UID_LABEL, POLICY_LABEL
+from taskoffer.render.names import (
+    CONTAINER,
+    JOB_LABEL,
+    LANE_LABEL,
+    OFFER_UID_LABEL,
+    POLICY_LABEL,
+    STEP_CONTAINER,
+    STEP_LABEL,
+)
+
+_AROUND = {"prepare": StepName.PREPARE, "submit": StepName.SUBMIT}
 
 
 def requested(pod_spec: Raw) -> dict[str, int]:
@@ -57,6 +68,8 @@ class PodEntry:
     ip: str | None
     job_uid: str | None
     """UID of the Job that made it."""
+    step: StepName | None
+    """The step around the training that it is of; None for a training."""
     view: PodView
 
 
@@ -66,10 +79,12 @@ def pod_entry(raw: Raw) -> PodEntry:
     labels = metadata.get("labels") or {}
     owner: Raw = next((o for o in metadata.get("ownerReferences") or () if o.get("kind") == "Job"), {})
     phase = status.get("phase")
-    container: Raw = next((c for c in status.get("containerStatuses") or () if c.get("name") == CONTAINER), {})
+    names = (CONTAINER, STEP_CONTAINER)
+    container: Raw = next((c for c in status.get("containerStatuses") or () if c.get("name") in names), {})
     state = container.get("state") or {}
     ended = state.get("terminated") or {}
     started = (state.get("running") or {}).get("startedAt") or ended.get("startedAt")
+    ended = ended or _failed_before(status)
     return PodEntry(
         namespace=metadata.get("namespace", ""),
         uid=metadata["uid"],
@@ -81,6 +96,7 @@ def pod_entry(raw: Raw) -> PodEntry:
         requests=requested(spec),
         ip=status.get("podIP"),
         job_uid=owner.get("uid"),
+        step=_AROUND.get(labels.get(STEP_LABEL, "")),
         view=PodView(
             name=metadata["name"],
             uid=metadata["uid"],
@@ -96,6 +112,13 @@ def pod_entry(raw: Raw) -> PodEntry:
             waiting=_waiting(status, state),
         ),
     )
+
+
+def _failed_before(status: Raw) -> Raw:
+    """Return the end of a container that was to prepare the pod and has failed, so that no other one starts."""
+    states = (c.get("state") or {} for c in status.get("initContainerStatuses") or ())
+    ends: list[Raw] = [state.get("terminated") or {} for state in states]
+    return next((end for end in ends if end.get("exitCode")), {})
 
 
 def _waiting(status: Raw, state: Raw) -> str:
@@ -135,6 +158,8 @@ class BatchJobEntry:
     requests: dict[str, int]
     once: bool
     """Whether it makes no other pod after its first one, however that ends."""
+    step: StepName | None
+    """The step around the training that it is of; None for an attempt."""
     view: JobView
 
 
@@ -153,6 +178,7 @@ def batch_job_entry(raw: Raw) -> BatchJobEntry:
         lane=labels.get(LANE_LABEL),
         node=pinned_node(template),
         requests=requested(template),
+        step=_AROUND.get(labels.get(STEP_LABEL, "")),
         once=spec.get("completions") == 1 and spec.get("backoffLimit") == 0 and not spec.get("podFailurePolicy"),
         view=JobView(
             metadata["name"],

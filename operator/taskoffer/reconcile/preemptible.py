@@ -34,6 +34,8 @@ def running_jobs(world: World, policies: Mapping[str, PolicyView]) -> Iterator[R
 
 def _running(world: World, entry: OfferEntry, job: TrainingJob, policies: Mapping[str, PolicyView]) -> Running | None:
     attempt = job.status.attempts[-1] if job.status.attempts else None
+    if job.spec.run.trainer is not None:
+        return None  # Nobody knows whether it can save and go on.
     if entry.admission is None or attempt is None or attempt.outcome is not None or attempt.started_at is None:
         return None
     name = entry.admission.policy_ref.name

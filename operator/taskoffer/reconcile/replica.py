@@ -204,8 +204,13 @@ class Replica:
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=32)) as http:
             while True:
                 await asyncio.sleep(self.session.settings.progress_interval / 2)
-                running = [p for p in self.session.world.pods if _reports(p)]
+                running = [p for p in self.session.world.pods if _reports(p) and self._is_ours(p)]
                 await asyncio.gather(*(self._ask(http, pod) for pod in running))
+
+    def _is_ours(self, pod: PodEntry) -> bool:
+        """Tell whether the policy's trainer runs in a pod: one that an offer has brought is asked nothing."""
+        entry = self.session.world.jobs_by_key.get(OfferKey(pod.namespace, pod.training_job or ""))
+        return entry is None or entry.job is None or entry.job.spec.run.trainer is None
 
     async def _ask(self, http: aiohttp.ClientSession, pod: PodEntry) -> None:
         report = await fetch_report(http, pod.ip or "")

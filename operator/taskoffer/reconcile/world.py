@@ -354,13 +354,15 @@ class World:
     def current_assignments(self, entry: OfferEntry) -> tuple[Assignment, ...]:
         """Return where an admitted offer's booking is now: the last attempt's place, else the admission's.
 
-        A job that was stopped for another has given its GPUs back, and has none until it goes on.
+        A job that was stopped for another has given its GPUs back, and has none until it goes on. One that has been
+        trained needs none to hand its result over.
         """
         job = self.jobs_by_key.get(entry.job_key)
         if job is None or job.job is None or job.offer_uid != entry.uid or not job.job.status.attempts:
             return entry.booked
         last = job.job.status.attempts[-1]
-        return () if last.outcome is AttemptOutcome.PREEMPTED else last.assignments
+        given_back = (AttemptOutcome.PREEMPTED, AttemptOutcome.SUCCEEDED)
+        return () if last.outcome in given_back else last.assignments
 
 
 def _keep_health(before: NodeEntry | None, after: NodeEntry | None) -> None:

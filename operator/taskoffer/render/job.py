@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from taskoffer.api.contract import CONFIG_PATH, PROGRESS_PORT
+from taskoffer.api.contract import CONFIG_PATH, POD_UID_VARIABLE, PROGRESS_PORT, TUNING_PATH, job_folder
 from taskoffer.api.v1alpha1.meta import API_VERSION, ClaimPath
-from taskoffer.api.v1alpha1.trainingjob import Attempt, PodSettings, Run, TrainingJob
-from taskoffer.render.claims import claim_spec, container_claims, is_pinned, pod_claims
+from taskoffer.api.v1alpha1.trainingjob import Attempt, Run, TrainingJob
+from taskoffer.decision.own_trainer import starts_its_clock
+from taskoffer.decision.step_needs import data_claim, is_prepared, model_claim, output_claim
+from taskoffer.render.claims import claim_spec
 from taskoffer.render.names import (
     ATTEMPT_LABEL,
+    CACHE_DIR,
     CONTAINER,
     DATASET_DIR,
     DEVICES_ANNOTATION,
@@ -23,10 +26,12 @@ from taskoffer.render.names import (
     OUTPUT_DIR,
     POLICY_LABEL,
     RUN_DIR,
-    TRAINER_UID,
+    STEP_LABEL,
+    TUNING_ANNOTATION,
     label_value,
 )
-from taskoffer.render.quantity import times
+from taskoffer.render.own_trainer import own_pod_spec
+from taskoffer.render.pod import restricted, shared_memory, training_pod, training_resources
 from taskoffer.render.trainingjob import run_config
 
 Manifest = dict[str, Any]
@@ -47,7 +52,7 @@ def config_map(job: TrainingJob, attempt: Attempt, number: int) -> Manifest:
             "name": attempt.job_name,
             "namespace": job.metadata.namespace,
             "labels": _labels(job, attempt, number),
-            "ownerReferences": [_owner(job)],
+            "ownerReferences": [owner_of(job)],
         },
         "immutable": True,
         "data": {CONFIG_PATH.rsplit("/", 1)[-1]: json.dumps(config, indent=2, sort_keys=True)},
@@ -71,16 +76,22 @@ def resource_claim(job: TrainingJob, attempt: Attempt, number: int) -> Manifest 
                 NODE_ANNOTATION: attempt.assignments[0].node_name,
                 DEVICES_ANNOTATION: ",".join(keys),
             },
-            "ownerReferences": [_owner(job)],
+            "ownerReferences": [owner_of(job)],
         },
         "spec": spec,
     }
 
 
-def attempt_job(job: TrainingJob, attempt: Attempt, number: int) -> Manifest:
+def attempt_job(job: TrainingJob, attempt: Attempt, number: int, seconds: int | None = None) -> Manifest:
     """Return the batch/v1 Job of an attempt: one pod, never retried by Kubernetes itself, on the decided node.
 
     Retrying is the operator's: each attempt is a Job of its own, so that its GPUs are booked before it exists.
+
+    Args:
+        job: The TrainingJob.
+        attempt: The attempt.
+        number: Its number, from 1.
+        seconds: What a trainer that the offer has brought has left; None for ours, which knows its deadline.
     """
     spec: Manifest = {
         "parallelism": 1,
@@ -88,15 +99,14 @@ def attempt_job(job: TrainingJob, attempt: Attempt, number: int) -> Manifest:
         "backoffLimit": 0,
         "podReplacementPolicy": "Failed",
         "template": {
-            "metadata": {"labels": _labels(job, attempt, number)},
-            "spec": _pod_spec(job.spec.run, attempt),
+            "metadata": {"labels": {**_labels(job, attempt, number), STEP_LABEL: "train"}},
+            "spec": _pod_spec(job, attempt, seconds),
         },
     }
     if job.spec.run.ttl_seconds_after_finished is not None:
         spec["ttlSecondsAfterFinished"] = job.spec.run.ttl_seconds_after_finished
-    if attempt.deadline is not None:
-        left = (attempt.deadline - attempt.created_at).total_seconds()
-        spec["activeDeadlineSeconds"] = min(max(1, int(left)) + _DEADLINE_RESERVE_SECONDS, _LONGEST_SECONDS)
+    if (left := _seconds_left(job.spec.run, attempt, seconds)) is not None:
+        spec["activeDeadlineSeconds"] = min(left + _DEADLINE_RESERVE_SECONDS, _LONGEST_SECONDS)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -104,13 +114,24 @@ def attempt_job(job: TrainingJob, attempt: Attempt, number: int) -> Manifest:
             "name": attempt.job_name,
             "namespace": job.metadata.namespace,
             "labels": _labels(job, attempt, number),
-            "ownerReferences": [_owner(job)],
+            "ownerReferences": [owner_of(job)],
         },
         "spec": spec,
     }
 
 
-def _owner(job: TrainingJob) -> Manifest:
+def _seconds_left(run: Run, attempt: Attempt, seconds: int | None) -> int | None:
+    """Return how long an attempt may take; None where only the operator counts, from the start of the container."""
+    if seconds is not None:
+        # Nothing inside of that pod ends it when the operator is away.
+        return seconds + (run.limits.start_timeout_seconds if starts_its_clock(run, attempt) else 0)
+    if attempt.deadline is None:
+        return None
+    return max(1, int((attempt.deadline - attempt.created_at).total_seconds()))
+
+
+def owner_of(job: TrainingJob) -> Manifest:
+    """Return the owner reference that makes an object go with its TrainingJob."""
     return {
         "apiVersion": API_VERSION,
         "kind": "TrainingJob",
@@ -133,52 +154,13 @@ def _labels(job: TrainingJob, attempt: Attempt, number: int) -> dict[str, str]:
     return {**labels, LANE_LABEL: label_value(lane)} if lane else labels
 
 
-def _pod_spec(run: Run, attempt: Attempt) -> Manifest:
-    pod = run.pod
-    volumes, mounts = _volumes(run, attempt, pod)
-    spec: Manifest = {
-        "restartPolicy": "Never",
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": pod.termination_grace_seconds,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": TRAINER_UID,
-            "runAsGroup": TRAINER_UID,
-            "fsGroup": TRAINER_UID,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "affinity": _pin([a.node_name for a in attempt.assignments]),
-        "containers": [_container(run, attempt, mounts)],
-        "volumes": volumes,
-    }
-    if claims := pod_claims(attempt):
-        spec["resourceClaims"] = claims
-    if pod.tolerations:
-        spec["tolerations"] = [t.to_wire() for t in pod.tolerations]
-    if pod.service_account_name:
-        spec["serviceAccountName"] = pod.service_account_name
-    if pod.runtime_class_name:
-        spec["runtimeClassName"] = pod.runtime_class_name
-    if pod.image_pull_secrets:
-        spec["imagePullSecrets"] = [{"name": name} for name in pod.image_pull_secrets]
-    if run.priority_class_name:
-        spec["priorityClassName"] = run.priority_class_name
-    return spec
-
-
-def _pin(nodes: list[str]) -> Manifest:
-    """Tie the pod to the decided node; the scheduler would undo the packing otherwise."""
-    return {
-        "nodeAffinity": {
-            "requiredDuringSchedulingIgnoredDuringExecution": {
-                "nodeSelectorTerms": [
-                    {"matchFields": [{"key": "metadata.name", "operator": "In", "values": nodes}]},
-                ]
-            }
-        }
-    }
+def _pod_spec(job: TrainingJob, attempt: Attempt, seconds: int | None) -> Manifest:
+    run = job.spec.run
+    if run.trainer is not None:
+        return own_pod_spec(job, attempt, seconds if seconds is not None else run.time_limit_seconds)
+    volumes, mounts = _volumes(job, attempt)
+    container = _container(run, attempt, mounts)
+    return training_pod(job, attempt, container, volumes, run.pod.termination_grace_seconds)
 
 
 def _container(run: Run, attempt: Attempt, mounts: list[Manifest]) -> Manifest:
@@ -186,13 +168,10 @@ def _container(run: Run, attempt: Attempt, mounts: list[Manifest]) -> Manifest:
         "name": CONTAINER,
         "image": run.pod.image,
         "args": ["--config", CONFIG_PATH],
+        "env": [{"name": POD_UID_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}],
         "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
-        "resources": _resources(run, attempt),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "resources": training_resources(run, attempt),
+        "securityContext": restricted(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
     }
@@ -201,42 +180,31 @@ def _container(run: Run, attempt: Attempt, mounts: list[Manifest]) -> Manifest:
     return container
 
 
-def _resources(run: Run, attempt: Attempt) -> Manifest:
-    requests: dict[str, str] = {}
-    limits: dict[str, str] = {}
-    if run.pod.cpu_per_gpu:
-        requests["cpu"] = times(run.pod.cpu_per_gpu, run.gpus)
-    if run.pod.memory_per_gpu:
-        requests["memory"] = limits["memory"] = times(run.pod.memory_per_gpu, run.gpus)
-    for assignment in attempt.assignments:
-        if not is_pinned(assignment):
-            requests[assignment.resource_name] = limits[assignment.resource_name] = str(assignment.count)
-    claims = container_claims(attempt)
-    return {"requests": requests, "limits": limits, **({"claims": claims} if claims else {})}
+def _tuning_item() -> Manifest:
+    return {
+        "path": TUNING_PATH.rpartition("/")[2],
+        "fieldRef": {"fieldPath": f"metadata.annotations['{TUNING_ANNOTATION}']"},
+    }
 
 
-def _volumes(run: Run, attempt: Attempt, pod: PodSettings) -> tuple[list[Manifest], list[Manifest]]:
+def _volumes(job: TrainingJob, attempt: Attempt) -> tuple[list[Manifest], list[Manifest]]:
+    run, shm = job.spec.run, shared_memory(job.spec.run)
     volumes: list[Manifest] = [
         {"name": "run", "configMap": {"name": attempt.job_name}},
         {"name": "tmp", "emptyDir": {}},
+        {"name": "tuning", "downwardAPI": {"items": [_tuning_item()]}},
     ]
     mounts: list[Manifest] = [
         {"name": "run", "mountPath": RUN_DIR, "readOnly": True},
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
+        # A folder and never a subPath: the kubelet renews only whole folders while the pod runs.
+        {"name": "tuning", "mountPath": TUNING_PATH.rpartition("/")[0], "readOnly": True},
     ]
-    if pod.shared_memory_per_gpu:
-        size = times(pod.shared_memory_per_gpu, run.gpus)
-        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}})
-        mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108
+    volumes, mounts = [*volumes, *shm[0]], [*mounts, *shm[1]]
     claims: list[tuple[str, str, ClaimPath | None, bool]] = [
-        ("model", MODEL_DIR, run.model.source.persistent_volume_claim if run.model.source else None, True),
-        (
-            "dataset",
-            DATASET_DIR,
-            run.dataset.source.persistent_volume_claim if run.dataset.source else None,
-            True,
-        ),
-        ("output", OUTPUT_DIR, run.output.persistent_volume_claim if run.output else None, False),
+        ("model", MODEL_DIR, model_claim(run.model), True),
+        ("dataset", DATASET_DIR, data_claim(run.dataset), True),
+        ("output", OUTPUT_DIR, output_claim(run.output, run.steps), False),
     ]
     for name, path, claim, read_only in claims:
         if claim is None:
@@ -244,4 +212,9 @@ def _volumes(run: Run, attempt: Attempt, pod: PodSettings) -> tuple[list[Manifes
         # Whether a volume is read-only is a matter of the mount: two volumes of one pod may use the same claim.
         volumes.append({"name": name, "persistentVolumeClaim": {"claimName": claim.claim_name}})
         mounts.append({"name": name, "mountPath": path, "readOnly": read_only})
+    if run.steps is not None and is_prepared(run):
+        # What was fetched for this job and nothing else of the cache; the links in its folder are the files themselves.
+        folder = str(job_folder(job.metadata.name))
+        volumes.append({"name": "cache", "persistentVolumeClaim": {"claimName": run.steps.cache.claim_name}})
+        mounts.append({"name": "cache", "mountPath": f"{CACHE_DIR}/{folder}", "subPath": folder, "readOnly": True})
     return volumes, mounts

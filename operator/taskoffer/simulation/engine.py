@@ -43,9 +43,6 @@ from taskoffer.simulation.truth import (
     settings_under,
 )
 
-SERVED = frozenset(TaskType)
-"""The simulator takes every task type as served, so that policies can be compared before a trainer is there."""
-
 _DAY = 86_400.0
 _END, _ARRIVAL = 0, 1
 """What happens. At the same moment jobs end first."""
@@ -258,7 +255,7 @@ class _World:
         ends = expiry_of(offer)
         spec = offer.spec.model_copy(update={"policy_name": None, "expires_at": None if ends is None else moment(ends)})
         self._pending[uid] = OfferView(key, uid, "1", 1, created, spec)
-        self._evaluations[uid, self._policy.name] = evaluate(spec, self._spec, key.namespace, served=SERVED)
+        self._evaluations[uid, self._policy.name] = evaluate(spec, self._spec, key.namespace)
         place = (key.namespace, spec.task_id)
         same = self._siblings.setdefault(place, {})
         same[uid] = Sibling(created, uid, name, "undecided")
@@ -282,7 +279,7 @@ class _World:
         (given,) = answer.admission.assignments
         self._admitted.append((now, view.spec.task_type))
         counted = offer.spec.model_copy(update={"gpu_count": given.count})
-        evaluation = evaluate(counted, self._spec, view.key.namespace, served=SERVED)
+        evaluation = evaluate(counted, self._spec, view.key.namespace)
         settings = settings_under(self._spec, offer.spec, given.count)
         course = course_of(offer, settings, given.count, now, self._hardware)
         end, due = now + course.seconds, answer.admission.deadline

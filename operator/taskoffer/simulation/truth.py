@@ -20,8 +20,8 @@ from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.finish import finish_of
 from taskoffer.decision.fit import Subject, fit
-from taskoffer.decision.footing import fit_of
 from taskoffer.decision.moments import later
+from taskoffer.decision.prediction import predict
 from taskoffer.decision.recipe import estimation_of, requested_settings
 from taskoffer.decision.sizing import parameters_of
 from taskoffer.simulation.run import Outcome
@@ -67,8 +67,8 @@ def settings_under(policy: CapacityPolicySpec | None, spec: TaskOfferSpec, gpus:
     """
     if policy is None:
         return REFERENCE_SETTINGS
-    fits = fit_of(spec, policy, gpus)
-    return fits.effective if fits is not None else requested_settings(spec, policy)
+    predicted = predict(spec, policy, gpus)
+    return predicted.fit.effective if predicted is not None else requested_settings(spec, policy)
 
 
 def hardware_of(policy: CapacityPolicySpec) -> Estimation:
@@ -119,8 +119,7 @@ def seconds_allowed(offer: TraceOffer, admitted: float) -> float:
 def expiry_of(offer: TraceOffer) -> float | None:
     """Return the second of the trace at which the offer is gone, or None where it waits for ever."""
     ends = [] if offer.patience is None else [offer.at + offer.patience]
-    if offer.spec.expires_at is not None:
-        ends.append(seconds_at(offer.spec.expires_at))
+    ends += [seconds_at(moment) for moment in (offer.spec.expires_at, offer.spec.source_ends) if moment is not None]
     return min(ends, default=None)
 
 

@@ -35,6 +35,8 @@ from taskoffer.api.v1alpha1.preemption import Preemption
 from taskoffer.api.v1alpha1.profiles import FamilyRule, SizeClass, TaskTypeRule, scaled_lora, scaled_train
 from taskoffer.api.v1alpha1.queueing import NamespaceLimit, NodeSelector, Placement, Queue
 from taskoffer.api.v1alpha1.scoring import FIXED_TERMS, Scoring
+from taskoffer.api.v1alpha1.steps import Steps
+from taskoffer.api.v1alpha1.trainers import Trainers
 from taskoffer.api.v1alpha1.trainingjob import AttemptLimits, PodSettings
 
 DEFAULT_POLICY_ANNOTATION = "taskoffer.dev/is-default-policy"
@@ -135,6 +137,12 @@ class Retention(WireModel):
     )
 
 
+_TRAINERS_WITHOUT_STEPS = (
+    "trainers needs steps, for what a trainer that is not the policy's leaves has to be verified: set steps or remove "
+    "trainers"
+)
+
+
 class CapacityPolicySpec(WireModel):
     """What is handed out, to whom, and how it is trained."""
 
@@ -151,6 +159,7 @@ class CapacityPolicySpec(WireModel):
                 "sizeClasses[].maxParameters must be greater than minParameters: raise it or remove it",
                 field_path=".sizeClasses",
             ),
+            rule("!has(self.trainers) || has(self.steps)", _TRAINERS_WITHOUT_STEPS, field_path=".trainers"),
         )
     )
 
@@ -197,6 +206,14 @@ class CapacityPolicySpec(WireModel):
         None, description="How outcomes correct success rates and predictions; absent takes the policy at its word."
     )
     pod_template: PodSettings = Field(description="What training pods get beside their GPUs.")
+    steps: Steps | None = Field(
+        None,
+        description="How models and data are fetched and results handed over; absent takes only offers whose model, "
+        "data and output lie on claims.",
+    )
+    trainers: Trainers | None = Field(
+        None, description="Which trainers of their own offers may bring; absent allows none. It needs steps."
+    )
     attempts: AttemptLimits = Field(default_factory=AttemptLimits, description="How often a job is tried.")
     retention: Retention | None = Field(None, description="How long decided objects are kept.")
 
@@ -268,6 +285,12 @@ class CapacityPolicySpec(WireModel):
                     )
         if preemption.gain_factor is not None and self.scoring.expected_value is None:
             raise ValueError("preemption.gainFactor needs scoring.expectedValue: set it, or use rules alone")
+
+    @model_validator(mode="after")
+    def _check_trainers(self) -> CapacityPolicySpec:
+        if self.trainers is not None and self.steps is None:
+            raise ValueError(_TRAINERS_WITHOUT_STEPS)
+        return self
 
     @model_validator(mode="after")
     def _check_factors(self) -> CapacityPolicySpec:

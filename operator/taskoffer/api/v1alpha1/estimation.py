@@ -90,6 +90,11 @@ class Estimation(WireModel):
         "0.12",
         description="Added where layers and widths are estimated from the size, as a share of what follows from them.",
     )
+    checkpoint_volume: QuantityString | None = Field(
+        None,
+        description="Space for the checkpoints of one job on its output claim, as 500G: where it is too small for all "
+        "that saveTotalLimit keeps, fewer are kept. Absent does not look at it.",
+    )
     duration: DurationEstimation | None = Field(
         None, description="How time is predicted; absent takes every offer to end in time."
     )
@@ -99,6 +104,10 @@ class Estimation(WireModel):
         if whole(self.gpu_memory) < 10**9:
             raise ValueError(
                 f"gpuMemory {self.gpu_memory} is not the memory of a GPU: write a whole number with a unit, as 80G"
+            )
+        if self.checkpoint_volume is not None and whole(self.checkpoint_volume) < 1:
+            raise ValueError(
+                f"checkpointVolume {self.checkpoint_volume} is not a space: write a whole number with a unit, as 500G"
             )
         if not 0 < Decimal(self.memory_fraction) <= 1:
             raise ValueError(f"memoryFraction {self.memory_fraction} must be above 0 and at most 1")

@@ -52,6 +52,9 @@ class Predicted(WireModel):
         None, description="Training and evaluation, from the first step on, by the formula alone."
     )
     peak_memory_bytes: Bytes | None = Field(None, description="Peak memory of each GPU by the formula alone.")
+    checkpoint_bytes: Bytes | None = Field(
+        None, description="Space for the checkpoints that are kept and the one that is being written."
+    )
     duration_factor: DecimalString | None = Field(
         None, description="What trainingSeconds was multiplied with, from earlier outcomes."
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from datetime import datetime
 from typing import Annotated
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
+from taskoffer.api.addresses import expiry
 from taskoffer.api.base import Time, WireModel, spelled
+from taskoffer.api.limits import MIN_ROWS
+from taskoffer.api.tasks import Architecture as Architecture
 from taskoffer.api.tasks import (
     ChatColumns,
     DatasetType,
@@ -17,23 +20,34 @@ from taskoffer.api.tasks import (
     ImageColumns,
     InstructColumns,
 )
-from taskoffer.api.v1alpha1.meta import ClaimPath, rule, rules
+from taskoffer.api.v1alpha1.meta import ATOMIC_LIST, ClaimPath, rule, rules
 
 DATASET_MEMBERS = {t: t.value.lower() for t in DatasetType}
 """The member of a dataset that is set for each type."""
 
 
-class Architecture(StrEnum):
-    """Architecture of an image model."""
-
-    SDXL = "sdxl"
-    FLUX = "flux"
-
-
 class ModelSource(WireModel):
-    """Where the base model is."""
+    """Where the base model is: on a claim or in a bucket."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.persistentVolumeClaim) || !has(self.url)",
+                "model.source takes persistentVolumeClaim or url, not both: remove one of them",
+                on_create=True,
+            )
+        )
+    )
 
     persistent_volume_claim: ClaimPath | None = Field(None, description="Folder on a claim in the offer's namespace.")
+    url: (
+        Annotated[
+            str,
+            StringConstraints(min_length=8, max_length=1200),
+            spelled(r"^s3://[^/]+/.+/$", "url must be a prefix in a bucket: write s3://bucket/folder/"),
+        ]
+        | None
+    ) = Field(None, description="Prefix in a bucket that holds the model's files: s3://bucket/folder/.")
 
 
 class Model(WireModel):
@@ -65,6 +79,15 @@ class UrlSource(WireModel):
         spelled(r"^(https|http|s3)://.+", "url must be an address: begin it with https://, http:// or s3://"),
     ] = Field(description="https, http or s3 address.")
     expires_at: Time | None = Field(None, description="When the address stops to work.")
+
+    @property
+    def ends(self) -> datetime | None:
+        """When nothing can be fetched any more, as the offer or the address's signature says.
+
+        A bucket is asked with credentials, which no address limits.
+        """
+        said = (None, None) if self.url.startswith("s3://") else (self.expires_at, expiry(self.url))
+        return min((moment for moment in said if moment is not None), default=None)
 
 
 class HubSource(WireModel):
@@ -126,8 +149,19 @@ class Dataset(WireModel):
     size_bytes: Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None = Field(
         None, description="Size of the data in bytes, where it is known."
     )
-    file_format: FileFormat | None = Field(None, description="How the rows are stored; default jsonl.")
+    file_format: FileFormat | None = Field(None, description="How the rows are stored; default jsonl, pictures zip.")
     source: DatasetSource | None = Field(None, description="Where the data lies.")
+    min_rows: Annotated[int, Field(ge=2, le=10**12, json_schema_extra={"format": "int64"})] | None = Field(
+        None, description=f"Fewest usable rows or picture pairs to train on; absent means {MIN_ROWS}."
+    )
+    sample_prompts: Annotated[
+        tuple[Annotated[str, StringConstraints(min_length=1, max_length=2000)], ...], Field(max_length=8)
+    ] = Field(
+        (),
+        description="Prompts that are answered, or drawn, before and after the training, to compare; absent takes the "
+        "first of the held-out rows.",
+        json_schema_extra=ATOMIC_LIST,
+    )
 
     @model_validator(mode="after")
     def _check_member(self) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from taskoffer.api.v1alpha1.meta import (
     rules,
 )
 from taskoffer.api.v1alpha1.model_and_data import DATASET_MEMBERS, Dataset, HubSource, Model
+from taskoffer.api.v1alpha1.trainers import TrainerOverride
 
 MAX_OFFER_NAME = 45
 """Longest name of a TaskOffer. Its TrainingJob is ``<offer>-<8 of the UID>``, a Job ``<that>-<attempt>``
@@ -43,42 +45,18 @@ class ClockMode(StrEnum):
     """When the training container starts."""
 
 
-class TrainerRepository(WireModel):
-    """A trainer that is built from source at a fixed commit."""
-
-    url: Annotated[
-        str,
-        StringConstraints(min_length=8, max_length=1024),
-        spelled(r"^https://.+", "url must be an https address: begin it with https://"),
-    ] = Field(description="https address of the repository.")
-    commit: Annotated[
-        str,
-        StringConstraints(max_length=40),
-        spelled(r"^[0-9a-f]{40}$", "commit must be a full hash of 40 hexadecimal digits: not a branch or tag"),
-    ] = Field(description="Full commit hash.")
-
-
-class TrainerOverride(WireModel):
-    """A trainer other than the policy's: an image or a repository, not both."""
+class Output(WireModel):
+    """Where the result goes: onto a claim, and from there to a hub or a bucket where one is named."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "has(self.image) != has(self.repository)",
-                "trainer needs exactly one of image and repository: set one and remove the other",
+                "!has(self.repository) || !has(self.url)",
+                "output takes repository or url, not both: remove one of them",
                 on_create=True,
             )
         )
     )
-
-    image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = Field(
-        None, description="Container image that follows the trainer contract."
-    )
-    repository: TrainerRepository | None = Field(None, description="Source repository that is built at a commit.")
-
-
-class Output(WireModel):
-    """Where the result goes."""
 
     repository: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
         None, description="Exact name of the repository that the result is submitted to."
@@ -91,6 +69,14 @@ class Output(WireModel):
         ]
         | None
     ) = Field(None, description="Folder inside the repository.")
+    url: (
+        Annotated[
+            str,
+            StringConstraints(min_length=8, max_length=1200),
+            spelled(r"^s3://[^/]+/.+/$", "url must be a prefix in a bucket: write s3://bucket/folder/"),
+        ]
+        | None
+    ) = Field(None, description="Prefix in a bucket that the result is submitted to: s3://bucket/folder/.")
     persistent_volume_claim: ClaimPath | None = Field(
         None, description="Folder on a claim of the namespace; the adapter is written to <path>/<job name>."
     )
@@ -219,7 +205,9 @@ class TaskOfferSpec(WireModel):
     gpu_count: GpuCount | None = Field(
         None, description="GPUs to train on: 1, 2, 4 or 8; absent lets the policy choose."
     )
-    trainer: TrainerOverride | None = Field(None, description="A trainer other than the policy's.")
+    trainer: TrainerOverride | None = Field(
+        None, description="A trainer other than the policy's, which has to allow it in trainers."
+    )
     output: Output | None = Field(None, description="Where the result goes.")
     kl_coefficient: DecimalString | None = Field(
         None, description="Weight of a KL term that keeps the model near its base."
@@ -256,6 +244,12 @@ class TaskOfferSpec(WireModel):
     def is_active(self) -> bool:
         """Tell whether the offer may be decided and run."""
         return self.active is not False
+
+    @property
+    def source_ends(self) -> datetime | None:
+        """Return when the address of the data stops to work, where it has one that does."""
+        source = self.dataset.source
+        return source.url.ends if source is not None and source.url is not None else None
 
 
 class ExplanationItem(WireModel):

@@ -27,7 +27,9 @@ from taskoffer.api.v1alpha1.meta import (
     rules,
 )
 from taskoffer.api.v1alpha1.model_and_data import Dataset, Model
+from taskoffer.api.v1alpha1.steps import Steps
 from taskoffer.api.v1alpha1.taskoffer import ClockMode, Output
+from taskoffer.api.v1alpha1.trainers import OwnTrainer
 
 MOST_ATTEMPTS = 30
 """Tries that may fail, and those that may be preempted."""
@@ -116,6 +118,8 @@ class Run(WireModel):
         (), description="Settings that could not be taken literally.", json_schema_extra=ATOMIC_LIST
     )
     pod: PodSettings = Field(description="What the pod gets beside its GPUs.")
+    steps: Steps | None = Field(None, description="How the steps around the training work; absent has none.")
+    trainer: OwnTrainer | None = Field(None, description="The offer's own trainer; absent runs the policy's.")
     limits: AttemptLimits = Field(description="How often and how patiently the job is tried.")
     ttl_seconds_after_finished: (
         Annotated[int, Field(ge=0, le=31_536_000, json_schema_extra={"format": "int64"})] | None
@@ -177,11 +181,28 @@ class Attempt(WireModel):
     )
 
 
+class StepName(StrEnum):
+    """The steps of a job, in their order."""
+
+    PREPARE = "Prepare"
+    TRAIN = "Train"
+    SUBMIT = "Submit"
+
+
 class StepStatus(WireModel):
     """One of the three steps of a job."""
 
-    name: Literal["Prepare", "Train", "Submit"] = Field(description="Prepare, Train or Submit.")
+    name: StepName = Field(description="Prepare, Train or Submit.")
     state: Literal["Pending", "Running", "Succeeded", "Failed"] = Field(description="Where the step is.")
+    started_at: Time | None = Field(None, description="When it was begun; absent for Train, see attempts.")
+    finished_at: Time | None = Field(None, description="When it was over.")
+    message: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
+        None, description="What it said at its end."
+    )
+    lease_until: Time | None = Field(None, description="Until when the job keeps what was fetched; only for Prepare.")
+    repeats: Annotated[int, Field(ge=0, le=9999)] | None = Field(
+        None, description="How often it was begun again, because what was fetched was not kept for long enough."
+    )
 
 
 class TrainerStatus(WireModel):
@@ -209,6 +230,20 @@ class Result(WireModel):
     )
     eval_loss_after: Annotated[str, StringConstraints(max_length=32)] | None = Field(
         None, description="Held-out loss with the adapter."
+    )
+    metrics_before: Annotated[tuple[Metric, ...], Field(max_length=64)] = Field(
+        (),
+        description="What the method measures on held-out data, of the base model.",
+        json_schema_extra=list_map("name"),
+    )
+    metrics_after: Annotated[tuple[Metric, ...], Field(max_length=64)] = Field(
+        (), description="The same with the adapter.", json_schema_extra=list_map("name")
+    )
+    submitted_to: Annotated[str, StringConstraints(max_length=1400)] | None = Field(
+        None, description="Repository or address where the result was handed over, as the submit step has seen it."
+    )
+    submitted_revision: Annotated[str, StringConstraints(max_length=64)] | None = Field(
+        None, description="Commit of it on the hub."
     )
 
 

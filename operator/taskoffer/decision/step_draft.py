@@ -1,0 +1,164 @@
+"""The steps around a training: when their Jobs are wanted, and what their ends mean for the whole."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from taskoffer.api.contract import Termination
+from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.trainingjob import Result, StepName, StepStatus
+from taskoffer.decision.attempts import asked_again_at
+from taskoffer.decision.job_draft import JobDraft
+from taskoffer.decision.job_facts import EnsureStep, JobPlan, Notice, StepView
+from taskoffer.decision.moments import later
+from taskoffer.decision.naming import step_name
+from taskoffer.decision.step_needs import has_target, is_prepared, is_submitted
+from taskoffer.decision.trainer_words import last_words, parse_termination, result_of
+
+_SAYS = {
+    StepName.PREPARE: (Reason.PREPARING, Reason.PREPARE_FAILED, "model and data are being fetched"),
+    StepName.SUBMIT: (Reason.SUBMITTING, Reason.SUBMIT_FAILED, "the result is being handed over"),
+}
+_SHORTEST_SECONDS = 30
+"""A step gets this long at least, however near the deadline is."""
+
+
+class StepDraft(JobDraft):
+    """The part of a pass that is about the steps around the training."""
+
+    def _prepare(self) -> JobPlan | None:
+        """Return what to do until model and data are there, or None once they are."""
+        return self._step(StepName.PREPARE) if is_prepared(self.run_spec) else None
+
+    def _submit(self) -> JobPlan | None:
+        """Return what to do until the result is handed over, or None once it is."""
+        return self._step(StepName.SUBMIT) if is_submitted(self.run_spec) else None
+
+    def _step(self, name: StepName) -> JobPlan | None:
+        before = self.steps.get(name)
+        if before is not None and before.state == "Succeeded":
+            if not self._lapses(before):
+                return None
+            repeats = (before.repeats or 0) + 1
+            self.steps[name] = StepStatus(name=name, state="Pending", started_at=self.facts.now, repeats=repeats)
+        train = "Pending" if name is StepName.PREPARE else "Succeeded"
+        view = self.facts.steps.get(name)
+        if view is None or view.job.name != self._name(name):
+            return self._begin_step(name, train)
+        if not view.job.finished:
+            return self._step_runs(name, view, train)
+        report = parse_termination(view.pod.message) if view.pod is not None else None
+        if view.job.succeeded:
+            self._take_step(name, report)
+            self._say_step(name, "Succeeded", report.message if report else "")
+            return None
+        return self._step_failed(name, view, report)
+
+    def _name(self, name: StepName) -> str:
+        step = self.steps.get(name)
+        return step_name(self.facts.job.metadata.name, name, (step.repeats or 0) if step is not None else 0)
+
+    def _lapses(self, step: StepStatus) -> bool:
+        """Tell whether what was fetched may be gone before an attempt that begins now is done with it.
+
+        A job without a deadline can wait for longer than it keeps its files, behind others or for a node.
+        """
+        return step.lease_until is not None and step.lease_until < self._needed_until(0)
+
+    def _needed_until(self, margin: float) -> datetime:
+        """Return until when an attempt that begins now may need its files: until its result is handed over."""
+        settings, deadline = self.run_spec.steps, self.current.deadline
+        assert settings is not None  # noqa: S101 - what is needed says so.
+        if deadline is not None:
+            return later(deadline, margin)
+        return later(self.facts.now, self.run_spec.time_limit_seconds + settings.timeout_seconds + margin)
+
+    def _begin_step(self, name: StepName, train: str) -> JobPlan:
+        running, failed, what = _SAYS[name]
+        deadline, now = self.current.deadline, self.facts.now
+        if deadline is not None and now >= deadline:
+            return self._step_fail(name, Reason.DEADLINE_EXCEEDED, f"{what}: the deadline has passed")
+        assert self.run_spec.steps is not None  # noqa: S101 - what is needed says so.
+        settings = self.run_spec.steps
+        refusal = self.facts.refusal
+        self._say_step(name, "Pending", "")
+        if refusal is not None and refusal.job_name == self._name(name):
+            if now >= later(refusal.since, settings.timeout_seconds):
+                return self._step_fail(name, failed, f"no Job within {settings.timeout_seconds} s: {refusal.message}")
+            self._condition("Running", False, Reason.JOB_REFUSED, refusal.message)
+            if now < asked_again_at(refusal):
+                self._wake(asked_again_at(refusal))
+                return self._plan(train)
+        else:
+            self._condition("Running", False, running, what)
+        self.actions.append(self._ensure(name, deadline))
+        return self._plan(train)
+
+    def _ensure(self, name: StepName, deadline: datetime | None) -> EnsureStep:
+        settings, now = self.run_spec.steps, self.facts.now
+        assert settings is not None  # noqa: S101
+        seconds = settings.timeout_seconds
+        if deadline is not None:
+            seconds = min(seconds, max(_SHORTEST_SECONDS, int((deadline - now).total_seconds())))
+        step = self.steps[name]
+        until = step.lease_until
+        if until is None:
+            # The step itself may take as long as it is given before the training begins.
+            until = self._needed_until(settings.timeout_seconds)
+            until = until if deadline else max(until, later(now, settings.lease_seconds))
+        if name is StepName.PREPARE:
+            # The first one counts: the configuration that carries it is written once.
+            self.steps[name] = step.model_copy(update={"lease_until": until})
+        return EnsureStep(name, seconds, deadline, until, step.repeats or 0)
+
+    def _step_runs(self, name: StepName, view: StepView, train: str) -> JobPlan:
+        running, _, what = _SAYS[name]
+        pod = view.pod
+        started = pod is not None and pod.started_at is not None
+        if not started and pod is not None and pod.waiting:
+            what = f"{what}: {pod.waiting}"
+        self._say_step(name, "Running" if started else "Pending", "")
+        self._condition("Running", False, running, what)
+        return self._plan(train)
+
+    def _step_failed(self, name: StepName, view: StepView, report: Termination | None) -> JobPlan:
+        _, reason, _ = _SAYS[name]
+        left = view.pod.message if view.pod is not None else ""
+        code = view.pod.exit_code if view.pod is not None else None
+        words = last_words(report, left, None) or "it did not end in time, or its pod was removed"
+        ended = f"exit code {code}: {words}" if code is not None else words
+        return self._step_fail(name, reason, f"step {name.value} ended with {ended}")
+
+    def _step_fail(self, name: StepName, reason: Reason, message: str) -> JobPlan:
+        self._say_step(name, "Failed", message)
+        return self._fail(reason, message)
+
+    def _say_step(self, name: StepName, state: str, message: str) -> None:
+        before, now = self.steps.get(name), self.facts.now
+        if before is not None and before.state == state:
+            return
+        over = state in ("Succeeded", "Failed")
+        self.steps[name] = StepStatus.model_validate(
+            {
+                "name": name,
+                "state": state,
+                "started_at": (before.started_at if before else None) or now,
+                "finished_at": now if over else None,
+                "message": message[:1024] or None,
+                "lease_until": before.lease_until if before else None,
+                "repeats": before.repeats if before else None,
+            }
+        )
+        if state == "Succeeded":
+            running, _, _ = _SAYS[name]
+            self.notices.append(Notice(running, f"step {name.value} succeeded: {message}"[:1024]))
+
+    def _take_step(self, name: StepName, report: Termination | None) -> None:
+        if name is not StepName.SUBMIT or report is None or report.published is None:
+            return
+        handed: dict[str, str | None] = {}
+        if has_target(self.run_spec):
+            handed = {"submitted_to": report.published.to, "submitted_revision": report.published.revision}
+        # Of a trainer that the offer has brought, this step is the first one that anybody believes.
+        found = self.result if self.run_spec.trainer is None else result_of(report)
+        self.result = (found or Result()).model_copy(update=handed)
