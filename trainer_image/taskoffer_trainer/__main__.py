@@ -23,7 +23,8 @@ from it; 137 out of memory and 138 please start again (both worth another attemp
 bad data; 66 model missing; 70 fault in the trainer; 74 the result did not pass verification.
 
 Environment: TASKOFFER_PROGRESS_PORT (progress endpoint, 9500; 0 takes a free port), TASKOFFER_TERMINATION_LOG
-(termination message, /dev/termination-log), OMP_NUM_THREADS (CPU threads per process, 1)."""
+(termination message, /dev/termination-log), TASKOFFER_LOSS_PLOT (0 draws no picture of the losses),
+OMP_NUM_THREADS (CPU threads per process, 1)."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,61 +6,53 @@ Imported by the ranks only, since the base class comes with transformers.
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 
-from taskoffer.api.contract import Clamp, ExitCode, Metric, ProgressReport, RunConfig, RunState
+from taskoffer.api.contract import (
+    POD_UID_VARIABLE,
+    Clamp,
+    ExitCode,
+    InForce,
+    ProgressReport,
+    RunConfig,
+    RunState,
+)
 from taskoffer_trainer.checkpoints import mark_complete, rotate
+from taskoffer_trainer.clock import Clock, now
 from taskoffer_trainer.failures import TrainerError
-from taskoffer_trainer.progress import now, write_report
+from taskoffer_trainer.fallback import GRADIENTS_NOT_FINITE
+from taskoffer_trainer.figures import metrics_of
+from taskoffer_trainer.mirror import mirror_best
+from taskoffer_trainer.progress import write_report
+from taskoffer_trainer.sharding import is_shared_out, local
+from taskoffer_trainer.steps import Counters, Steps
 from taskoffer_trainer.stop import Stop, StopCause
+from taskoffer_trainer.timings import Timings
+from taskoffer_trainer.tuning import rest
 
-__all__ = ["CheckpointKeeper", "NaNGuard", "Progress", "StopWatch"]
-
-
-class Timings:
-    """Measured durations in seconds, from which the remaining time is estimated."""
-
-    def __init__(self) -> None:
-        self.steps: deque[float] = deque(maxlen=20)
-        self.evaluate = 0.0
-        self.save = 0.0
-        self.load = 0.0
-        self.answer = 0.0
-
-    @property
-    def step(self) -> float:
-        """Mean duration of the last steps, 0 before the first."""
-        return sum(self.steps) / len(self.steps) if self.steps else 0.0
-
-    @property
-    def finish(self) -> float:
-        """Time from the last step to the verified adapter: load again, evaluate, answer, write."""
-        return self.load + self.evaluate + self.answer + self.save
-
-    @property
-    def reserve(self) -> float:
-        """Time to keep before a deadline: step, evaluation, checkpoint and finish, with a margin."""
-        return 1.5 * (self.step + self.evaluate + self.save + self.finish) + 5.0
+__all__ = ["CheckpointKeeper", "DutyCycle", "NaNGuard", "Progress", "StopWatch"]
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
     """Keeps the progress report up to date (rank 0) and measures durations (all ranks)."""
 
-    def __init__(self, config: RunConfig, path: Path | None, timings: Timings) -> None:
-        self.config, self.path, self.timings = config, path, timings
-        self.state = RunState.STARTING
+    def __init__(self, config: RunConfig, path: Path | None, timings: Timings, clock: Clock) -> None:
+        self.config, self.path, self.timings, self.clock = config, path, timings, clock
+        self.state, self._entered = RunState.STARTING, time.monotonic()
         self.clamps: tuple[Clamp, ...] = ()
+        self.in_force: dict[str, str] = {}
         self.metrics: dict[str, float] = {}
         self.step = 0
         self.total: int | None = None
         self.resumed_from: int | None = None
+        self.steps: Steps | None = None
         self._step_began = self._tokens_at = self._said = self._written = 0.0
         self._tokens = 0.0
         self._train_began: float | None = None
@@ -82,7 +74,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def enter(self, state: RunState) -> None:
         """Report a new state at once."""
-        self.state = state
+        self.state, self._entered = state, time.monotonic()
         self.write()
 
     def note(self, **values: float) -> None:
@@ -90,17 +82,40 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.metrics.update({name: value for name, value in values.items() if math.isfinite(value)})
 
     def remaining(self) -> int | None:
-        """Estimate the seconds to the end from what was measured, or ``None`` before the first step."""
-        if self.state is RunState.DONE:
-            return 0
-        if self.total is None or not self.timings.steps:
+        """Estimate the seconds to the end, or ``None`` while nothing is known of it.
+
+        Before the base model was measured it is what the operator predicted, before the first step what the base
+        model's evaluation lets expect, then what the last steps took. A deadline ends every run.
+        """
+        seconds = self._expected()
+        left = self.clock.planned_left()
+        if seconds is None:
             return None
-        left = max(0, self.total - self.step)
-        evaluations = left // self.config.train.eval_steps
-        saves = left // self.config.train.save_steps
-        times = self.timings
-        seconds = left * times.step + evaluations * times.evaluate + saves * times.save + times.finish
+        if left is not None and self.state is not RunState.DONE:
+            seconds = min(seconds, max(0.0, left))
         return math.ceil(seconds)
+
+    def _expected(self) -> float | None:
+        times = self.timings
+        if self.state is RunState.DONE:
+            return 0.0
+        if self.state is RunState.VERIFYING:
+            return max(0.0, times.finish - (time.monotonic() - self._entered))
+        if self.state is RunState.SAVING:
+            return times.save
+        if self.total is None or not times.step:
+            return self.config.expected_seconds
+        return times.seconds(self.config, max(0, self.total - self.step))
+
+    def _count(self, counters: Counters) -> None:
+        """Take over what was done so far, and the rate since the last time."""
+        here = time.monotonic()
+        if counters.tokens and here > self._tokens_at:
+            self.note(tokens_per_second=(counters.tokens - self._tokens) / (here - self._tokens_at))
+        self._tokens, self._tokens_at = float(counters.tokens), here
+        self._last_tokens = self._tokens, self._stepped
+        self._first_tokens = self._first_tokens or self._last_tokens
+        self.note(tokens_total=counters.tokens, samples_total=counters.samples, out_of_memory=counters.out_of_memory)
 
     def report(self) -> ProgressReport:
         """Build the report. 100 % is only said when the adapter is verified and in place."""
@@ -115,12 +130,15 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             state=self.state,
             progress_percentage=share,
             estimated_remaining_seconds=self.remaining(),
-            metrics=tuple(Metric(name=name, value=f"{value:.6g}") for name, value in sorted(self.metrics.items())),
+            metrics=metrics_of(self.metrics),
             last_updated_time=now(),
             step=self.step,
             total_steps=self.total,
             resumed_from_step=self.resumed_from,
+            pod_uid=os.environ.get(POD_UID_VARIABLE),
+            tuning=self.steps.applied if self.steps is not None else None,
             clamps=self.clamps,
+            in_force=tuple(InForce(name=name, value=value) for name, value in sorted(self.in_force.items())),
         )
 
     def write(self) -> None:
@@ -133,6 +151,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         """Learn how many steps there are."""
         self.total, self.step = state.max_steps, state.global_step
         self._tokens_at = self._train_began = time.monotonic()
+        self._tokens = float(self.steps.counters.tokens) if self.steps is not None else 0.0
         self.enter(RunState.TRAINING)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -145,19 +164,17 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.timings.steps.append(took)
         self._stepped += took
         self.step = state.global_step
+        if self.steps is not None:
+            # transformers knows nothing of epochs here: one pass of its loop is the whole run.
+            state.epoch = self.steps.counters.samples / self.steps.plan.rows
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Take over the figures that the trainer logs, at most four times a second onto the disk."""
         logs = logs or {}
         self.note(**{name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm") if name in logs})
         self.note(epoch=float(state.epoch or 0.0), step_seconds=self.timings.step)
-        if "loss" in logs and "num_tokens" in logs:
-            here = time.monotonic()
-            if here > self._tokens_at:
-                self.note(tokens_per_second=(logs["num_tokens"] - self._tokens) / (here - self._tokens_at))
-            self._tokens, self._tokens_at = logs["num_tokens"], here
-            self._last_tokens = float(logs["num_tokens"]), self._stepped
-            self._first_tokens = self._first_tokens or self._last_tokens
+        if "loss" in logs and self.steps is not None:
+            self._count(self.steps.counters)
         if time.monotonic() - self._written > 0.25:
             self.write()
         if self.path is not None and time.monotonic() - self._said > 5:
@@ -169,11 +186,23 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             )
 
 
+class DutyCycle(TrainerCallback):  # type: ignore[misc]
+    """Rests after each step for as long as the tuning in force wants it; nothing else changes."""
+
+    def __init__(self, steps: Steps, stop: Stop) -> None:
+        self.steps, self.stop = steps, stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Rest; must come before the step's duration is measured, so that the predicted end knows of it."""
+        applied = self.steps.applied
+        if applied is not None and applied.duty_cycle < 1:
+            rest(self.steps.worked, applied.duty_cycle, lambda: self.stop.signalled)
+
+
 class NaNGuard(TrainerCallback):  # type: ignore[misc]
     """Leaves a step out when its gradients are not finite, which would spoil the weights for good.
 
-    Under DDP the gradients are summed over the ranks before this is called, so all ranks see the same and
-    agree.
+    The gradients are added up over the ranks before this is called, so all ranks see the same, or together all of it.
     """
 
     LIMIT = 10
@@ -192,9 +221,13 @@ class NaNGuard(TrainerCallback):  # type: ignore[misc]
         Raises:
             TrainerError: ``RESTART`` after :attr:`LIMIT` such steps in a row.
         """
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
         # One number for all tensors: a sum is not finite when any of its terms is not.
-        if not gradients or bool(torch.isfinite(torch.stack([g.sum(dtype=torch.float32) for g in gradients])).all()):
+        finite = not gradients or bool(torch.isfinite(torch.stack([_sum(one) for one in gradients])).all())
+        if is_shared_out(model) and self.progress.steps is not None:
+            # Each rank sees its part of them.
+            finite = not self.progress.steps.world.largest(not finite)[0]
+        if finite:
             self.in_a_row = 0
             return
         optimizer.zero_grad(set_to_none=True)
@@ -206,10 +239,14 @@ class NaNGuard(TrainerCallback):  # type: ignore[misc]
         if self.in_a_row >= self.LIMIT:
             raise TrainerError(
                 ExitCode.RESTART,
-                "GradientsNotFinite",
+                GRADIENTS_NOT_FINITE,
                 f"the gradients of {self.in_a_row} steps in a row up to step {state.global_step + 1} are not "
                 "finite; a smaller train.learningRate may help",
             )
+
+
+def _sum(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.sum(dtype=torch.float32)
 
 
 class StopWatch(TrainerCallback):  # type: ignore[misc]
@@ -231,10 +268,21 @@ class StopWatch(TrainerCallback):  # type: ignore[misc]
 
 
 class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
-    """Lets a checkpoint count once all ranks have written it and it was checked, then removes old ones."""
+    """Lets a checkpoint count once all ranks have written it and it was checked, then removes old ones.
 
-    def __init__(self, config: RunConfig, expected_tensors: int, rank: int, timings: Timings) -> None:
-        self.config, self.expected, self.rank, self.timings = config, expected_tensors, rank, timings
+    The best one is copied to the output folder at once, so that a kill leaves a result there.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        expected_tensors: int,
+        steps: Steps,
+        timings: Timings,
+        accompany: Callable[[Path], None],
+    ) -> None:
+        self.config, self.expected, self.steps, self.timings = config, expected_tensors, steps, timings
+        self.accompany = accompany
         self.evaluated: tuple[int, float] | None = None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -244,17 +292,18 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
             TrainerError: ``RESTART`` when the checkpoint does not pass its check.
         """
         began = time.monotonic()
-        if dist.is_initialized():
-            dist.barrier()
-        if self.rank == 0:
+        world = self.steps.world
+        world.wait()
+        if world.rank == 0:
             loss = None
             if self.evaluated is not None and self.evaluated[0] == state.global_step:
                 loss = self.evaluated[1]
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.steps.keep(folder)
             mark_complete(folder, state.global_step, loss, self.expected)
             rotate(self.config)
-        if dist.is_initialized():
-            dist.barrier()
+            mirror_best(self.config, self.accompany)
+        world.wait()
         took = time.monotonic() - began
         self.timings.save = max(self.timings.save, took)
         if took > 2:

@@ -28,6 +28,7 @@ from taskoffer_trainer.failures import TrainerError
 __all__ = [
     "ADAPTER_FILE",
     "ADAPTER_FOLDER",
+    "AVERAGED_FILE",
     "COMPLETE",
     "Checkpoint",
     "best_checkpoint",
@@ -35,6 +36,7 @@ __all__ = [
     "check_identity",
     "complete_checkpoints",
     "finished_run",
+    "logged",
     "mark_complete",
     "mark_finished",
     "read_run",
@@ -42,12 +44,15 @@ __all__ = [
     "sha256_of",
     "write_json",
     "write_run",
+    "write_text",
 ]
 
 COMPLETE = "COMPLETE"
 """Name of the file that makes a checkpoint count."""
 ADAPTER_FILE = "adapter_model.safetensors"
 """Name of PEFT's weight file."""
+AVERAGED_FILE = "averaged_model.safetensors"
+"""Weight file of a checkpoint with the average of the adapter's weights, where one is kept."""
 ADAPTER_FOLDER = "adapter"
 """Folder below the output folder that receives the verified adapter."""
 _RUN = "run.json"
@@ -56,11 +61,15 @@ _FINISHED = "FINISHED.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder, its step, and the held-out loss where the step was evaluated."""
+    """A complete checkpoint: its folder, its step, and the held-out loss where the step was evaluated.
+
+    ``weights`` is the file that is meant by it: the weights that are trained, or their average.
+    """
 
     folder: Path
     step: int
     eval_loss: float | None
+    weights: str = ADAPTER_FILE
 
 
 def sha256_of(path: Path) -> str:
@@ -69,15 +78,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON so that the file is there whole, also after a power cut, or not at all."""
-    partial = path.with_name(path.name + ".tmp")
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole, also after a power cut, or as it was before."""
+    # Hidden, for a kill leaves it behind.
+    partial = path.with_name(f".{path.name}.tmp")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON as :func:`write_text` writes."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -89,14 +103,16 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_run(config: RunConfig) -> dict[str, Any]:
-    """Return what ``run.json`` says: ``fingerprint``, ``identity`` and the figures of the base model."""
+    """Return what ``run.json`` says: ``fingerprint``, ``identity``, the figures of the base model, the fallbacks."""
     return _read_json(Path(config.checkpoint_dir) / _RUN) or {}
 
 
 def write_run(config: RunConfig, figures: dict[str, Any]) -> None:
-    """Record what the checkpoints belong to, with the figures of the base model."""
-    value = {"fingerprint": fingerprint(config), "identity": identity(config), **figures}
-    write_json(Path(config.checkpoint_dir) / _RUN, value)
+    """Record what the checkpoints belong to, and add to what is known of it: figures of the base model, fallbacks."""
+    known = read_run(config)
+    if known.get("fingerprint") != fingerprint(config):
+        known = {"fingerprint": fingerprint(config), "identity": identity(config)}
+    write_json(Path(config.checkpoint_dir) / _RUN, {**known, **figures})
 
 
 def check_identity(config: RunConfig) -> None:
@@ -223,6 +239,12 @@ def complete_checkpoints(config: RunConfig, remove_broken: bool = False) -> list
     return found
 
 
+def logged(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return the trainer's log of all attempts up to a checkpoint, as transformers keeps it: an entry per logging."""
+    state = json.loads((checkpoint.folder / "trainer_state.json").read_text(encoding="utf-8"))
+    return list(state.get("log_history", ()))
+
+
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
     """Return the checkpoint with the smallest held-out loss, or the newest when none was evaluated.
 
@@ -238,11 +260,17 @@ def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
 
 
 def rotate(config: RunConfig) -> None:
-    """Remove old checkpoints beyond ``save_total_limit``; the best one stays, only complete ones count."""
+    """Remove old checkpoints beyond ``save_total_limit``; only complete ones count.
+
+    The best one and the newest one stay in any case and belong to the number, so that it is the most that the
+    volume has to hold.
+    """
     complete = complete_checkpoints(config)
     if not complete:
         return
-    keep = {one.folder for one in complete[: config.train.save_total_limit]} | {best_checkpoint(complete).folder}
+    best = best_checkpoint(complete).folder
+    others = [one.folder for one in complete if one.folder != best]
+    keep = {best, complete[0].folder, *others[: config.train.save_total_limit - 1]}
     for one in complete:
         if one.folder not in keep:
             # Without its marker a folder that is only half removed does not count.
@@ -266,7 +294,8 @@ def finished_run(config: RunConfig) -> Termination | None:
     except (KeyError, ValidationError):
         return None
     adapter = Path(config.output_dir) / ADAPTER_FOLDER
-    if not (adapter / "manifest.json").is_file() or not (adapter / ADAPTER_FILE).is_file():
+    manifest = _read_json(adapter / "manifest.json")
+    if manifest is None or manifest.get("provisional") or not (adapter / ADAPTER_FILE).is_file():
         return None
     if sha256_of(adapter / ADAPTER_FILE) != termination.adapter_sha256:
         return None

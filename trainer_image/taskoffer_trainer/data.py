@@ -1,57 +1,83 @@
-"""From files of rows to examples: reading, columns and templates, the held-out split. No heavy library."""
+"""From files to rows, and from examples to a split: reading, cells, the held-out rows. No heavy library."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from taskoffer.api.contract import DataConfig, ExitCode, FileFormat, InstructColumns, RunConfig
-from taskoffer_trainer.failures import TrainerError
+from taskoffer.api.contract import DataConfig, ExitCode, FileFormat
+from taskoffer_trainer.failures import TrainerError, bad_data
+from taskoffer_trainer.hf_folder import ARROW, hf_files
 
-__all__ = ["Example", "Split", "bad_data", "build_examples", "read_rows", "read_split", "split_rows"]
+__all__ = ["LeftOut", "Row", "Split", "bad_data", "cell_text", "read_rows", "split_rows"]
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Example:
-    """One row ready for the tokenizer: what the model is given, and what it should say.
-
-    ``system`` and ``user`` are empty for plain completion, where the whole text is what the model should say.
-    """
-
-    system: str
-    user: str
-    answer: str
+class Digested(Protocol):
+    """An example with a digest: examples with equal digests are trained together or held out together."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the texts; equal rows have equal digests."""
-        return hashlib.sha256("\0".join((self.system, self.user, self.answer)).encode()).hexdigest()
+        """SHA-256 as hexadecimal digits."""
+
+
+E = TypeVar("E", bound=Digested)
 
 
 @dataclass(frozen=True)
-class Split:
-    """Training and held-out examples; no text is in both."""
+class Split(Generic[E]):
+    """Training and held-out examples; no digest is in both."""
 
-    train: list[Example]
-    held_out: list[Example]
-
-
-def bad_data(reason: str, message: str) -> TrainerError:
-    """Build the error for data that cannot be used."""
-    return TrainerError(ExitCode.BAD_DATA, reason, message)
+    train: list[E]
+    held_out: list[E]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Rows of the files that are in neither, by the reason in camelCase."""
 
 
-def _files(path: Path, file_format: FileFormat) -> list[Path]:
+class LeftOut:
+    """Counts the rows that are left out, by reason, and says so aloud."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._said: dict[str, tuple[str, int]] = {}
+
+    def add(self, reason: str, words: str, number: int) -> None:
+        """Count one row.
+
+        Args:
+            reason: in camelCase, as it stands in the manifest.
+            words: what is wrong with such rows, the end of a sentence that begins with their number.
+            number: number of the row, from 1; the first one is named.
+        """
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self._said.setdefault(reason, (words, number))
+
+    def say(self, rows: int) -> None:
+        """Print a line for each reason."""
+        for reason, (words, number) in self._said.items():
+            print(f"data: {self.counts[reason]} of {rows} rows {words}, left out; the first is row {number}")
+
+    def in_words(self) -> str:
+        """Name the reasons with their counts, for the error when nothing is left."""
+        return "; ".join(f"{self.counts[reason]} {words}" for reason, (words, _) in self._said.items())
+
+
+def _files(path: Path, file_format: FileFormat) -> tuple[list[Path], str]:
+    """Return the files to read and what they hold, as a file name's suffix."""
+    if file_format is FileFormat.HF:
+        found_in = hf_files(path)
+        of = f"split {found_in.split}" if found_in.split else "the only split"
+        there = f" (also there, not read: {', '.join(found_in.others)})" if found_in.others else ""
+        print(f"data: {of} of {path}, {len(found_in.paths)} .{found_in.suffix} file(s){there}", flush=True)
+        return list(found_in.paths), found_in.suffix
     if path.is_file():
-        return [path]
+        return [path], file_format.value
     if not path.is_dir():
         raise bad_data("DataMissing", f"data.path: {path} does not exist")
     found = sorted(child for child in path.rglob(f"*.{file_format.value}") if child.is_file())
@@ -62,7 +88,7 @@ def _files(path: Path, file_format: FileFormat) -> list[Path]:
             f"data.path: {path} holds no file that ends in .{file_format.value} "
             f"(data.fileFormat is {file_format.value}; found {', '.join(present[:8]) or 'nothing'})",
         )
-    return found
+    return found, file_format.value
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -108,9 +134,7 @@ def _read_csv(path: Path, columns: list[str]) -> Iterator[Row]:
         reader = csv.DictReader(file, strict=True)
         try:
             header = list(reader.fieldnames or [])
-            for name in columns:
-                if name not in header:
-                    raise _missing_column(path, name, header)
+            _need(path, columns, header)
             for row in reader:
                 if None in row:
                     raise bad_data("DataUnreadable", f"{path} line {reader.line_num} has more cells than the header")
@@ -125,26 +149,43 @@ def _read_parquet(path: Path, columns: list[str]) -> Iterator[Row]:
 
     try:
         with pq.ParquetFile(path) as file:
-            present = [name for name in columns if name in file.schema_arrow.names]
-            missing = [name for name in columns if name not in present]
-            if missing:
-                raise _missing_column(path, missing[0], file.schema_arrow.names)
-            for batch in file.iter_batches(columns=present):
+            _need(path, columns, file.schema_arrow.names)
+            for batch in file.iter_batches(columns=columns):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise bad_data("DataUnreadable", f"{path} is not Parquet: {error}") from error
 
 
-def _read(path: Path, file_format: FileFormat, columns: list[str]) -> Iterator[Row]:
-    if file_format is FileFormat.JSONL:
+def _read_arrow(path: Path, columns: list[str]) -> Iterator[Row]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+            _need(path, columns, reader.schema.names)
+            for batch in reader:
+                yield from batch.select(columns).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise bad_data("DataUnreadable", f"{path} is not an Arrow stream: {error}") from error
+
+
+def _need(path: Path, columns: list[str], present: list[str]) -> None:
+    for name in columns:
+        if name not in present:
+            raise _missing_column(path, name, present)
+
+
+def _read(path: Path, suffix: str, columns: list[str]) -> Iterator[Row]:
+    if suffix == FileFormat.JSONL:
         return _read_jsonl(path)
-    if file_format is FileFormat.JSON:
+    if suffix == FileFormat.JSON:
         return _read_json(path)
-    if file_format is FileFormat.CSV:
+    if suffix == FileFormat.CSV:
         return _read_csv(path, columns)
-    if file_format is FileFormat.PARQUET:
+    if suffix == FileFormat.PARQUET:
         return _read_parquet(path, columns)
-    raise TrainerError(ExitCode.BAD_CONFIG, "ConfigInvalid", f"data.fileFormat: {file_format.value} is not text")
+    if suffix == ARROW:
+        return _read_arrow(path, columns)
+    raise TrainerError(ExitCode.BAD_CONFIG, "ConfigInvalid", f"data.fileFormat: {suffix} is not text")
 
 
 def _missing_column(path: Path, column: str, available: list[str]) -> TrainerError:
@@ -152,12 +193,7 @@ def _missing_column(path: Path, column: str, available: list[str]) -> TrainerErr
     return bad_data("ColumnMissing", f"column {column!r} is not in {path}; its columns are {names}")
 
 
-def _wanted(columns: InstructColumns) -> list[str]:
-    names = (columns.field_instruction, columns.field_input, columns.field_output, columns.field_system)
-    return [name for name in names if name is not None]
-
-
-def read_rows(data: DataConfig, columns: InstructColumns) -> list[Row]:
+def read_rows(data: DataConfig, columns: Sequence[str]) -> list[Row]:
     """Read the wanted columns of all rows, in the order of the files.
 
     A row may lack a column that other rows have (JSON leaves empty fields out), but a column that no row of a
@@ -166,104 +202,72 @@ def read_rows(data: DataConfig, columns: InstructColumns) -> list[Row]:
     Raises:
         TrainerError: ``BAD_DATA`` with the file, the line or the column, and the columns that are there.
     """
-    wanted = _wanted(columns)
+    wanted = list(dict.fromkeys(columns))
     rows: list[Row] = []
-    for path in _files(Path(data.path), data.file_format):
+    paths, suffix = _files(Path(data.path), data.file_format)
+    for path in paths:
         seen: set[str] = set()
         before = len(rows)
         try:
-            for row in _read(path, data.file_format, wanted):
+            for row in _read(path, suffix, wanted):
                 seen.update(row)
                 rows.append({name: row.get(name) for name in wanted})
         except UnicodeDecodeError as error:
             raise bad_data("DataUnreadable", f"{path} is not UTF-8 text: {error}") from error
         if len(rows) == before:
             raise bad_data("DataEmpty", f"{path} holds no rows")
-        for name in wanted:
-            if name not in seen:
-                raise _missing_column(path, name, list(seen))
+        _need(path, wanted, list(seen))
     return rows
 
 
-def _text(row: Row, column: str | None, number: int) -> str:
+def cell_text(row: Row, column: str | None, number: int) -> str:
+    """Return a cell as text without space around it; empty where there is no column or nothing in it.
+
+    Raises:
+        TrainerError: ``BAD_DATA`` when the cell holds a list, an object or a truth value.
+    """
     if column is None:
         return ""
     value = row.get(column)
     if value is None:
         return ""
-    if isinstance(value, (str, int, float)):
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value).strip()
     raise bad_data("DataUnreadable", f"row {number}: column {column!r} holds {type(value).__name__}, not text")
 
 
-def _user_message(columns: InstructColumns, instruction: str, context: str) -> str:
-    if context:
-        if columns.format is None:
-            return f"{instruction}\n{context}" if instruction else context
-        texts = {"instruction": instruction, "input": context}
-        # One pass over the template, so that braces in the texts stay as they are.
-        return re.sub(r"\{(instruction|input)\}", lambda match: texts[match[1]], columns.format)
-    return (columns.no_input_format or "{instruction}").replace("{instruction}", instruction)
-
-
-def build_examples(rows: list[Row], columns: InstructColumns) -> list[Example]:
-    """Apply columns and templates; rows without instruction or answer are left out and counted aloud.
-
-    Raises:
-        TrainerError: ``BAD_DATA`` when a cell is not text or no row is left.
-    """
-    examples = []
-    for number, row in enumerate(rows, 1):
-        instruction = _text(row, columns.field_instruction, number)
-        if columns.field_output is None:
-            if instruction:
-                examples.append(Example("", "", instruction))
-            continue
-        answer = _text(row, columns.field_output, number)
-        context = _text(row, columns.field_input, number)
-        if not answer or not (instruction or context):
-            continue
-        system = _text(row, columns.field_system, number) or columns.system_prompt
-        if system:
-            system = columns.system_format.replace("{system}", system)
-        examples.append(Example(system, _user_message(columns, instruction, context), answer))
-    if len(examples) < len(rows):
-        print(f"data: {len(rows) - len(examples)} of {len(rows)} rows have no text in a needed column, left out")
-    if not examples:
-        raise bad_data("DataEmpty", f"none of the {len(rows)} rows has text in the needed columns {_wanted(columns)}")
-    return examples
-
-
-def split_rows(examples: list[Example], data: DataConfig, seed: int) -> Split:
+def split_rows(examples: list[E], data: DataConfig, seed: int, left_out: LeftOut | None = None) -> Split[E]:
     """Hold rows out: the same ones in every attempt and every process, whatever the order of the rows.
 
-    Rows are ordered by a hash of seed and text; the first ``eval_fraction`` of them (at least one, at most
-    ``eval_rows_max``) are held out, with every row of equal text, so that nothing is both trained and tested.
+    Rows are ordered by a hash of seed and digest; the first ``eval_fraction`` of them (at least one, at most
+    ``eval_rows_max``) are held out, with every row of equal digest, so that nothing is both trained and tested.
 
     Raises:
-        TrainerError: ``BAD_DATA`` when nothing would be left to train on.
+        TrainerError: ``BAD_DATA`` when there are fewer than ``min_rows``, or all say the same.
     """
+    if len(examples) < data.min_rows:
+        raise bad_data(
+            "TooFewRows", f"{len(examples)} usable rows; data.minRows asks for at least {data.min_rows} to learn from"
+        )
     keys = [hashlib.sha256(f"{seed}:{example.digest}".encode()).digest() for example in examples]
-    count = min(max(1, round(len(examples) * data.eval_fraction)), data.eval_rows_max)
-    border = sorted(set(keys))[:count][-1]
-    held_out = [example for example, key in zip(examples, keys, strict=True) if key <= border]
-    train = [example for example, key in zip(examples, keys, strict=True) if key > border]
-    if not train:
+    rows_of: dict[bytes, int] = {}
+    for key in keys:
+        rows_of[key] = rows_of.get(key, 0) + 1
+    if len(rows_of) == 1:
         raise bad_data(
             "DataEmpty",
-            f"{len(examples)} rows with {len(set(keys))} different texts leave nothing to train on after "
-            f"holding {len(held_out)} out; at least two different rows are needed",
+            f"{len(examples)} rows all say the same and leave nothing to train on after holding one out; at least "
+            "two different rows are needed",
         )
-    return Split(train, held_out[: data.eval_rows_max])
-
-
-def read_split(config: RunConfig) -> Split:
-    """Read the rows of a run and hold some out. Needs none of the heavy libraries.
-
-    Raises:
-        TrainerError: ``BAD_DATA``, or ``BAD_CONFIG`` without columns.
-    """
-    columns = config.data.instruct
-    if columns is None:
-        raise TrainerError(ExitCode.BAD_CONFIG, "ConfigInvalid", "data.instruct: the columns are missing")
-    return split_rows(build_examples(read_rows(config.data, columns), columns), config.data, config.train.seed)
+    wanted = min(max(1, round(len(examples) * data.eval_fraction)), data.eval_rows_max)
+    chosen: set[bytes] = set()
+    held = 0
+    # One digest always stays for the training.
+    for key in sorted(rows_of)[:-1]:
+        if held >= wanted:
+            break
+        chosen.add(key)
+        held += rows_of[key]
+    held_out = [example for example, key in zip(examples, keys, strict=True) if key in chosen]
+    train = [example for example, key in zip(examples, keys, strict=True) if key not in chosen]
+    return Split(train, held_out[: data.eval_rows_max], dict(left_out.counts) if left_out else {})

@@ -12,6 +12,7 @@ __all__ = [
     "STOPPED",
     "StopRequestedError",
     "TrainerError",
+    "bad_data",
 ]
 
 COMPLETED = "Completed"
@@ -38,3 +39,8 @@ class TrainerError(Exception):
 
 class StopRequestedError(Exception):
     """A signal asked the run to stop between two pieces of work; nothing is lost by leaving now."""
+
+
+def bad_data(reason: str, message: str) -> TrainerError:
+    """Build the error for data that cannot be used."""
+    return TrainerError(ExitCode.BAD_DATA, reason, message)

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from taskoffer.api.contract import Termination
+from taskoffer.api.contract import Metric, Termination
 
-__all__ = ["largest_peaks", "peaks"]
+__all__ = ["as_held_out", "largest_peaks", "metrics_of", "peaks"]
+
+
+def as_held_out(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return what a method measures on held-out data under names that are not those of the training's own figures.
+
+    Both are kept in the same places, and a reward or a divergence is measured in both.
+    """
+    return {f"eval_{name.removeprefix('eval_')}": value for name, value in figures.items()}
+
+
+def metrics_of(figures: Mapping[str, float]) -> tuple[Metric, ...]:
+    """Return figures as they travel, by name; those that are not finite are left out."""
+    finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+    return tuple(Metric(name=name[:64], value=_digits(value)) for name, value in sorted(finite.items()))
+
+
+def _digits(value: float) -> str:
+    """Write a count with all of its digits, and anything else with six."""
+    return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 else f"{value:.6g}"
 
 
 def peaks() -> dict[str, int | None]:

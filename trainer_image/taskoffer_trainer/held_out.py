@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from taskoffer_trainer.tokens import TokenRow
 
-__all__ = ["answers", "held_out_loss"]
+__all__ = ["answer_losses", "answers", "padded", "turns"]
+
+Batch = TypeVar("Batch")
 
 ANSWER_TOKENS = 64
 """Longest sample answer in tokens."""
 
 
-def _tensors(rows: Sequence[TokenRow], pad: int, device: Any) -> dict[str, Any]:
+def padded(rows: Sequence[TokenRow], pad: int, device: Any) -> dict[str, Any]:
+    """Return rows as the tensors of one batch, filled up to the longest row on the right.
+
+    Args:
+        rows: at least one.
+        pad: token id to fill up with.
+        device: where the tensors go.
+    """
     import torch
 
     width = max(len(row.input_ids) for row in rows)
@@ -29,53 +38,32 @@ def _tensors(rows: Sequence[TokenRow], pad: int, device: Any) -> dict[str, Any]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def held_out_loss(
-    model: Any,
-    batches: Sequence[Sequence[TokenRow]],
-    pad: int,
-    between: Callable[[], None] = lambda: None,
-    shared: bool = False,
-) -> float:
-    """Return the mean negative log-likelihood per answer token, in nats, over all rows.
+def turns(batches: Sequence[Batch], rank: int, world: int, all_alike: bool) -> list[tuple[Batch, float]]:
+    """Return a rank's share of the batches, each with how much it counts.
 
-    The mean runs over tokens and not over batches, so it depends neither on the batch size nor on the number
-    of processes.
+    Args:
+        batches: all of them.
+        rank: whose share.
+        world: how many ranks there are.
+        all_alike: every rank has to have as many batches, because the model is shared out and a pass through it needs
+            all ranks; what fills a share up counts nothing.
+    """
+    mine = [(batch, 1.0) for batch in batches[rank::world]]
+    lacking = -(-len(batches) // world) - len(mine) if all_alike else 0
+    return mine + [(batches[0], 0.0)] * lacking
+
+
+def answer_losses(model: Any, rows: Sequence[TokenRow], pad: int) -> tuple[float, float]:
+    """Return the sum of the answer tokens' negative log-likelihoods in nats, and the number of these tokens.
 
     Args:
         model: a causal language model with TRL's fused head, which never builds all logits at once.
-        batches: the rows.
+        rows: at least one.
         pad: token id to pad with.
-        between: called before each batch; may raise to leave early.
-        shared: every rank takes its share of the batches and the sums are added up; all ranks must call it.
-
-    Raises:
-        ValueError: when no row has an answer token.
     """
-    import torch
-    import torch.distributed as dist
-
-    shared = shared and dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
-    device = next(model.parameters()).device
-    # Sums in double precision on the CPU: the same in every order to far more digits than are reported.
-    total = torch.zeros(2, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches[rank::world]:
-                between()
-                outputs = model(**_tensors(batch, pad, device), fused_lm_head=True)
-                total[0] -= outputs.log_probs.double().sum().cpu()
-                total[1] += outputs.label_mask.sum().cpu()
-    finally:
-        model.train(was_training)
-    if shared:
-        total = total.to(device)
-        dist.all_reduce(total)
-    if not total[1] > 0:
-        raise ValueError("none of the held-out rows has an answer token")
-    return float(total[0] / total[1])
+    outputs = model(**padded(rows, pad, next(model.parameters()).device), fused_lm_head=True)
+    # Sums in double precision: the same in every order to far more digits than are reported.
+    return -float(outputs.log_probs.double().sum()), float(outputs.label_mask.sum())
 
 
 def answers(

@@ -25,12 +25,21 @@ from pydantic import ValidationError
 
 from taskoffer.api.contract import ExitCode, RunConfig, Termination
 from taskoffer_trainer.checkpoints import check_identity, complete_checkpoints, finished_run
+from taskoffer_trainer.clock import STARTED, Clock, process_started
 from taskoffer_trainer.config import check_paths
 from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED, STOPPED, TrainerError
+from taskoffer_trainer.fallback import note_end
 from taskoffer_trainer.figures import largest_peaks
-from taskoffer_trainer.progress import ProgressServer, now, progress_port
+from taskoffer_trainer.mirror import remove_provisional
+from taskoffer_trainer.progress import ProgressServer, progress_port
+from taskoffer_trainer.reporting import has_report, report_end
+from taskoffer_trainer.run_log import kept_log
 
-__all__ = ["RankEnd", "Ranks", "decide", "launch", "rank_environment"]
+__all__ = ["ALLOCATOR", "RankEnd", "Ranks", "decide", "launch", "rank_environment"]
+
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
+"""glibc's settings for a rank. On a CPU a step frees and takes again what its tensors need; by default that goes back
+to the kernel and is faulted in anew each time: 119 ms for a tiny model's step instead of 89 (benchmarks/trainer.py)."""
 
 STRAGGLER_SECONDS = 10.0
 """How long the other ranks may go on after one has ended badly; as a rule they wait for it for ever."""
@@ -67,12 +76,14 @@ def decide(ends: list[RankEnd]) -> RankEnd:
     return min(killed or ends, key=lambda end: end.rank)
 
 
-def rank_environment(config: RunConfig, rank: int, port: int, run_dir: Path) -> dict[str, str]:
+def rank_environment(config: RunConfig, rank: int, port: int, run_dir: Path, clock: Clock) -> dict[str, str]:
     """Return the environment of one rank: offline, caches in the run folder, one CPU thread by default."""
     env = dict(os.environ)
     # More than one OpenMP thread per rank on shared cores spins: 20 tiny steps took 47 s instead of 1.6 s.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         env.setdefault(name, "1")
+    for name, value in ALLOCATOR.items():
+        env.setdefault(name, value)
     env.update(
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",
@@ -83,6 +94,7 @@ def rank_environment(config: RunConfig, rank: int, port: int, run_dir: Path) -> 
         PYTHONUNBUFFERED="1",
         TASKOFFER_RUN_DIR=str(run_dir),
     )
+    env[STARTED] = clock.started.isoformat()
     # The root file system may be read-only and the user may have no home and no name.
     cache = run_dir / "cache"
     env.setdefault("HF_HOME", str(cache / "huggingface"))
@@ -119,13 +131,13 @@ class Ranks:
     ends: list[RankEnd] = field(default_factory=list)
     killed: set[int] = field(default_factory=set)
 
-    def start(self, config: RunConfig) -> None:
+    def start(self, config: RunConfig, clock: Clock) -> None:
         """Start one process per GPU, each in a session of its own, so that its whole tree can be ended."""
         port = _free_port() if config.gpus > 1 else 0
         for rank in range(config.gpus):
             self.processes[rank] = subprocess.Popen(
                 [sys.executable, "-m", "taskoffer_trainer.rank"],
-                env=rank_environment(config, rank, port, self.run_dir),
+                env=rank_environment(config, rank, port, self.run_dir, clock),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -245,13 +257,14 @@ def _termination(end: RankEnd) -> Termination:
     )
 
 
-def _check_deadline(config: RunConfig) -> None:
+def _check_deadline(config: RunConfig, clock: Clock) -> None:
     """Refuse to begin after the deadline; what was trained before it may still be exported."""
-    if config.deadline is not None and config.deadline <= now() and not complete_checkpoints(config):
+    left = clock.left()
+    if left is not None and left <= 0 and not complete_checkpoints(config):
         raise TrainerError(
             ExitCode.BAD_CONFIG,
             "DeadlinePassed",
-            f"deadline: {config.deadline:%Y-%m-%dT%H:%M:%SZ} has passed and nothing was trained before it",
+            f"deadline: {clock.deadline:%Y-%m-%dT%H:%M:%SZ} has passed and nothing was trained before it",
         )
 
 
@@ -261,13 +274,25 @@ def launch(config: RunConfig) -> Termination:
     Raises:
         TrainerError: when the run cannot be started.
     """
+    clock = Clock.of(config, process_started())
     done = finished_run(config)
     if done is not None:
         print(f"trainer: {config.checkpoint_dir} holds this run finished with its adapter; nothing to do")
+        # The attempt that finished it may have been killed before it had tidied up and reported.
+        remove_provisional(config)
+        if not has_report(config):
+            report_end(config, clock, done)
         return done
     check_paths(config)
-    check_identity(config)
-    _check_deadline(config)
+    heading = f"--- {config.job_name}, attempt {config.attempt}, started {clock.started:%Y-%m-%dT%H:%M:%SZ}"
+    with kept_log(Path(config.output_dir), heading):
+        check_identity(config)
+        _check_deadline(config, clock)
+        return _attempt(config, clock)
+
+
+def _attempt(config: RunConfig, clock: Clock) -> Termination:
+    """Run the ranks, report what came of it, and say how they ended."""
     # Grandchildren whose parent died come to this process as they would to process 1, so that none stays a
     # zombie.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -275,7 +300,7 @@ def launch(config: RunConfig) -> Termination:
         run_dir = Path(folder)
         (run_dir / "tmp").mkdir()
         (run_dir / "run.json").write_text(config.model_dump_json(by_alias=True, exclude_none=True), encoding="utf-8")
-        server = ProgressServer(progress_port(), run_dir / "progress.json", config)
+        server = ProgressServer(progress_port(), run_dir, config, clock)
         try:
             print(
                 f"trainer: {config.job_name} attempt {config.attempt}, {config.gpus} process(es), "
@@ -284,15 +309,31 @@ def launch(config: RunConfig) -> Termination:
             )
             ranks = Ranks(run_dir)
             try:
-                ranks.start(config)
+                ranks.start(config, clock)
                 _wait(ranks, reader, received)
             finally:
                 ranks.clear()
+            end = decide(ranks.ends)
+            figures = largest_peaks(rank.said for rank in ranks.ends)
+            termination = _termination(end).model_copy(update={"exit_code": _exit_code(end), **figures})
+            if end.code != ExitCode.DONE and (done := finished_run(config)) is not None:
+                print(f"trainer: {termination.message or termination.reason}, but its work was done before")
+                remove_provisional(config)
+                termination = done
+            # A signal does not come through here any more: what there is to save has been saved.
+            report_end(config, clock, termination)
+            if not received:
+                _fall_back(config, termination)
         finally:
             server.close()
-        end = decide(ranks.ends)
-        figures = largest_peaks(rank.said for rank in ranks.ends)
-        return _termination(end).model_copy(update={"exit_code": _exit_code(end), **figures})
+        return termination
+
+
+def _fall_back(config: RunConfig, termination: Termination) -> None:
+    """Let the next attempt ask for less where that may help; after a signal the failure may be of its making."""
+    profile = note_end(config, termination)
+    if profile is not None:
+        print(f"trainer: {termination.reason}; the next attempt goes on with fallback profile {profile}", flush=True)
 
 
 def _exit_code(end: RankEnd) -> int:

@@ -4,27 +4,48 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from taskoffer.api.contract import Clamp, ExitCode, LoraSettings, rank_cap
 from taskoffer_trainer.failures import TrainerError
 
-__all__ = ["LinearShape", "RankPlan", "linear_shapes", "lora_config", "plan_ranks"]
+__all__ = ["LinearShape", "RankPlan", "expert_shapes", "linear_shapes", "lora_config", "plan_ranks"]
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Name and dimensions of one linear layer."""
+    """Name and dimensions of one linear layer, or of the layers of all experts where they are one tensor.
+
+    Attributes:
+        joined: layers that were put side by side in it. PEFT gives it as many times the rank, so that each has the
+            rank that was asked for.
+        experts: whether it is a tensor of a mixture's experts or of their router, and no module of its own.
+    """
 
     name: str
     in_features: int
     out_features: int
+    joined: int = 1
+    experts: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.in_features} x {self.out_features}"
 
     @property
     def suffix(self) -> str:
-        """Last part of the name, which is the same in every block of the model."""
-        return self.name.rpartition(".")[2]
+        """Last part of the name, which is the same in every block; with the part before a number or of experts."""
+        parts = self.name.split(".")
+        return ".".join(parts[-2:] if parts[-1].isdecimal() or self.experts else parts[-1:])
+
+    def pattern(self, label: str) -> str:
+        """Return the key of PEFT's patterns for layers with this label.
+
+        PEFT takes the first that fits, and puts one of its own for joined experts behind ours. A saved adapter's keys
+        are sorted, and there the bracket keeps ours in front.
+        """
+        return f"(?:{re.escape(label)})" if self.experts else re.escape(label)
 
 
 @dataclass(frozen=True)
@@ -36,22 +57,27 @@ class RankPlan:
     clamps: tuple[Clamp, ...]
 
 
-def linear_shapes(model: Any, target_modules: str) -> list[LinearShape]:
+def linear_shapes(model: Any, target_modules: str, everything: str | None = None) -> list[LinearShape]:
     """List the linear layers that will be adapted: all but the output layer, or those with the given names.
+
+    Args:
+        model: the base model.
+        target_modules: ``all-linear`` or names separated by commas.
+        everything: a pattern of the layers that ``all-linear`` means where it is not all but the output layer.
 
     Raises:
         TrainerError: ``BAD_CONFIG`` when a name fits no layer, with the names that exist.
     """
     import torch
 
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if everything is None else None
     shapes = [
         LinearShape(name, module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     ]
     if target_modules == "all-linear":
-        return shapes
+        return [one for one in shapes if everything is None or re.fullmatch(everything, one.name)]
     chosen = []
     for wanted in _names(target_modules):
         matching = [one for one in shapes if one.name == wanted or one.name.endswith(f".{wanted}")]
@@ -70,40 +96,82 @@ def _names(target_modules: str) -> list[str]:
     return [name.strip() for name in target_modules.split(",") if name.strip()]
 
 
+def expert_shapes(model: Any) -> list[LinearShape]:
+    """List the tensors of a mixture's experts and routers, which PEFT adapts for ``all-linear`` like linear layers.
+
+    transformers keeps the experts of a block in one tensor of three dimensions (experts, and those of the layer), and
+    the router as a parameter of a module of its own kind.
+    """
+    import torch
+
+    shapes = []
+    for name, parameter in model.named_parameters():
+        owner, _, _ = name.rpartition(".")
+        joined = 2 if name.endswith(".gate_up_proj") else 1
+        experts = parameter.dim() == 3 and owner.endswith(".experts")
+        router = name.endswith(".gate.weight") and not isinstance(model.get_submodule(owner), torch.nn.Linear)
+        if experts or router:
+            rows, columns = parameter.shape[-2:]
+            shapes.append(LinearShape(name, columns, rows, joined, experts=True))
+    return shapes
+
+
 def plan_ranks(shapes: list[LinearShape], lora: LoraSettings) -> RankPlan:
     """Clamp the rank of each layer to :func:`taskoffer.api.contract.rank_cap` and keep the layer's scale.
 
     PEFT scales by alpha / r (alpha / sqrt(r) with rsLoRA), so a smaller rank needs a smaller alpha, else the
-    layer's learning rate jumps in effect. Layers with the same last name and shape share one pattern.
+    layer's learning rate jumps in effect. The same goes for a rank of the layer's own (``lora.rank_pattern``). Layers
+    with the same last name and shape share one pattern, and those that are capped alike one clamp.
     """
+    own = {layer.module: layer.r for layer in lora.rank_pattern}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     clamps = []
     by_suffix: dict[str, list[LinearShape]] = {}
-    for shape in shapes:
-        by_suffix.setdefault(shape.suffix, []).append(shape)
-    for suffix, members in sorted(by_suffix.items()):
-        caps = {rank_cap(one.in_features, one.out_features) for one in members}
-        # One pattern for all when every block has the same shape there, else one for each layer.
-        groups = [(suffix, members[:1])] if len(caps) == 1 else [(one.name, [one]) for one in members]
-        for label, (shape, *_) in groups:
-            cap = rank_cap(shape.in_features, shape.out_features)
-            if lora.r <= cap:
-                continue
-            share = math.sqrt(cap / lora.r) if lora.use_rslora else cap / lora.r
-            ranks[re.escape(label)] = cap
-            alphas[re.escape(label)] = lora.lora_alpha * share
-            clamps.append(
-                Clamp(
-                    field=f"lora.r[{label}]"[:128],
-                    requested=str(lora.r),
-                    effective=str(cap),
-                    reason="RankClamped",
-                    message=f"A {shape.in_features} x {shape.out_features} layer has no use for a greater "
-                    "rank; its alpha is scaled along.",
-                )
-            )
+    for layer in shapes:
+        by_suffix.setdefault(layer.suffix, []).append(layer)
+    # Experts come first, because the pattern of a layer may fit theirs as well.
+    for suffix, members in sorted(by_suffix.items(), key=lambda item: (not item[1][0].experts, item[0])):
+        by_cap: dict[int, list[LinearShape]] = {}
+        for one in members:
+            by_cap.setdefault(rank_cap(one.in_features, one.out_features), []).append(one)
+        first = members[0]
+        plain, asked = lora.r * first.joined, own.get(suffix, lora.r) * first.joined
+        for cap, alike in sorted(by_cap.items()):
+            rank = min(asked, cap)
+            if rank != plain or first.experts:
+                share = math.sqrt(rank / plain) if lora.use_rslora else rank / plain
+                # One pattern for all when every block has the same shape there, else one for each layer.
+                for label in [suffix] if len(by_cap) == 1 else [one.name for one in alike]:
+                    ranks[first.pattern(label)] = rank
+                    alphas[first.pattern(label)] = lora.lora_alpha * first.joined * share
+            if asked > cap:
+                label = suffix if len(by_cap) == 1 else alike[0].name if len(alike) == 1 else f"{suffix}, {alike[0]}"
+                clamps.append(_capped(label, asked, cap, alike[0]))
+    missing = [module for module in own if module not in by_suffix]
+    clamps.extend(_missing(module, own[module], by_suffix) for module in missing)
     return RankPlan(ranks, alphas, tuple(clamps))
+
+
+def _capped(label: str, asked: int, cap: int, layer: LinearShape) -> Clamp:
+    return Clamp(
+        field=f"lora.r[{label}]"[:128],
+        requested=str(asked),
+        effective=str(cap),
+        reason="RankClamped",
+        message=f"A {layer} layer has no use for a greater rank; its alpha is scaled along.",
+    )
+
+
+def _missing(module: str, rank: int, there: Iterable[str]) -> Clamp:
+    """Say that a rank of its own goes to no layer; a policy's pattern may be meant for models of several kinds."""
+    return Clamp(
+        field=f"lora.rankPattern[{module}]"[:128],
+        requested=str(rank),
+        effective="none",
+        reason="LayerMissing",
+        message=f"No adapted layer is called so; this model has {', '.join(sorted(there))}."[:512],
+    )
 
 
 def _experts(config: Any) -> int:
@@ -113,18 +181,26 @@ def _experts(config: Any) -> int:
     return max((int(count) for count in counts if count), default=0)
 
 
-def lora_config(model: Any, lora: LoraSettings) -> tuple[Any, tuple[Clamp, ...]]:
+def lora_config(model: Any, lora: LoraSettings, everything: str | None = None) -> tuple[Any, tuple[Clamp, ...]]:
     """Build PEFT's LoraConfig for a model, and say what could not be taken literally.
+
+    Args:
+        model: the base model.
+        lora: what is asked for.
+        everything: for a model that is no language model, a pattern of the layers that ``all-linear`` means.
 
     Raises:
         TrainerError: ``BAD_CONFIG`` when a target module does not exist.
     """
     from peft import LoraConfig, TaskType
 
-    plan = plan_ranks(linear_shapes(model, lora.target_modules), lora)
+    shapes = linear_shapes(model, lora.target_modules, everything)
+    if lora.target_modules == "all-linear" and everything is None:
+        shapes += expert_shapes(model)
+    plan = plan_ranks(shapes, lora)
     clamps = plan.clamps
     dropout = lora.lora_dropout
-    if dropout and _experts(model.config) > 1:
+    if dropout and everything is None and _experts(model.config) > 1:
         clamps += (
             Clamp(
                 field="lora.loraDropout",
@@ -135,14 +211,14 @@ def lora_config(model: Any, lora: LoraSettings) -> tuple[Any, tuple[Clamp, ...]]
             ),
         )
         dropout = 0.0
-    everything = lora.target_modules == "all-linear"
+    all_linear = lora.target_modules == "all-linear"
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.CAUSAL_LM if everything is None else None,
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=dropout,
         use_rslora=lora.use_rslora,
-        target_modules="all-linear" if everything else _names(lora.target_modules),
+        target_modules=(everything or "all-linear") if all_linear else _names(lora.target_modules),
         rank_pattern=plan.rank_pattern,
         alpha_pattern=plan.alpha_pattern,
     )

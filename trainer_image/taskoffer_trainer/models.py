@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from taskoffer.api.contract import Clamp, ExitCode, RunConfig
+from taskoffer_trainer.attention import load_with_attention
 from taskoffer_trainer.failures import TrainerError
 
-__all__ = ["Device", "choose_device", "load_model", "load_tokenizer"]
+__all__ = ["Device", "choose_device", "load_again", "load_model", "load_tokenizer"]
 
 _NVIDIA_CONTROL = Path("/dev/nvidiactl")
 
@@ -26,7 +28,7 @@ class Device:
 
 
 def choose_device(config: RunConfig) -> Device:
-    """Choose bfloat16 on a GPU and float32 on the CPU.
+    """Choose bfloat16 on a GPU and float32 on the CPU, unless TASKOFFER_CPU_BF16=1 asks for bfloat16 there too.
 
     Raises:
         TrainerError: ``RESTART`` when the pod has a GPU that torch cannot use, which training on the CPU
@@ -53,6 +55,8 @@ def choose_device(config: RunConfig) -> Device:
             "GPUUnusable",
             f"{_NVIDIA_CONTROL} is there but torch {torch.__version__} sees no GPU; does the driver fit?",
         )
+    if config.train.bf16 and os.environ.get("TASKOFFER_CPU_BF16") == "1":
+        return Device(False, torch.bfloat16, "bfloat16 on the CPU, because TASKOFFER_CPU_BF16=1 asks for it")
     reason = "There is no GPU here; on a CPU bfloat16 is slower and less exact than float32."
     return Device(False, torch.float32, "float32 on the CPU, because there is no GPU here", _no_bf16(config, reason))
 
@@ -86,28 +90,75 @@ def load_tokenizer(config: RunConfig) -> Any:
     return tokenizer
 
 
-def load_model(config: RunConfig, device: Device) -> Any:
-    """Load the base model with every weight from disk, and place it on its device.
+def load_model(config: RunConfig, device: Device, rank: int = 0) -> Any:
+    """Load the base model with every weight from disk, onto the CPU.
+
+    Where the parameters are going to be shared out over the ranks, only rank 0 reads them; the others get the model
+    without values (on the meta device), which :func:`taskoffer_trainer.sharding.share_out` fills.
 
     Raises:
-        TrainerError: ``NO_MODEL`` when it cannot be loaded or weights are missing (transformers would fill
-        them with
+        TrainerError: ``NO_MODEL`` when it cannot be loaded or weights are missing (transformers would fill them with
             random numbers and only warn).
     """
+    if config.train.fsdp and rank > 0:
+        return _skeleton(config, device)
+    return _loaded(config, device)
+
+
+def load_again(config: RunConfig, device: Device) -> Any:
+    """Load the base model where it computes, for an adapter that is to be verified.
+
+    A model that was shared out is spread over the GPUs of the pod, layer by layer; nobody else uses them by now.
+
+    Raises:
+        TrainerError: as :func:`load_model`.
+    """
+    if not device.cuda:
+        return _loaded(config, device)
+    if config.train.fsdp:
+        return _loaded(config, device, device_map="balanced")
+    return _loaded(config, device).to("cuda")
+
+
+def _skeleton(config: RunConfig, device: Device) -> Any:
+    """Build the base model with shapes and types but no values."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    settings = AutoConfig.from_pretrained(config.model.path, local_files_only=True, trust_remote_code=False)
+
+    def build(attention: str | None) -> Any:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                settings, dtype=device.dtype, attn_implementation=attention, trust_remote_code=False
+            )
+
+    model = load_with_attention(build, config.train.attn_implementation)
+    if (Path(config.model.path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(config.model.path, local_files_only=True)
+    return model.eval()
+
+
+def _loaded(config: RunConfig, device: Device, **placement: Any) -> Any:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    started = time.monotonic()
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+    def load(attention: str | None) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
             config.model.path,
             dtype=device.dtype,
+            attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **placement,
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+
+    started = time.monotonic()
+    try:
+        model, report = load_with_attention(load, config.train.attn_implementation)
+    except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise _no_model(config, f"the model cannot be loaded: {error}") from error

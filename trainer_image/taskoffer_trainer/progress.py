@@ -9,20 +9,16 @@ from __future__ import annotations
 import math
 import os
 import threading
-from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from taskoffer.api.contract import PROGRESS_PORT, ExitCode, ProgressReport, RunConfig, RunState
+from taskoffer_trainer.clock import Clock
 from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.metrics import read_rank_figures, render_metrics
 
-__all__ = ["ProgressServer", "now", "progress_port", "read_report", "render_metrics", "write_report"]
-
-
-def now() -> datetime:
-    """Return the present moment in UTC."""
-    return datetime.now(UTC)
+__all__ = ["ProgressServer", "progress_port", "read_report", "write_report"]
 
 
 def progress_port() -> int:
@@ -48,8 +44,11 @@ def write_report(path: Path, report: ProgressReport) -> None:
     partial.replace(path)
 
 
-def read_report(path: Path, config: RunConfig, started: datetime) -> ProgressReport:
-    """Return what rank 0 wrote last, or the state ``Starting`` while it has not written anything."""
+def read_report(path: Path, config: RunConfig, clock: Clock) -> ProgressReport:
+    """Return what rank 0 wrote last, or the state ``Starting`` while it has not written anything.
+
+    What the operator predicted is said until something is measured, but never more than the time that there is.
+    """
     try:
         return ProgressReport.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -58,68 +57,23 @@ def read_report(path: Path, config: RunConfig, started: datetime) -> ProgressRep
             attempt=config.attempt,
             state=RunState.STARTING,
             progress_percentage=0,
-            last_updated_time=started,
+            estimated_remaining_seconds=_predicted(config, clock),
+            last_updated_time=clock.started,
         )
 
 
-# Name in the report, name on /metrics, help text. Base units, and no object's name as a label.
-_GAUGES = (
-    ("loss", "loss", "Training loss of the last step, in nats per token."),
-    ("eval_loss", "eval_loss", "Held-out loss of the last evaluation, in nats per token."),
-    ("eval_loss_before", "eval_loss_before", "Held-out loss of the base model, in nats per token."),
-    ("learning_rate", "learning_rate", "Learning rate of the last step."),
-    ("grad_norm", "grad_norm", "Norm of the gradients before clipping."),
-    ("epoch", "epoch", "Passes over the training rows so far."),
-    ("tokens_per_second", "tokens_per_second", "Tokens trained per second, all processes together."),
-    ("step_seconds", "step_seconds", "Duration of an optimizer step, averaged over the last steps."),
-    (
-        "skipped_steps",
-        "skipped_steps",
-        "Steps of this attempt that were left out for gradients that are not finite.",
-    ),
-)
-
-
-def render_metrics(report: ProgressReport, started: datetime) -> str:
-    """Render a report in Prometheus' text format, version 0.0.4."""
-    lines: list[str] = []
-
-    def add(name: str, help_text: str, value: float | int, labels: str = "") -> None:
-        full = f"taskoffer_trainer_{name}"
-        if not any(line.startswith(f"# TYPE {full} ") for line in lines):
-            lines.extend((f"# HELP {full} {help_text}", f"# TYPE {full} gauge"))
-        lines.append(f"{full}{labels} {value}")
-
-    add("start_time_seconds", "When the trainer was started, in seconds since 1970.", started.timestamp())
-    add("last_update_time_seconds", "When the figures were taken.", report.last_updated_time.timestamp())
-    add("attempt", "Number of the attempt.", report.attempt)
-    for state in RunState:
-        here = int(state is report.state)
-        add(
-            "state",
-            "1 for the state that the run is in, 0 for the others.",
-            here,
-            f'{{state="{state.value}"}}',
-        )
-    add("step", "Optimizer steps done.", report.step)
-    if report.total_steps is not None:
-        add("total_steps", "Optimizer steps planned.", report.total_steps)
-    if report.total_steps:
-        add("progress_ratio", "Share of the planned steps that are done.", round(report.step / report.total_steps, 6))
-    if report.estimated_remaining_seconds is not None:
-        add("estimated_remaining_seconds", "Seconds until the run ends.", report.estimated_remaining_seconds)
-    values = {metric.name: metric.value for metric in report.metrics}
-    for source, name, help_text in _GAUGES:
-        if source in values and math.isfinite(float(values[source])):
-            add(name, help_text, float(values[source]))
-    return "\n".join(lines) + "\n"
+def _predicted(config: RunConfig, clock: Clock) -> int | None:
+    left = clock.planned_left()
+    if config.expected_seconds is None or left is None:
+        return config.expected_seconds
+    return max(0, min(config.expected_seconds, math.ceil(left)))
 
 
 class ProgressServer:
     """Serves ``/progress``, ``/metrics`` and ``/healthz`` from a thread until :meth:`close`."""
 
-    def __init__(self, port: int, report_file: Path, config: RunConfig) -> None:
-        started = now()
+    def __init__(self, port: int, run_dir: Path, config: RunConfig, clock: Clock) -> None:
+        report_file = run_dir / "progress.json"
 
         class Handler(BaseHTTPRequestHandler):
             timeout = 10
@@ -129,11 +83,12 @@ class ProgressServer:
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 if path == "/progress":
-                    report = read_report(report_file, config, started)
+                    report = read_report(report_file, config, clock)
                     self._answer(200, "application/json", report.model_dump_json(by_alias=True, exclude_none=True))
                 elif path == "/metrics":
-                    report = read_report(report_file, config, started)
-                    self._answer(200, "text/plain; version=0.0.4; charset=utf-8", render_metrics(report, started))
+                    report = read_report(report_file, config, clock)
+                    text = render_metrics(report, clock, read_rank_figures(run_dir))
+                    self._answer(200, "text/plain; version=0.0.4; charset=utf-8", text)
                 elif path == "/healthz":
                     self._answer(200, "text/plain; charset=utf-8", "ok\n")
                 else:

@@ -10,12 +10,20 @@ import signal
 import sys
 import traceback
 import warnings
+from datetime import datetime
 from pathlib import Path
 
-from taskoffer.api.contract import ExitCode, RunConfig, Termination
-from taskoffer_trainer.data import read_split
+from taskoffer.api.contract import ExitCode, RunConfig, TaskType, Termination
+from taskoffer_trainer.chat_data import read_chat
+from taskoffer_trainer.clock import STARTED, Clock
+from taskoffer_trainer.dpo_data import read_dpo
+from taskoffer_trainer.effective import effective
 from taskoffer_trainer.failures import INTERNAL_ERROR, STOPPED, StopRequestedError, TrainerError
 from taskoffer_trainer.figures import peaks
+from taskoffer_trainer.grpo_data import read_grpo
+from taskoffer_trainer.image_data import read_pair_split
+from taskoffer_trainer.instruct_data import read_instruct
+from taskoffer_trainer.rewards import open_rewards
 from taskoffer_trainer.stop import Stop
 from taskoffer_trainer.termination import shorten
 
@@ -31,16 +39,45 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
+def _train(config: RunConfig, run_dir: Path, rank: int, stop: Stop) -> Termination:
+    """Read the rows and run the method.
+
+    The rows come first: what is wrong with them shows before the heavy libraries are loaded.
+    """
+    # How many rows are held out depends on what this attempt runs with; what it was asked for is handed on.
+    lower = effective(config).config
+    if config.task_type is TaskType.IMAGE:
+        captioned = read_pair_split(lower)
+        stop.check()
+        # While it is imported, transformers warns that torchvision, which nobody here needs, is absent.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        from taskoffer_trainer import image
+
+        return image.train(config, captioned, run_dir, rank, stop)
+    if config.task_type is TaskType.DPO:
+        pairs = read_dpo(lower)
+        stop.check()
+        from taskoffer_trainer import dpo
+
+        return dpo.train(config, pairs, run_dir, rank, stop)
+    if config.task_type is TaskType.GRPO:
+        prompts = read_grpo(lower)
+        with open_rewards(config, prompts.held_out) as rewards:
+            stop.check()
+            from taskoffer_trainer import grpo
+
+            return grpo.train(config, prompts, rewards, run_dir, rank, stop)
+    rows = read_chat(lower) if lower.task_type is TaskType.CHAT else read_instruct(lower)
+    stop.check()
+    from taskoffer_trainer import sft
+
+    return sft.train(config, rows, run_dir, rank, stop)
+
+
 def run(config: RunConfig, run_dir: Path, rank: int, stop: Stop) -> Termination:
     """Run the method of the task and turn every way to end into a termination message."""
     try:
-        # The rows come first: what is wrong with them shows before the heavy libraries are loaded.
-        split = read_split(config)
-        stop.check()
-        from taskoffer_trainer.sft import train
-
-        stop.check()
-        return train(config, split, run_dir, rank, stop)
+        return _train(config, run_dir, rank, stop)
     except TrainerError as error:
         return _ended(error.code, error.reason, error.message)
     except StopRequestedError:
@@ -66,7 +103,11 @@ def main() -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends.
     # transformers warns about a name that trl uses inside; nobody here can do anything about it.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
-    stop = Stop(config.deadline)
+    # PEFT looks for the ranks of a mixture's experts among its modules, and then finds them among its parameters.
+    warnings.filterwarnings(
+        "ignore", message=".*_pattern keys did not match any targeted module", category=RuntimeWarning
+    )
+    stop = Stop(Clock.of(config, datetime.fromisoformat(os.environ[STARTED])))
     stop.listen()
     # Where does it hang? ``kill -USR1`` writes the stack of every thread to the log.
     faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -1,75 +1,78 @@
-"""Supervised fine-tuning of a LoRA adapter with TRL and PEFT: one method, read from top to bottom.
-
-Tokens, model and baseline come first, then the training with checkpoints that can be continued exactly, then
-the verified adapter. Every rank runs this; rank 0 writes.
-"""
+"""Supervised fine-tuning of a LoRA adapter with TRL and PEFT: instructions, conversations and plain text."""
 
 from __future__ import annotations
 
-import gc
-import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
-import torch.distributed as dist
-from peft import get_peft_model, get_peft_model_state_dict
+from datasets import Dataset
+from peft import get_peft_model
 from transformers import set_seed
-from transformers.utils import logging as transformers_logging
+from trl import SFTConfig, SFTTrainer
 
-from taskoffer.api.contract import ExitCode, RunConfig, RunState, Termination
-from taskoffer_trainer.callbacks import CheckpointKeeper, Progress, Timings
-from taskoffer_trainer.checkpoints import (
-    Checkpoint,
-    best_checkpoint,
-    complete_checkpoints,
-    mark_finished,
-    read_run,
-    write_run,
-)
+from taskoffer.api.contract import ChatColumns, Clamp, RunConfig, TaskType, Termination
+from taskoffer_trainer.attention import attention_in_use
+from taskoffer_trainer.balancing import balanced_by_row
+from taskoffer_trainer.chat_data import Conversation
+from taskoffer_trainer.chat_template import use_template
+from taskoffer_trainer.chat_tokens import tokenize_chat_split
+from taskoffer_trainer.course import Course
 from taskoffer_trainer.data import Split
-from taskoffer_trainer.export import Result, prepared, publish
-from taskoffer_trainer.failures import COMPLETED, DEADLINE_REACHED, STOPPED, StopRequestedError, TrainerError
-from taskoffer_trainer.figures import peaks
-from taskoffer_trainer.held_out import answers, held_out_loss
+from taskoffer_trainer.held_out import answer_losses, answers
+from taskoffer_trainer.instruct_data import Example
 from taskoffer_trainer.lora import lora_config
-from taskoffer_trainer.models import Device, choose_device, load_model, load_tokenizer
-from taskoffer_trainer.stop import Stop, StopCause
-from taskoffer_trainer.tokens import TextData, tokenize_split
-from taskoffer_trainer.trainer import Trainer, build_trainer, training_arguments
-from taskoffer_trainer.verify import verify_adapter
+from taskoffer_trainer.models import load_again, load_model, load_tokenizer
+from taskoffer_trainer.packing import PackedRows
+from taskoffer_trainer.steps import PieceLoss
+from taskoffer_trainer.stop import Stop
+from taskoffer_trainer.tokens import TextData, TokenRow, tokenize_split
+from taskoffer_trainer.trainer import CourseTrainer, training_arguments
+from taskoffer_trainer.verify import Verified, check_answers, check_figures, load_adapter
 
-__all__ = ["train"]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the stages of one run share."""
-
-    config: RunConfig
-    rank: int
-    stop: Stop
-    progress: Progress
-    device: Device
-    tokenizer: Any
-    data: TextData
-
-    @property
-    def timings(self) -> Timings:
-        return self.progress.timings
+__all__ = ["SupervisedTrainer", "train"]
 
 
-@dataclass(frozen=True)
-class _Baseline:
-    """What the base model does before any training."""
+class SupervisedTrainer(CourseTrainer, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, whose loss is a mean over the answer tokens of the whole step."""
 
-    loss: float
-    answers: list[str]
+    _tokens_of_row = 0.0
+
+    def step_inputs(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Count the answer tokens of a row: a step is divided by all of them, and what is a mean over rows is not."""
+        if self.aux_loss_enabled:
+            world = self.steps.world
+            there = bool(rows) and not self.steps.plan.idle(self.state.global_step, world.rank)
+            mine = _answer_tokens(self.data_collator(rows)) if there else 0
+            tokens, count = world.total(mine, len(rows) if there else 0)
+            self._tokens_of_row = tokens / count
+        return rows
+
+    def lengths_of(self, inputs: list[dict[str, Any]]) -> list[int]:
+        """Return the tokens of each row."""
+        return [len(row["input_ids"]) for row in inputs]
+
+    def piece_loss(self, model: Any, piece: list[dict[str, Any]]) -> PieceLoss:
+        """Return the sum of the answer tokens' losses in nats."""
+        batch = self.data_collator(piece)
+        count = _answer_tokens(batch)
+        tokens = sum(len(row["input_ids"]) for row in piece)
+        inputs = self._prepare_inputs(batch)
+        with balanced_by_row(self, self.lengths_of(piece), self._tokens_of_row):
+            loss = self.compute_loss(model, inputs, num_items_in_batch=1)
+        return PieceLoss(loss, count, tokens)
 
 
-def train(config: RunConfig, split: Split, run_dir: Path, rank: int, stop: Stop) -> Termination:
+def _answer_tokens(batch: dict[str, Any]) -> int:
+    """Count the labels that are predicted: not the first one of a row; packed rows have those left out already."""
+    return int((batch["labels"][..., 1:] != -100).sum())
+
+
+Rows = Split[Example] | Split[Conversation]
+
+
+def train(config: RunConfig, split: Rows, run_dir: Path, rank: int, stop: Stop) -> Termination:
     """Train, verify and export one adapter; or leave a checkpoint when asked to stop.
 
     Args:
@@ -83,209 +86,120 @@ def train(config: RunConfig, split: Split, run_dir: Path, rank: int, stop: Stop)
         TrainerError: for every failure that has a place in the contract.
         StopRequestedError: when asked to stop outside of the training loop.
     """
-    transformers_logging.set_verbosity_error()
-    progress = Progress(config, run_dir / "progress.json" if rank == 0 else None, Timings())
-    device = choose_device(config)
-    tokenizer = load_tokenizer(config)
-    data = tokenize_split(split, config, tokenizer)
-    run = _Run(config, rank, stop, progress, device, tokenizer, data)
-    stop.check()
-
-    trainer, tensors = _prepare(run)
-    _leave_together(stop)
-    progress.enter(RunState.EVALUATING)
-    baseline = _baseline(run, trainer.model)
-    _leave_together(stop)
-
-    summary = _train_steps(run, trainer, baseline)
-    if summary.exit_code == ExitCode.STOPPED:
-        return summary
-
-    # The adapter is verified by rank 0 alone, and only one base model at a time has to fit.
-    stop.part()
-    if rank != 0:
-        return summary
-    del trainer
-    gc.collect()
-    if device.cuda:
-        torch.cuda.empty_cache()
-    return _finish(run, baseline, tensors, summary)
+    return _Supervised(config, split, run_dir, rank, stop).run()
 
 
-def _leave_together(stop: Stop) -> None:
-    """End all ranks when one of them got a signal, before there is anything to save."""
-    if stop.agree() is StopCause.SIGNAL:
-        raise StopRequestedError
+class _Supervised(Course):
+    """Rows with an answer, or with several: the model learns to give them."""
 
+    def __init__(self, config: RunConfig, split: Rows, run_dir: Path, rank: int, stop: Stop) -> None:
+        super().__init__(config, run_dir, rank, stop)
+        self.split = split
+        self.tokenizer: Any
+        self.data: TextData
+        self.clamps: tuple[Clamp, ...] = ()
 
-def _prepare(run: _Run) -> tuple[Trainer, int]:
-    """Load the model, put an adapter on it whose ranks fit its layers, and count the adapter's tensors."""
-    config, progress = run.config, run.progress
-    arguments = training_arguments(config, run.device)
-    began = time.monotonic()
-    base = load_model(config, run.device)
-    run.timings.load = time.monotonic() - began
-    settings, clamps = lora_config(base, config.lora)
-    progress.clamps = (*run.device.clamps, *clamps)
-    set_seed(config.train.seed)
-    model = get_peft_model(base, settings)
-    tensors = len(get_peft_model_state_dict(model, save_embedding_layers=False))
-    keeper = CheckpointKeeper(config, tensors, run.rank, run.timings)
-    trainer = build_trainer(config, arguments, model, run.tokenizer, run.data, progress, run.stop, keeper)
-    for clamp in progress.clamps:
-        change = f"{clamp.field} {clamp.requested} -> {clamp.effective}"
-        print(f"clamp: {change} ({clamp.reason}) {clamp.message}")
-    rows, held_out = len(run.data.train), len(run.data.held_out)
-    print(
-        f"train: {rows} rows, {held_out} held out, {tensors} adapter tensors, {config.gpus} process(es)",
-        flush=True,
-    )
-    return trainer, tensors
+    def read(self) -> None:
+        config, split = self.config, self.split
+        self.tokenizer = load_tokenizer(config)
+        if (columns := self._conversations()) is not None:
+            self.clamps = use_template(self.tokenizer, columns.chat_template)
+            self.data = tokenize_chat_split(cast("Split[Conversation]", split), config, self.tokenizer)
+        else:
+            self.data = tokenize_split(cast("Split[Example]", split), config, self.tokenizer)
 
+    def _conversations(self) -> ChatColumns | None:
+        return self.config.data.chat if self.config.task_type is TaskType.CHAT else None
 
-def _baseline(run: _Run, model: Any) -> _Baseline:
-    """Return held-out loss and answers of the base model; measured once, then read from disk.
-
-    Raises:
-        TrainerError: ``NO_MODEL`` when the loss is not finite.
-    """
-    config, timings, prompts = run.config, run.timings, run.data.prompts
-    shared: list[Any] = [read_run(config) if run.rank == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared, src=0)
-    known = shared[0]
-    if isinstance(known.get("eval_loss_before"), float) and known.get("prompts") == prompts:
-        timings.evaluate, timings.answer = known["evaluate_seconds"], known["answer_seconds"]
-        run.progress.note(eval_loss_before=known["eval_loss_before"])
-        return _Baseline(known["eval_loss_before"], known["answers_before"])
-    batches = run.data.batches(config.train.per_device_train_batch_size)
-    texts: list[str] = []
-    began = time.monotonic()
-    with model.disable_adapter():
-        loss = held_out_loss(model, batches, run.tokenizer.pad_token_id, shared=True)
-        timings.evaluate = time.monotonic() - began
-        if not math.isfinite(loss):
-            raise TrainerError(
-                ExitCode.NO_MODEL,
-                "ModelUnusable",
-                f"the held-out loss of the base model {config.model.name} is {loss}; are its weights whole?",
-            )
-        if run.rank == 0:
-            texts = answers(model, run.tokenizer, prompts)
-    timings.answer = time.monotonic() - began - timings.evaluate
-    if run.rank == 0:
-        figures = {"eval_loss_before": loss, "prompts": prompts, "answers_before": texts}
-        seconds = {"evaluate_seconds": timings.evaluate, "answer_seconds": timings.answer}
-        write_run(config, {**figures, **seconds})
-    run.progress.note(eval_loss_before=loss)
-    print(f"train: held-out loss of the base model {loss:.4f}", flush=True)
-    return _Baseline(loss, texts)
-
-
-def _resume_point(run: _Run) -> Checkpoint | None:
-    """Find the newest checkpoint that can be trusted; rank 0 removes broken ones, the others follow it."""
-    found: list[Any] = [None]
-    if run.rank == 0:
-        found = [next(iter(complete_checkpoints(run.config, remove_broken=True)), None)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0] if isinstance(found[0], Checkpoint) else None
-
-
-def _planned_steps(run: _Run, trainer: Trainer) -> int:
-    """Return the number of optimizer steps, counted exactly as the training loop will."""
-    if run.config.train.max_steps > 0:
-        return run.config.train.max_steps
-    return int(trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1])
-
-
-def _train_steps(run: _Run, trainer: Trainer, baseline: _Baseline) -> Termination:
-    """Train from the newest trustworthy checkpoint until the end, a signal or the deadline.
-
-    Raises:
-        TrainerError: ``BAD_CONFIG`` when the deadline leaves no time for a single step.
-    """
-    progress, stop = run.progress, run.stop
-    resume = _resume_point(run)
-    total = _planned_steps(run, trainer)
-    step = resume.step if resume else 0
-    progress.total, progress.step, progress.resumed_from = total, step, resume.step if resume else None
-    train_loss: float | None = None
-    if stop.agree(run.timings.reserve) is StopCause.DEADLINE and resume is None:
-        raise TrainerError(
-            ExitCode.BAD_CONFIG,
-            "DeadlinePassed",
-            f"deadline: {run.config.deadline:%Y-%m-%dT%H:%M:%SZ} leaves {stop.seconds_left():.0f} s, and one "
-            f"step with evaluation and verification takes {run.timings.reserve:.0f} s",
+    def arguments(self) -> SFTConfig:
+        train = self.config.train
+        return SFTConfig(
+            **training_arguments(self.config, self.device),
+            activation_checkpointing=train.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+            max_length=train.max_length,
+            packing=train.packing,
+            eval_packing=False,
+            # The rows are tokenized already; only packing is left to TRL.
+            dataset_kwargs=None if train.packing else {"skip_prepare_dataset": True},
         )
-    if step < total and stop.cause is StopCause.NONE:
-        if resume:
-            print(f"train: going on from step {step} of {total}", flush=True)
-        output = trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
-        step = trainer.state.global_step
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        train_loss = losses[-1] if losses else output.training_loss
-    stopped = stop.cause is StopCause.SIGNAL
-    summary = Termination(
-        exit_code=ExitCode.STOPPED if stopped else ExitCode.DONE,
-        reason=STOPPED if stopped else COMPLETED if step >= total else DEADLINE_REACHED,
-        message=f"stopped by a signal with a checkpoint of step {step} of {total}" if stopped else "",
-        step=step,
-        total_steps=total,
-        train_loss=train_loss,
-        eval_loss_before=baseline.loss,
-        resumed_from_step=progress.resumed_from,
-        clamps=progress.clamps,
-    )
-    return summary.model_copy(update={**progress.took(), **peaks()})
 
-
-def _finish(run: _Run, baseline: _Baseline, tensors: int, summary: Termination) -> Termination:
-    """Verify the best checkpoint on a fresh base model and publish it.
-
-    Raises:
-        TrainerError: ``VERIFY_FAILED``.
-        StopRequestedError: on a signal; the next attempt comes straight here.
-    """
-    config, progress = run.config, run.progress
-    progress.enter(RunState.VERIFYING)
-    best = best_checkpoint(complete_checkpoints(config))
-    base = load_model(config, run.device)
-    if run.device.cuda:
-        base.to("cuda")
-    result = Result(
-        summary.step,
-        summary.total_steps or summary.step,
-        summary.train_loss,
-        baseline.loss,
-        math.nan,
-        summary.reason,
-        clamps=summary.clamps,
-        rows={"train": len(run.data.train), "held_out": len(run.data.held_out)},
-    )
-    batches = run.data.batches(config.train.per_device_train_batch_size)
-    with prepared(config, best) as folder:
-        verified = verify_adapter(
-            folder, base, run.tokenizer, batches, run.data.prompts, tensors, best.eval_loss, run.stop.check
+    def prepare(self, arguments: SFTConfig) -> SupervisedTrainer:
+        began = time.monotonic()
+        base = load_model(self.config, self.device, self.rank)
+        self.timings.load = time.monotonic() - began
+        settings, clamps = lora_config(base, self.config.lora)
+        self.progress.clamps = (*self.device.clamps, *self.clamps, *_not_in_sft(self.config), *clamps)
+        set_seed(self.config.train.seed)
+        trainer = SupervisedTrainer(
+            model=get_peft_model(base, settings),
+            args=arguments,
+            train_dataset=_dataset(self.data.train),
+            eval_dataset=_dataset(self.data.held_out),
+            processing_class=self.tokenizer,
         )
-        progress.enter(RunState.SAVING)
-        pairs = [
-            {"prompt": prompt, "before": before, "after": after}
-            for prompt, before, after in zip(run.data.prompts, baseline.answers, verified.answers, strict=True)
-        ]
-        final, digest = publish(config, folder, replace(result, eval_loss_after=verified.eval_loss, answers=pairs))
-    fall = f"held-out loss {baseline.loss:.4f} -> {verified.eval_loss:.4f}"
-    done = summary.model_copy(
-        update={
-            "message": f"adapter of step {best.step} verified: {fall}",
-            "eval_loss_after": verified.eval_loss,
-            "adapter_dir": str(final),
-            "adapter_sha256": digest,
-            "training_seconds": progress.took()["training_seconds"],
-            **peaks(),
-        }
+        if self.config.train.packing and not attention_in_use(base).startswith("flash"):
+            trainer.data_collator = PackedRows(self.tokenizer.pad_token_id)
+        return trainer
+
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.trainer.train_dataset["input_ids"]]
+
+    def counts(self) -> dict[str, int]:
+        return {"train": len(self.data.train), "held_out": len(self.data.held_out), **self.data.left_out}
+
+    def prompts(self) -> list[str]:
+        return self.data.prompts
+
+    def measure(self, model: Any, shared: bool, between: Callable[[], None]) -> dict[str, float]:
+        """Return the mean over all answer tokens, and not over batches, so that it depends on nothing but the model."""
+
+        def work(rows: Sequence[TokenRow]) -> tuple[float, float]:
+            return answer_losses(model, rows, self.tokenizer.pad_token_id)
+
+        total, tokens = self.evaluation.over(model, self.data.longest_first(), work, 2, shared, between)
+        if not tokens:
+            raise ValueError("none of the held-out rows has an answer token")
+        return {"eval_loss": total / tokens}
+
+    def answer(self, model: Any, between: Callable[[], None]) -> list[str]:
+        return answers(model, self.tokenizer, self.data.prompts, between)
+
+    def accompany(self, folder: Path) -> None:
+        if self._conversations() is not None:
+            # Named as transformers looks for it in a tokenizer's folder: the adapter is used with this one.
+            (folder / "chat_template.jinja").write_text(self.tokenizer.chat_template, encoding="utf-8")
+
+    def verify(self, folder: Path, measured: float | None) -> Verified:
+        from trl.trainer.utils import add_fused_lm_head
+
+        base = load_again(self.config, self.device)
+        add_fused_lm_head(base)
+        self.stop.check()
+        model, parameters = load_adapter(folder, base, self.tensors)
+        figures = self.measure(model, False, self.stop.check)
+        check_figures(figures, measured)
+        texts = self.answer(model, self.stop.check)
+        check_answers(texts)
+        return Verified(figures, texts, parameters)
+
+
+def _not_in_sft(config: RunConfig) -> tuple[Clamp, ...]:
+    """List the settings that have no effect here, instead of taking them in silence."""
+    smoothing = config.train.label_smoothing
+    if smoothing == 0:
+        return ()
+    message = "TRL gives label smoothing up for supervised fine-tuning; it would need all logits of a row at once."
+    return (
+        Clamp(
+            field="train.labelSmoothing",
+            requested=f"{smoothing:g}",
+            effective="0",
+            reason="NoLabelSmoothing",
+            message=message,
+        ),
     )
-    mark_finished(config, done)
-    progress.note(eval_loss=verified.eval_loss)
-    progress.enter(RunState.DONE)
-    return done
+
+
+def _dataset(rows: list[TokenRow]) -> Dataset:
+    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})

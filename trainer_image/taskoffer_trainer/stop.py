@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import signal
-from datetime import datetime
 from enum import IntEnum
 from typing import Any
 
+from taskoffer_trainer.clock import Clock, now
 from taskoffer_trainer.failures import StopRequestedError
-from taskoffer_trainer.progress import now
 
 __all__ = ["Stop", "StopCause"]
-
-_left: list[Any] = []
-"""Process groups that this process has left, kept until it ends; see `Stop.part`."""
 
 
 class StopCause(IntEnum):
@@ -25,17 +21,17 @@ class StopCause(IntEnum):
 
 
 class Stop:
-    """Remembers a signal, watches the deadline, and lets all ranks agree.
+    """Remembers a signal, watches the deadline, and lets all ranks agree, once :attr:`world` is known.
 
     SIGTERM is noted before torch is imported, so that a pod that is stopped early ends with the right exit
     code too.
     """
 
-    def __init__(self, deadline: datetime | None = None) -> None:
-        self.deadline = deadline
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock(now())
         self.signalled = False
         self.cause = StopCause.NONE
-        self._group: Any = None
+        self.world: Any = None
 
     def listen(self) -> None:
         """Note SIGTERM and SIGINT from now on. Main thread only."""
@@ -54,48 +50,23 @@ class Stop:
         if self.signalled:
             raise StopRequestedError
 
-    def seconds_left(self) -> float | None:
-        """Return the seconds until the deadline (negative after it), or ``None`` without one."""
-        return None if self.deadline is None else (self.deadline - now()).total_seconds()
-
-    def agree(self, reserve_seconds: float = 0.0) -> StopCause:
+    def agree(self, needed_seconds: float = 0.0, at_the_latest: bool = False) -> StopCause:
         """Let all ranks agree whether to stop; every rank must call it at the same point.
 
         Args:
-            reserve_seconds: time that the rest of the run needs from here: save, evaluate, verify.
+            needed_seconds: time that the rest of the run needs from here: save, evaluate, verify.
+            at_the_latest: hold it against the deadline itself and use up the reserve before it.
 
         Returns:
             The cause, which is also kept in :attr:`cause`.
         """
-        import torch
-        import torch.distributed as dist
-
-        left = self.seconds_left()
+        left = self.clock.left() if at_the_latest else self.clock.planned_left()
         mine = StopCause.NONE
-        if left is not None and left <= reserve_seconds:
+        if left is not None and left <= needed_seconds:
             mine = StopCause.DEADLINE
         if self.signalled:
             mine = StopCause.SIGNAL
-        if dist.is_available() and dist.is_initialized():
-            if self._group is None:
-                # A group of its own on gloo, because a tensor on the CPU cannot travel over NCCL.
-                self._group = dist.new_group(backend="gloo")
-            flag = torch.tensor([int(mine)])
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-            mine = StopCause(int(flag.item()))
+        if self.world is not None:
+            mine = StopCause(int(self.world.largest(mine)[0]))
         self.cause = mine
         return mine
-
-    def part(self) -> None:
-        """Wait for all ranks and leave their process group; alone, there is none to leave.
-
-        What is left of the groups is kept until the process ends. With its last reference torch 2.13 joins a gloo
-        group's threads while it holds the GIL, and one of these may just want the GIL to let go of the tensors of the
-        last collectives: on a busy machine both then wait for ever.
-        """
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            _left.extend((dist.group.WORLD, self._group))
-            dist.barrier()
-            dist.destroy_process_group()

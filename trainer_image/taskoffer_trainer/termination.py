@@ -22,7 +22,7 @@ def shorten(text: str, limit: int = MAX_MESSAGE) -> str:
 
 
 def encode_termination(termination: Termination, limit: int = MAX_TERMINATION_BYTES) -> bytes:
-    """Encode as JSON of at most ``limit`` bytes: clamps go first, then the message is cut.
+    """Encode as JSON of at most ``limit`` bytes: clamps go first, then the message is cut, then figures go.
 
     Raises:
         ValueError: when even the shortest form is longer than ``limit``.
@@ -40,6 +40,8 @@ def encode_termination(termination: Termination, limit: int = MAX_TERMINATION_BY
         elif len(termination.message) > 16:
             shorter = shorten(termination.message, len(termination.message) * 3 // 4)
             termination = termination.model_copy(update={"message": shorter})
+        elif termination.figures_before or termination.figures_after:
+            termination = termination.model_copy(update={"figures_before": (), "figures_after": ()})
         elif termination.adapter_dir is not None:
             termination = termination.model_copy(update={"adapter_dir": None})
         else:

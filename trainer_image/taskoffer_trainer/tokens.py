@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from taskoffer.api.contract import RunConfig
-from taskoffer_trainer.data import Example, Split, bad_data
+from taskoffer_trainer.data import Split, bad_data
+from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.instruct_data import Example
 
-__all__ = ["TextData", "TokenRow", "prompt_of", "tokenize", "tokenize_split"]
+__all__ = [
+    "IGNORED",
+    "Cuts",
+    "TextData",
+    "TokenRow",
+    "common_prefix",
+    "full_text",
+    "left_out_of",
+    "parts",
+    "prompt_of",
+    "tokenize",
+    "tokenize_split",
+]
+
+T = TypeVar("T")
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -30,35 +47,89 @@ class TextData:
     train: list[TokenRow]
     held_out: list[TokenRow]
     prompts: list[str]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Rows that are in neither, by the reason in camelCase."""
 
-    def batches(self, size: int) -> list[list[TokenRow]]:
-        """Group the held-out rows by length, longest first: too little memory shows at once."""
-        ordered = sorted(self.held_out, key=lambda row: -len(row.input_ids))
-        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    def longest_first(self) -> list[TokenRow]:
+        """Return the held-out rows by their length: those of like length together, and what needs most memory first."""
+        return sorted(self.held_out, key=lambda row: -len(row.input_ids))
+
+
+@dataclass
+class Cuts:
+    """What became of rows that are longer than they may be."""
+
+    max_length: int
+    what: str
+    rows: int = 0
+    cut: int = 0
+    too_long: int = 0
+
+    def say(self) -> None:
+        """Print a line when there were any."""
+        if self.cut:
+            print(
+                f"data: {self.cut} of {self.rows} {self.what} rows are longer than {self.max_length} tokens; "
+                f"{self.cut - self.too_long} were cut and {self.too_long} left out, because their answer would be gone"
+            )
+
+    def nothing_left(self) -> TrainerError:
+        """Build the error for a part of the data of which no row is short enough."""
+        return bad_data(
+            "DataTooLong",
+            f"all {self.rows} {self.what} rows have prompts of {self.max_length} tokens and more (train.maxLength)",
+        )
+
+
+def parts(items: Sequence[T], what: str) -> Iterator[Sequence[T]]:
+    """Yield a thousand items at a time, and say every two seconds how many were asked for."""
+    said = time.monotonic()
+    for start in range(0, len(items), 1000):
+        yield items[start : start + 1000]
+        if time.monotonic() - said > 2:
+            print(f"data: {min(start + 1000, len(items))} of {len(items)} {what} rows tokenized", flush=True)
+            said = time.monotonic()
 
 
 def prompt_of(example: Example, tokenizer: Any) -> str:
-    """Return the text before the answer, in the model's own chat template where it has one."""
+    """Return the text before the answer, in the model's own chat template where it has one.
+
+    Raises:
+        TrainerError: ``BAD_DATA`` when the template refuses the messages.
+    """
     if not example.user and not example.system:
         return ""
     if not tokenizer.chat_template:
         return "".join(f"{part}\n" for part in (example.system, example.user) if part)
+    return _in_template(example, tokenizer, ask=True)
+
+
+def full_text(example: Example, prompt: str, tokenizer: Any) -> str:
+    """Return prompt and answer as one text that ends as the model's texts do."""
+    if not prompt or not tokenizer.chat_template:
+        return f"{prompt}{example.answer}{tokenizer.eos_token}"
+    return _in_template(example, tokenizer, ask=False)
+
+
+def _in_template(example: Example, tokenizer: Any, ask: bool) -> str:
+    from jinja2 import TemplateError
+
     messages = [{"role": "user", "content": example.user}]
     if example.system:
         messages.insert(0, {"role": "system", "content": example.system})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    if not ask:
+        messages.append({"role": "assistant", "content": example.answer})
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+    except TemplateError as error:
+        remedy = "; models without a system role need rows without a system prompt" if example.system else ""
+        raise bad_data(
+            "ChatTemplateRefuses",
+            f"the model's chat template refuses the row that begins {example.user[:60]!r}: {error}{remedy}",
+        ) from error
 
 
-def _full_text(example: Example, prompt: str, tokenizer: Any) -> str:
-    if not prompt or not tokenizer.chat_template:
-        return f"{prompt}{example.answer}{tokenizer.eos_token}"
-    messages = [{"role": "user", "content": example.user}, {"role": "assistant", "content": example.answer}]
-    if example.system:
-        messages.insert(0, {"role": "system", "content": example.system})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
-
-def tokenize(examples: list[Example], tokenizer: Any, max_length: int, what: str) -> list[TokenRow]:
+def tokenize(examples: list[Example], tokenizer: Any, cuts: Cuts) -> list[TokenRow]:
     """Turn examples into token ids and labels; only the answer counts for the loss.
 
     The answer starts where the tokens of the prompt and of the whole text part, which is not always at the
@@ -69,48 +140,37 @@ def tokenize(examples: list[Example], tokenizer: Any, max_length: int, what: str
         TrainerError: ``BAD_DATA`` when no row is left.
     """
     rows: list[TokenRow] = []
-    cut = too_long = 0
-    said = time.monotonic()
-    for start in range(0, len(examples), 1000):
-        part = examples[start : start + 1000]
+    max_length = cuts.max_length
+    for part in parts(examples, cuts.what):
         prompts = [prompt_of(example, tokenizer) for example in part]
-        texts = [_full_text(example, prompt, tokenizer) for example, prompt in zip(part, prompts, strict=True)]
+        texts = [full_text(example, prompt, tokenizer) for example, prompt in zip(part, prompts, strict=True)]
         # Chat templates write the special tokens themselves; plain text needs the tokenizer's own.
         special = not tokenizer.chat_template or not any(prompts)
         whole = tokenizer(texts, add_special_tokens=special)["input_ids"]
         given = tokenizer(prompts, add_special_tokens=special)["input_ids"]
         for prompt, ids, prompt_ids in zip(prompts, whole, given, strict=True):
-            begin = _common_prefix(prompt_ids, ids) if prompt else 0
+            begin = common_prefix(prompt_ids, ids) if prompt else 0
             labels = [IGNORED] * begin + ids[begin:]
-            cut += len(ids) > max_length
+            cuts.cut += len(ids) > max_length
             if begin >= max_length or len(ids) < 2:
-                too_long += 1
+                cuts.too_long += 1
                 continue
             rows.append(TokenRow(ids[:max_length], labels[:max_length]))
-        if time.monotonic() - said > 2:
-            print(f"data: {start + len(part)} of {len(examples)} {what} rows tokenized", flush=True)
-            said = time.monotonic()
-    if cut:
-        print(
-            f"data: {cut} of {len(examples)} {what} rows are longer than {max_length} tokens; "
-            f"{cut - too_long} were cut and {too_long} left out, because their answer would be gone"
-        )
+    cuts.say()
     if not rows:
-        raise bad_data(
-            "DataTooLong",
-            f"all {len(examples)} {what} rows have prompts of {max_length} tokens and more (train.maxLength)",
-        )
+        raise cuts.nothing_left()
     return rows
 
 
-def _common_prefix(left: list[int], right: list[int]) -> int:
+def common_prefix(left: list[int], right: list[int]) -> int:
+    """Return how many tokens two texts have in common at their beginnings."""
     for place, (one, other) in enumerate(zip(left, right, strict=False)):
         if one != other:
             return place
     return min(len(left), len(right))
 
 
-def tokenize_split(split: Split, config: RunConfig, tokenizer: Any) -> TextData:
+def tokenize_split(split: Split[Example], config: RunConfig, tokenizer: Any) -> TextData:
     """Tokenize both parts. Without sample prompts the first held-out row gives one.
 
     Raises:
@@ -119,8 +179,13 @@ def tokenize_split(split: Split, config: RunConfig, tokenizer: Any) -> TextData:
     length = config.train.max_length
     first = split.held_out[0]
     prompts = list(config.sample_prompts) or [first.user or first.answer[:80]]
-    return TextData(
-        tokenize(split.train, tokenizer, length, "training"),
-        tokenize(split.held_out, tokenizer, length, "held-out"),
-        prompts,
-    )
+    cuts = [Cuts(length, "training", len(split.train)), Cuts(length, "held-out", len(split.held_out))]
+    train = tokenize(split.train, tokenizer, cuts[0])
+    held_out = tokenize(split.held_out, tokenizer, cuts[1])
+    return TextData(train, held_out, prompts, {**split.left_out, **left_out_of(cuts)})
+
+
+def left_out_of(cuts: Sequence[Cuts]) -> dict[str, int]:
+    """Return the rows that were too long in the shape of :attr:`TextData.left_out`."""
+    count = sum(one.too_long for one in cuts)
+    return {"tooLong": count} if count else {}

@@ -1,105 +1,205 @@
-"""TRL's SFTTrainer with our settings, our order of rows and our held-out loss."""
+"""What transformers' trainer gets from us, whichever method it trains: settings, callbacks, evaluation."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
-from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
 
-from taskoffer.api.contract import RunConfig, RunState
-from taskoffer_trainer.callbacks import CheckpointKeeper, NaNGuard, Progress, StopWatch
-from taskoffer_trainer.held_out import held_out_loss
+from taskoffer.api.contract import Clamp, RunConfig, RunState
+from taskoffer_trainer.callbacks import CheckpointKeeper, DutyCycle, NaNGuard, StopWatch
+from taskoffer_trainer.checkpoints import ADAPTER_FILE
+from taskoffer_trainer.compiling import Compiling, compile_failed
+from taskoffer_trainer.config import global_batch
+from taskoffer_trainer.figures import as_held_out
+from taskoffer_trainer.in_time import InTime
 from taskoffer_trainer.models import Device
-from taskoffer_trainer.stop import Stop
-from taskoffer_trainer.tokens import TextData, TokenRow
+from taskoffer_trainer.pace import EvaluationPace
+from taskoffer_trainer.schedule import LearningRate
+from taskoffer_trainer.sharding import gathered, is_shared_out, put_back, read_adapter
+from taskoffer_trainer.steps import StepTrainer
+from taskoffer_trainer.telemetry import Telemetry
 
-__all__ = ["EpochSampler", "Trainer", "build_trainer", "training_arguments"]
+if TYPE_CHECKING:
+    from taskoffer_trainer.course import Course
 
-
-class EpochSampler(Sampler):  # type: ignore[misc]
-    """The order of the rows as a pure function of seed and epoch, so that a resumed run sees the same order.
-
-    With lengths, rows are sorted by length within groups of 64 shuffled rows, which keeps padding small.
-    """
-
-    GROUP = 64
-
-    def __init__(self, count: int, seed: int, lengths: list[int] | None) -> None:
-        self.count, self.seed, self.lengths, self.epoch = count, seed, lengths, 0
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order: list[int] = torch.randperm(self.count, generator=generator).tolist()
-        if self.lengths is None:
-            return iter(order)
-        lengths = self.lengths
-        groups = (order[start : start + self.GROUP] for start in range(0, self.count, self.GROUP))
-        return iter([row for group in groups for row in sorted(group, key=lambda row: -lengths[row])])
-
-    def __len__(self) -> int:
-        return self.count
+__all__ = ["CourseTrainer", "training_arguments"]
 
 
-class _EpochOrder(TrainerCallback):  # type: ignore[misc]
-    """Tells the sampler its epoch.
+class CourseTrainer(StepTrainer):
+    """Steps as this package defines them, measured and stopped as the course of a run wants it."""
 
-    The data loader would do so too, but not through the wrapper that skips batches after a resume with
-    several processes: the rest of that epoch would come in the order of the first one.
-    """
+    def take_over(self, course: Course, keeper: CheckpointKeeper) -> None:
+        """Add the callbacks.
 
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
+        Their order matters: a rest belongs to its step, which is measured next; evaluations are put off, and the
+        training stopped, after transformers' own callback has planned evaluation and checkpoint of the step; and a
+        checkpoint is complete when everything else is in it.
+        """
+        self.course, self.keeper = course, keeper
+        self.compiling = Compiling()
+        self._loss: torch.Tensor | None = None
+        course.progress.steps = course.steps
+        self.args.max_steps = course.steps.plan.total_steps  # type: ignore[attr-defined]
+        for callback in (
+            DutyCycle(course.steps, course.stop),
+            course.progress,
+            NaNGuard(course.progress),
+            EvaluationPace(course.steps, course.timings, course.progress),
+            InTime(course.config, course.stop.clock, course.timings, course.steps.world),
+            StopWatch(course.stop, course.timings),
+            course.average,
+            keeper,
+            Telemetry(course.config, course.run_dir, course.rank, course.timings),
+        ):
+            if callback is not None:
+                self.add_callback(callback)  # type: ignore[attr-defined]
+        self.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Set the epoch before the data loader is asked for its first batch."""
-        self.sampler.epoch = int(state.epoch or 0)
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Let one object say every learning rate of the run."""
+        self.learning_rate = LearningRate(self.course.config.train, num_training_steps)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.learning_rate)  # type: ignore[attr-defined]
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
+    def _set_learning_rate(self) -> None:
+        """Make the learning rate of the next step what the settings and observations of this moment say.
 
-class Trainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer with the parts replaced that must be the same in every attempt."""
+        The scheduler has set it with its last step; an evaluation since then, or a checkpoint of an attempt that had
+        another peak, knew another one.
+        """
+        scheduler, peak = self.lr_scheduler, self.course.config.train.learning_rate
+        scheduler.base_lrs = [peak for _ in scheduler.base_lrs]
+        rates = [peak * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
+        scheduler._last_lr = rates
 
-    def attach(
-        self,
-        sampler: EpochSampler,
-        batches: list[list[TokenRow]],
-        keeper: CheckpointKeeper,
-        progress: Progress,
-    ) -> None:
-        """Hand over what the overridden methods need."""
-        self.sampler, self.batches, self.keeper, self.progress = sampler, batches, keeper, progress
-        self.add_callback(_EpochOrder(sampler))
+    def training_step(self, model: Any, rows: list[Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Compute the gradient of one step, with the compiled model for as long as that pays.
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return self.sampler
+        Raises:
+            TrainerError: ``RESTART`` when the model cannot be compiled; ``OUT_OF_MEMORY``.
+        """
+        loss = self._compiled_step(model, rows, num_items_in_batch)
+        if bool(torch.isfinite(loss)):
+            self._loss = loss
+        # transformers logs 0 for a loss that is no number; the guard has counted the step, which is left out.
+        return self._loss if self._loss is not None else loss
+
+    def _compiled_step(self, model: Any, rows: list[Any], num_items_in_batch: Any) -> torch.Tensor:
+        if not self.course.config.train.torch_compile:
+            return super().training_step(model, rows, num_items_in_batch)
+        before = self.compiling.given_up
+        model = self.compiling.choose(model, self.steps.micro_batch.size)
+        if self.compiling.given_up and not before:
+            self._report_plain()
+        try:
+            return super().training_step(model, rows, num_items_in_batch)
+        except Exception as error:
+            failure = compile_failed(error)
+            if failure is None:
+                raise
+            raise failure from error
+
+    def _report_plain(self) -> None:
+        """Say that the model is no longer compiled."""
+        message = f"The rows at once have changed {self.compiling.changes} times; each change may compile it again."
+        clamp = Clamp(
+            field="train.torchCompile", requested="true", effective="false", reason="CompileOff", message=message
+        )
+        progress = self.course.progress
+        progress.clamps = (*progress.clamps, clamp)
+        progress.in_force["torchCompile"] = "off"
+        print(f"clamp: train.torchCompile true -> false (CompileOff) {message}", flush=True)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the held-out loss over all ranks; called by the training loop."""
-        self.progress.enter(RunState.EVALUATING)
+        """Measure the held-out rows over all ranks; called by the training loop."""
+        course, state = self.course, self.state  # type: ignore[attr-defined]
+        course.progress.enter(RunState.EVALUATING)
         began = time.monotonic()
-        loss = held_out_loss(self.model, self.batches, self.processing_class.pad_token_id, shared=True)
-        self.progress.timings.evaluate = time.monotonic() - began
-        self.keeper.evaluated = (self.state.global_step, loss)
-        self.progress.note(eval_loss=loss)
-        self.progress.enter(RunState.TRAINING)
-        print(f"train: step {self.state.global_step}, held-out loss {loss:.4f}", flush=True)
-        metrics = {"eval_loss": loss}
-        self.state.log_history.append({**metrics, "step": self.state.global_step})
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        figures = course.measure(self.model, True, lambda: None)  # type: ignore[attr-defined]
+        course.timings.evaluate = time.monotonic() - began
+        self.keeper.evaluated = (state.global_step, figures["eval_loss"])
+        if self.learning_rate.observe(figures["eval_loss"]) is not None:
+            self._set_learning_rate()
+        held_out = as_held_out(figures)
+        course.progress.note(**held_out, learning_rate_factor=self.learning_rate.factor)
+        course.progress.enter(RunState.TRAINING)
+        said = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in sorted(figures.items()))
+        print(f"train: step {state.global_step}, {said}", flush=True)
+        state.log_history.append({**held_out, "step": state.global_step})
+        self.control: Any = self.callback_handler.on_evaluate(self.args, state, self.control, figures)  # type: ignore[attr-defined]
+        return figures
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint, and measure how long that takes."""
+        began = time.monotonic()
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        self.course.timings.write = max(self.course.timings.write, time.monotonic() - began)
+
+    def _move_model_to_device(self, _model: Any, _device: Any) -> None:
+        """Leave the model where it is; the course of a run places it, whole or in parts."""
+
+    # Of a model that is shared out every rank writes and reads its part; the files are those of any other run.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter, whole."""
+        if not is_shared_out(self.model):  # type: ignore[attr-defined]
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        named = self.model.named_parameters()  # type: ignore[attr-defined]
+        adapter = gathered({name: parameter for name, parameter in named if parameter.requires_grad})
+        self._save(output_dir, state_dict=adapter)  # type: ignore[attr-defined]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_shared_out(self.model):  # type: ignore[attr-defined]
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        optimizer = self.optimizer.state_dict()  # type: ignore[attr-defined]
+        state = {number: gathered(values) for number, values in optimizer["state"].items()}
+        if self.args.should_save:  # type: ignore[attr-defined]
+            torch.save({**optimizer, "state": state}, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_shared_out(self.model):  # type: ignore[attr-defined]
+            read_adapter(self.model, Path(resume_from_checkpoint, ADAPTER_FILE))  # type: ignore[attr-defined]
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if is_shared_out(self.model):  # type: ignore[attr-defined]
+            self._load_parts(checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        self._set_learning_rate()
+
+    def _load_parts(self, checkpoint: str) -> None:
+        # Mapped into memory, so that a rank reads no more than it takes at a time.
+        saved = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
+        groups = self.optimizer.param_groups  # type: ignore[attr-defined]
+        for number, parameter in enumerate(one for group in groups for one in group["params"]):
+            values = saved["state"].get(number, {})
+            values.update({name: put_back(value, parameter) for name, value in values.items()})
+        self.optimizer.load_state_dict(saved)  # type: ignore[attr-defined]
+        scheduler = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write no card into checkpoints; the exported adapter gets one of its own."""
 
 
-def training_arguments(config: RunConfig, device: Device) -> SFTConfig:
-    """Translate the settings; with several processes this also opens the process group.
+def training_arguments(config: RunConfig, device: Device) -> dict[str, Any]:
+    """Return the settings that all methods share, by their names in transformers' TrainingArguments.
 
     Everything that the libraries default differently from us, or change from version to version, is said
     explicitly.
@@ -107,76 +207,38 @@ def training_arguments(config: RunConfig, device: Device) -> SFTConfig:
     train = config.train
     distributed: dict[str, Any] = {}
     if config.gpus > 1:
-        # In a run of one process transformers refuses these.
-        distributed = {"ddp_backend": "nccl" if device.cuda else "gloo", "ddp_find_unused_parameters": False}
-    return SFTConfig(
-        output_dir=config.checkpoint_dir,
-        use_cpu=not device.cuda,
-        num_train_epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
-        per_device_train_batch_size=train.per_device_train_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_steps=train.warmup_steps,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        max_length=train.max_length,
-        packing=train.packing,
-        eval_packing=False,
-        bf16=device.dtype is torch.bfloat16,
-        fp16=False,
-        activation_checkpointing=train.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
-        torch_compile=train.torch_compile,
-        eval_strategy="steps",
-        eval_steps=train.eval_steps,
-        save_strategy="steps",
-        save_steps=train.save_steps,
-        save_total_limit=None,  # CheckpointKeeper removes old ones, and only after the new one was checked.
-        dataloader_num_workers=train.dataloader_num_workers,
-        dataloader_pin_memory=device.cuda,
-        seed=train.seed,
-        data_seed=train.seed,
-        logging_steps=1,
-        disable_tqdm=True,
-        report_to="none",
-        # The rows are tokenized already; only packing is left to TRL.
-        dataset_kwargs=None if train.packing else {"skip_prepare_dataset": True},
+        # In a run of one process transformers refuses it.
+        distributed = {"ddp_backend": "nccl" if device.cuda else "gloo"}
+    return {
+        "output_dir": config.checkpoint_dir,
+        "use_cpu": not device.cuda,
+        # The plan of the steps says when to end; this is set once the rows are counted.
+        "max_steps": 1,
+        # A step's rows come as one batch and are cut here, so transformers has nothing to accumulate.
+        "per_device_train_batch_size": max(1, global_batch(config) // config.gpus),
+        "gradient_accumulation_steps": 1,
+        "average_tokens_across_devices": False,
+        "ignore_data_skip": True,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "warmup_steps": train.warmup_steps,
+        "optim": train.optim,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": device.dtype is torch.bfloat16,
+        "fp16": False,
+        "torch_compile": train.torch_compile,
+        "eval_strategy": "steps",
+        "eval_steps": train.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": train.save_steps,
+        "save_total_limit": None,  # CheckpointKeeper removes old ones, and only after the new one was checked.
+        "dataloader_num_workers": train.dataloader_num_workers,
+        "dataloader_pin_memory": False,  # Rows are collated after they were loaded.
+        "seed": train.seed,
+        "data_seed": train.seed,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "report_to": "none",
         **distributed,
-    )
-
-
-def _dataset(rows: list[TokenRow]) -> Dataset:
-    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
-
-
-def build_trainer(
-    config: RunConfig,
-    arguments: SFTConfig,
-    model: Any,
-    tokenizer: Any,
-    data: TextData,
-    progress: Progress,
-    stop: Stop,
-    keeper: CheckpointKeeper,
-) -> Trainer:
-    """Put model, data and callbacks together.
-
-    The order of the callbacks matters: the progress is measured first, and the stop comes after transformers'
-    own callback has planned evaluation and checkpoint of the step.
-    """
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=_dataset(data.train),
-        eval_dataset=_dataset(data.held_out),
-        processing_class=tokenizer,
-        callbacks=[progress, NaNGuard(progress), StopWatch(stop, progress.timings), keeper],
-    )
-    trainer.remove_callback(PrinterCallback)
-    rows = trainer.train_dataset["input_ids"]
-    lengths = [len(ids) for ids in rows] if config.train.group_by_length else None
-    batches = data.batches(config.train.per_device_train_batch_size)
-    trainer.attach(EpochSampler(len(rows), config.train.seed, lengths), batches, keeper, progress)
-    return trainer
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ from typing import Any
 from taskoffer.api.contract import ExitCode
 from taskoffer_trainer.checkpoints import ADAPTER_FILE, check_adapter
 from taskoffer_trainer.failures import TrainerError
-from taskoffer_trainer.held_out import answers, held_out_loss
-from taskoffer_trainer.tokens import TokenRow
 
-__all__ = ["Verified", "verify_adapter"]
+__all__ = ["Verified", "check_answers", "check_figures", "load_adapter", "verify_failed"]
 
 TOLERANCE = 0.02
 """How far the loss may be from the one measured in training, as a share of it."""
@@ -24,36 +21,31 @@ TOLERANCE = 0.02
 class Verified:
     """What the verification measured."""
 
-    eval_loss: float
+    figures: dict[str, float]
     answers: list[str]
     parameters: int
 
+    @property
+    def eval_loss(self) -> float:
+        """The figure that was to become smaller."""
+        return self.figures["eval_loss"]
 
-def _failed(message: str) -> TrainerError:
+
+def verify_failed(message: str) -> TrainerError:
+    """Build the error for a result that cannot be handed over."""
     return TrainerError(ExitCode.VERIFY_FAILED, "VerifyFailed", f"the adapter did not pass verification: {message}")
 
 
-def verify_adapter(
-    folder: Path,
-    base: Any,
-    tokenizer: Any,
-    batches: Sequence[Sequence[TokenRow]],
-    prompts: Sequence[str],
-    expected_tensors: int,
-    measured: float | None,
-    between: Callable[[], None],
-) -> Verified:
-    """Load an adapter onto a fresh base model and check it.
+def load_adapter(folder: Path, base: Any, expected_tensors: int) -> tuple[Any, int]:
+    """Load an adapter from disk onto a fresh base model and check that it arrives there as it is.
 
     Args:
         folder: the adapter on disk.
         base: the base model, just loaded.
-        tokenizer: its tokenizer.
-        batches: the held-out rows.
-        prompts: what to answer; at least one answer must have text.
         expected_tensors: number of tensors that the file must hold.
-        measured: the held-out loss of these weights during training, where it was measured.
-        between: called between pieces of work; may raise to leave early.
+
+    Returns:
+        The model with its adapter, and the adapter's parameters.
 
     Raises:
         TrainerError: ``VERIFY_FAILED`` with what did not pass.
@@ -61,28 +53,44 @@ def verify_adapter(
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
-    from trl.trainer.utils import add_fused_lm_head
 
     try:
         parameters = check_adapter(folder, expected_tensors)
     except (ValueError, OSError) as error:
-        raise _failed(str(error)) from error
-    between()
-    add_fused_lm_head(base)
+        raise verify_failed(str(error)) from error
     try:
         model = PeftModel.from_pretrained(base, folder)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise _failed(f"it cannot be loaded: {error}") from error
+        raise verify_failed(f"it cannot be loaded: {error}") from error
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, tensor in load_file(folder / ADAPTER_FILE).items():
         if name not in loaded or not torch.equal(loaded[name].cpu().to(tensor.dtype), tensor):
-            raise _failed(f"tensor {name} is not in the loaded model as it is on disk")
-    loss = held_out_loss(model, batches, tokenizer.pad_token_id, between)
+            raise verify_failed(f"tensor {name} is not in the loaded model as it is on disk")
+    return model, parameters
+
+
+def check_figures(figures: dict[str, float], measured: float | None) -> None:
+    """Compare what an adapter does after loading with what it did in training.
+
+    Args:
+        figures: measured on the loaded model.
+        measured: ``eval_loss`` of these weights during training, where it was measured.
+
+    Raises:
+        TrainerError: ``VERIFY_FAILED``.
+    """
+    loss = figures["eval_loss"]
     if not math.isfinite(loss):
-        raise _failed(f"its held-out loss is {loss}")
-    if measured is not None and abs(loss - measured) > TOLERANCE * max(measured, 1.0):
-        raise _failed(f"its held-out loss is {loss:.4f} after loading, and was {measured:.4f} in training")
-    texts = answers(model, tokenizer, prompts, between)
+        raise verify_failed(f"its held-out loss is {loss}")
+    if measured is not None and abs(loss - measured) > TOLERANCE * max(abs(measured), 1.0):
+        raise verify_failed(f"its held-out loss is {loss:.4f} after loading, and was {measured:.4f} in training")
+
+
+def check_answers(texts: list[str]) -> None:
+    """Refuse an adapter that has nothing to say.
+
+    Raises:
+        TrainerError: ``VERIFY_FAILED``.
+    """
     if not any(texts):
-        raise _failed(f"it answers none of {len(texts)} prompts with any text")
-    return Verified(loss, texts, parameters)
+        raise verify_failed(f"it answers none of {len(texts)} prompts with any text")

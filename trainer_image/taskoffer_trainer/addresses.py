@@ -1,0 +1,115 @@
+"""Which addresses a step may talk to, and what a signed one names.
+
+An offer's address is foreign input, and the pod that follows it sits inside of the cluster. So it must not lead to
+the cloud's metadata service, the API server or a neighbour, neither directly nor by a redirect.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.request import getproxies
+
+import httpx2
+
+from taskoffer.api.contract import SIGNATURE_PREFIXES, ExitCode, NetworkSettings
+from taskoffer_trainer.failures import TrainerError
+
+__all__ = ["check_address", "make_client", "shown", "without_signature"]
+
+_SIGNATURE_WORDS = frozenset(
+    # S3 version 2 and CloudFront; Google version 2; Azure's shared access signature.
+    {"awsaccesskeyid", "signature", "expires", "key-pair-id", "policy", "googleaccessid"}
+    | {"sig", "se", "st", "sp", "sv", "sr", "spr", "skoid", "sktid", "skt", "ske", "sks", "skv"}
+)
+_SIGNS = frozenset({"x-amz-signature", "x-goog-signature", "signature", "sig"})
+
+
+def shown(url: str) -> str:
+    """Return an address as it may be logged: without its query and user, which may be secrets."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "") + ("" if parts.port is None else f":{parts.port}")
+    return urlunsplit((parts.scheme, host, parts.path, "", "")) + ("?…" if parts.query else "")
+
+
+def without_signature(url: str) -> str:
+    """Return what an address names: two signatures of the same object give the same text."""
+    parts = urlsplit(url)
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    if any(name.lower() in _SIGNS for name, _value in query):
+        query = [
+            (name, value)
+            for name, value in query
+            if not name.lower().startswith(SIGNATURE_PREFIXES) and name.lower() not in _SIGNATURE_WORDS
+        ]
+    return urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(query), ""))
+
+
+def _refused(url: str, why: str) -> TrainerError:
+    return TrainerError(ExitCode.BAD_CONFIG, "AddressRefused", f"{shown(url)}: {why}")
+
+
+def check_address(url: str, network: NetworkSettings) -> None:
+    """Refuse an address that a foreign offer must not make this pod talk to.
+
+    A name could still be answered differently a moment later; a NetworkPolicy is the fence behind this one.
+
+    Raises:
+        TrainerError: ``BAD_CONFIG`` with the address and what is wrong with it.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and network.allow_http):
+        raise _refused(url, "is not https; network.allowHttp would allow it")
+    host = parts.hostname
+    if not host:
+        raise _refused(url, "names no host")
+    if network.allow_private_addresses:
+        return
+    for address in _addresses(url, host, parts.port, parts.scheme):
+        if not address.is_global or address.is_multicast:
+            raise _refused(
+                url, f"leads to {address}, which is not public; network.allowPrivateAddresses would allow it"
+            )
+
+
+def _addresses(
+    url: str, host: str, port: int | None, scheme: str
+) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    try:
+        return [_unmapped(ipaddress.ip_address(host))]
+    except ValueError:
+        pass
+    if scheme in getproxies():
+        # The proxy looks names up and decides what it reaches.
+        return []
+    try:
+        found = socket.getaddrinfo(host, port or 443, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise TrainerError(ExitCode.RESTART, "HostUnknown", f"{shown(url)}: {host}: {error.strerror}") from error
+    return [_unmapped(ipaddress.ip_address(str(entry[4][0]).partition("%")[0])) for entry in found]
+
+
+def _unmapped(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def make_client(network: NetworkSettings, guarded: bool) -> httpx2.Client:
+    """Return a client that follows redirects and takes ``Authorization`` to no other host.
+
+    Args:
+        network: timeouts and what is allowed.
+        guarded: check every address, also those of redirects; off for hosts that the operator named.
+    """
+
+    def check(request: httpx2.Request) -> None:
+        if guarded:
+            check_address(str(request.url), network)
+
+    return httpx2.Client(
+        follow_redirects=True,
+        timeout=httpx2.Timeout(network.timeout_seconds, connect=min(20.0, network.timeout_seconds)),
+        event_hooks={"request": [check]},
+        headers={"User-Agent": "taskoffer-trainer", "Accept-Encoding": "identity"},
+    )

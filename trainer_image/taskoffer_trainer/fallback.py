@@ -1,0 +1,157 @@
+"""Gentler settings for another attempt, after one that failed for what its settings ask of the machine.
+
+A run that ran out of memory with the smallest piece, could not be compiled, or lost its gradients goes on from its
+last checkpoint with the next profile. The profiles add up, and never change the shape of the adapter:
+
+1. no compilation, no dropout (which costs more than half of the activations again), few loading processes;
+2. the smallest piece at once, and attention in its plainest form;
+3. half of the learning rate, which then follows nothing, and no average of the weights.
+
+The number is kept in the checkpoint folder by the trainer itself. A stop by a signal does not raise it, and neither
+does the loss of a node, after which nothing of the trainer is left to raise it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from taskoffer.api.contract import Clamp, ExitCode, RunConfig, Termination
+from taskoffer_trainer.checkpoints import read_run, write_run
+
+__all__ = [
+    "COMPILE_FAILED",
+    "GRADIENTS_NOT_FINITE",
+    "LAST_PROFILE",
+    "OUT_OF_MEMORY",
+    "SMALLEST_PIECE",
+    "TOO_MANY_ROWS",
+    "lowered",
+    "note_end",
+    "profile_of",
+]
+
+COMPILE_FAILED = "CompileFailed"
+"""The model could not be compiled."""
+GRADIENTS_NOT_FINITE = "GradientsNotFinite"
+"""The gradients of too many steps in a row were not finite."""
+OUT_OF_MEMORY = "OutOfMemory"
+"""Not even the smallest piece of a step fits into memory."""
+TOO_MANY_ROWS = "TooManyRowsAtOnce"
+"""A piece of a step does not fit into memory, and the next attempt takes smaller ones by itself."""
+LAST_PROFILE = 3
+SMALLEST_PIECE = 2
+"""The profile from which on as few rows as possible go through the model at once."""
+_LOADERS = 2
+"""Loading processes for each GPU that a profile leaves."""
+
+
+def profile_of(config: RunConfig) -> int:
+    """Return the profile that the checkpoint folder asks for, 0 without a failure."""
+    return min(LAST_PROFILE, int(read_run(config).get("profile", 0)))
+
+
+def lowered(config: RunConfig, profile: int) -> tuple[RunConfig, tuple[Clamp, ...]]:
+    """Return the settings with all profiles up to this one, and what they changed."""
+    clamps: list[Clamp] = []
+    for number in range(1, profile + 1):
+        config, changed = _PROFILES[number](config)
+        for field, requested, effective in changed:
+            if requested != effective:
+                clamps.append(_clamp(number, field, requested, effective))
+    return config, tuple(clamps)
+
+
+def _clamp(number: int, field: str, requested: object, effective: object) -> Clamp:
+    return Clamp(
+        field=field,
+        requested=_said(requested),
+        effective=_said(effective),
+        reason="FallbackProfile",
+        message=f"Profile {number}: an earlier attempt failed with what was asked for, and this one goes on from its "
+        "last checkpoint with less.",
+    )
+
+
+def _said(value: object) -> str:
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_Changes = list[tuple[str, object, object]]
+
+
+def _first(config: RunConfig) -> tuple[RunConfig, _Changes]:
+    train, lora = config.train, config.lora
+    workers = min(_LOADERS, train.dataloader_num_workers)
+    changes: _Changes = [
+        ("train.torchCompile", train.torch_compile, False),
+        ("lora.loraDropout", lora.lora_dropout, 0.0),
+        ("train.dataloaderNumWorkers", train.dataloader_num_workers, workers),
+    ]
+    train = train.model_copy(update={"torch_compile": False, "dataloader_num_workers": workers})
+    lora = lora.model_copy(update={"lora_dropout": 0.0})
+    return config.model_copy(update={"train": train, "lora": lora}), changes
+
+
+def _second(config: RunConfig) -> tuple[RunConfig, _Changes]:
+    """The rows of a step stay; how few of them go through at once, the run itself says (:data:`SMALLEST_PIECE`)."""
+    train = config.train
+    rows = train.per_device_train_batch_size
+    changes: _Changes = [
+        ("train.perDeviceTrainBatchSize", rows, "smallest" if rows > 1 else rows),
+        ("train.attnImplementation", train.attn_implementation, ("eager",)),
+    ]
+    update = {"attn_implementation": ("eager",), "per_device_eval_batch_size": 1}
+    return config.model_copy(update={"train": train.model_copy(update=update)}), changes
+
+
+def _third(config: RunConfig) -> tuple[RunConfig, _Changes]:
+    train = config.train
+    half = train.learning_rate / 2
+    changes: _Changes = [
+        ("train.learningRate", train.learning_rate, half),
+        ("train.adaptiveLr", None if train.adaptive_lr is None else "on", None),
+        ("train.emaDecay", train.ema_decay, None),
+    ]
+    update = {"learning_rate": half, "adaptive_lr": None, "ema_decay": None}
+    return config.model_copy(update={"train": train.model_copy(update=update)}), changes
+
+
+_PROFILES: dict[int, Callable[[RunConfig], tuple[RunConfig, _Changes]]] = {1: _first, 2: _second, 3: _third}
+
+
+def _next_profile(config: RunConfig, profile: int) -> int | None:
+    """Return the next profile that changes anything, or ``None`` after the last."""
+    before = len(lowered(config, profile)[1])
+    later = range(profile + 1, LAST_PROFILE + 1)
+    return next((number for number in later if len(lowered(config, number)[1]) > before), None)
+
+
+def _for_its_settings(termination: Termination) -> bool:
+    """Tell whether a failure may go away with gentler settings.
+
+    A kill of one rank is as a rule one for lack of memory; exit code 138 also stands for a GPU that is not there.
+    """
+    if termination.exit_code == ExitCode.OUT_OF_MEMORY:
+        return termination.reason != TOO_MANY_ROWS
+    return termination.exit_code == ExitCode.RESTART and termination.reason in (COMPILE_FAILED, GRADIENTS_NOT_FINITE)
+
+
+def note_end(config: RunConfig, termination: Termination) -> int | None:
+    """Raise the profile after a failure that gentler settings may mend.
+
+    Returns:
+        The profile of the next attempt where it has changed, else ``None``.
+    """
+    if not _for_its_settings(termination):
+        return None
+    profile = profile_of(config)
+    following = _next_profile(config, profile)
+    if following is None:
+        return None
+    said = {"attempt": config.attempt, "profile": following, "reason": termination.reason, "step": termination.step}
+    write_run(config, {"profile": following, "fallbacks": [*read_run(config).get("fallbacks", []), said]})
+    return following

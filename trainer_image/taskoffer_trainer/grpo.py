@@ -1,0 +1,355 @@
+"""Reinforcement of a LoRA adapter with TRL's GRPO loss: completions are drawn, rewarded, and compared in groups.
+
+Completions are drawn for a whole step, and rewarded, before anything is cut; so how many go through the model at
+once changes nothing but rounding, and any number is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from taskoffer.api.contract import DRAWN_PER_TRAINED, Clamp, ExitCode, GRPOSettings, RunConfig, Termination
+from taskoffer_trainer.balancing import balanced_by_row
+from taskoffer_trainer.config import global_batch
+from taskoffer_trainer.course import Course
+from taskoffer_trainer.data import Split
+from taskoffer_trainer.drawing import Completion, Drawer, KeptTokens, left_padded, right_padded, token_log_probs
+from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.grpo_data import Prompt, TokenPrompt, tokenize_prompts
+from taskoffer_trainer.held_out import answers, turns
+from taskoffer_trainer.lora import lora_config
+from taskoffer_trainer.models import load_again, load_model, load_tokenizer
+from taskoffer_trainer.rewards import Asked, RewardSet, advantages, weighted
+from taskoffer_trainer.sharding import is_shared_out
+from taskoffer_trainer.steps import PieceLoss, step_seed
+from taskoffer_trainer.stop import Stop
+from taskoffer_trainer.trainer import CourseTrainer, training_arguments
+from taskoffer_trainer.verify import Verified, check_answers, check_figures, load_adapter
+
+__all__ = ["ReinforcementTrainer", "train"]
+
+EVALUATION = -1
+"""The step whose random numbers evaluations use: the same ones every time, so that only the model differs."""
+
+
+def train(
+    config: RunConfig, split: Split[Prompt], rewards: RewardSet, run_dir: Path, rank: int, stop: Stop
+) -> Termination:
+    """Train, verify and export one adapter; or leave a checkpoint when asked to stop.
+
+    Args:
+        config: what to do.
+        split: the prompts, the same in every rank.
+        rewards: what makes a completion good; this rank's own.
+        run_dir: folder for the progress report.
+        rank: number of this process, from 0.
+        stop: where signals are noted.
+
+    Raises:
+        TrainerError: for every failure that has a place in the contract.
+        StopRequestedError: when asked to stop outside of the training loop.
+    """
+    return _Reinforcement(config, split, rewards, run_dir, rank, stop).run()
+
+
+class ReinforcementTrainer(CourseTrainer, GRPOTrainer):  # type: ignore[misc]
+    """TRL's trainer, of which the loss is used; draws, rewards and advantages are those of the course."""
+
+    course: _Reinforcement
+    _tokens_of_row = 0.0
+
+    def take_over(self, course: Any, keeper: Any) -> None:
+        """Let the pieces have any size: advantages are known before a step is cut."""
+        course.steps.micro_batch.unit = 1
+        super().take_over(course, keeper)
+
+    def step_inputs(self, rows: list[dict[str, Any]]) -> list[Completion]:
+        """Draw the completions of this rank's prompts, reward them, and compare those of each prompt."""
+        course, number = self.course, self.state.global_step
+        model = self.accelerator.unwrap_model(self.model)
+        places = [row["row"] for row in rows]
+        drawn = course.draw(model, course.train, places, number, lambda: None)
+        prompts = [course.train[place].prompt for place in places]
+        rewards = course.reward(prompts, drawn, course.settings.num_generations) if drawn else {}
+        totals = weighted(rewards, course.rewards.weights)
+        idle = self.steps.plan.idle(number, self.steps.world.rank)
+        self._tell([] if idle else totals, [] if idle else drawn)
+        scale = course.settings.scale_rewards == "group"
+        better = advantages(totals, course.settings.num_generations, scale)
+        return [_with_advantage(one, value) for one, value in zip(drawn, better, strict=True)]
+
+    def _tell(self, totals: Sequence[float | None], drawn: Sequence[Completion]) -> None:
+        """Count and report the mean reward and length of a step over all ranks, beside TRL's own figures."""
+        known = [value for value in totals if value is not None]
+        cut = sum(1 for one in drawn if one.ids[-1] not in self.course.drawer.tokens.ends)
+        lengths = sum(len(one.ids) for one in drawn)
+        world = self.course.world
+        total, scored, tokens, cuts, count = world.total(math.fsum(known), len(known), lengths, cut, len(drawn))
+        self._tokens_of_row = tokens / max(count, 1)
+        if scored:
+            reward = total / scored
+            self.course.progress.note(reward=reward)
+            self._metrics["train"]["reward"].append(reward)
+        figures = {"completion_length": tokens / max(count, 1), "completions_cut_share": cuts / max(count, 1)}
+        self.course.progress.note(**figures)
+        for name, value in figures.items():
+            self._metrics["train"][name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report the KL divergence from the base model, which TRL measures with the loss."""
+        super().log(logs, start_time)
+        if isinstance(logs.get("kl"), float):
+            self.course.progress.note(kl=logs["kl"])
+
+    def piece_loss(self, model: Any, piece: list[Completion]) -> PieceLoss:
+        """Return TRL's loss of some completions as a sum over what its mean is taken of."""
+        pad, beta = self.course.drawer.tokens.pad, self.beta
+        device = self.accelerator.device
+        prompts, prompt_mask = left_padded([one.prompt_ids for one in piece], pad, device)
+        ids, mask = right_padded([one.ids for one in piece], pad, device)
+        inputs: dict[str, Any] = {
+            "prompt_ids": prompts,
+            "prompt_mask": prompt_mask,
+            "completion_ids": ids,
+            "completion_mask": mask,
+            "advantages": torch.tensor([one.advantage for one in piece], device=device),
+            # TRL divides by it and multiplies by the number of processes: as it is here, its sum stays a sum.
+            "num_items_in_batch": torch.tensor(float(self.accelerator.num_processes), device=device),
+        }
+        if beta:
+            with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+                inputs["ref_per_token_logps"], _ = token_log_probs(model, piece, pad)
+        tokens, rows = int(mask.sum()), len(piece)
+        through = tokens + int(prompt_mask.sum())
+        # What each of TRL's losses is a mean over: tokens of the step, or rows (each a mean over its own tokens). The
+        # first of them comes as a sum.
+        by_tokens = self.loss_type in ("dapo", "bnpo")
+        count = tokens if by_tokens else rows
+        factor = 1 if self.loss_type == "dapo" else count
+        lengths = (prompt_mask.sum(dim=1) + mask.sum(dim=1)).tolist()
+        with balanced_by_row(self, lengths, (self._tokens_of_row if by_tokens else 1.0) / factor):
+            loss = self._compute_loss(model, inputs)
+        return PieceLoss(loss * factor, count, through)
+
+
+def _dataset(prompts: list[TokenPrompt]) -> Dataset:
+    """Return the prompts with their numbers; the extra column may hold what no Arrow column can."""
+    return Dataset.from_dict({"prompt": [one.prompt.text for one in prompts], "row": list(range(len(prompts)))})
+
+
+def _with_advantage(one: Completion, advantage: float) -> Completion:
+    return Completion(one.prompt_ids, one.seed, one.ids, advantage)
+
+
+class _Reinforcement(Course):
+    """Prompts without an answer: the model learns to say what is rewarded."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        split: Split[Prompt],
+        rewards: RewardSet,
+        run_dir: Path,
+        rank: int,
+        stop: Stop,
+    ) -> None:
+        super().__init__(config, run_dir, rank, stop)
+        self.split, self.rewards = split, rewards
+        self.settings = config.train.grpo or GRPOSettings()
+        self.unit = self.settings.num_generations
+        self.tokenizer: Any
+        self.drawer: Drawer
+        self.train: list[TokenPrompt] = []
+        self.held_out: list[TokenPrompt] = []
+
+    def read(self) -> None:
+        self.tokenizer = load_tokenizer(self.config)
+        longest = self.config.train.max_length - self.settings.max_completion_length
+        self.train = tokenize_prompts(self.split.train, self.tokenizer, longest, "training")
+        self.held_out = tokenize_prompts(self.split.held_out, self.tokenizer, longest, "held-out")
+
+    def arguments(self) -> GRPOConfig:
+        train, settings = self.config.train, self.settings
+        shared = training_arguments(self.config, self.device)
+        # TRL wants whole groups here and does nothing else with it, since the steps are cut by us.
+        shared["per_device_train_batch_size"] = self.unit
+        return GRPOConfig(
+            **shared,
+            activation_checkpointing=train.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+            num_generations=settings.num_generations,
+            max_completion_length=settings.max_completion_length,
+            temperature=settings.temperature,
+            loss_type=settings.loss_type,
+            scale_rewards=settings.scale_rewards,
+            steps_per_generation=1,
+            num_iterations=1,
+            # With a weight TRL would put a second adapter beside ours; the reference is the base model itself.
+            beta=0.0,
+        )
+
+    def prepare(self, arguments: GRPOConfig) -> ReinforcementTrainer:
+        began = time.monotonic()
+        base = load_model(self.config, self.device, self.rank)
+        self.timings.load = time.monotonic() - began
+        settings, clamps = lora_config(base, self.config.lora)
+        self.progress.clamps = (*self.device.clamps, *clamps, *self._clamps())
+        set_seed(self.config.train.seed)
+        self.drawer = Drawer(self._kept_tokens(base), self.world)
+        trainer = ReinforcementTrainer(
+            model=get_peft_model(base, settings),
+            args=arguments,
+            reward_funcs=[self._total],
+            train_dataset=_dataset(self.train),
+            eval_dataset=_dataset(self.held_out),
+            processing_class=self.tokenizer,
+        )
+        trainer.beta = self.settings.beta
+        return trainer
+
+    def _clamps(self) -> Iterator[Clamp]:
+        """Say which settings cannot be taken literally."""
+        train = self.config.train
+        if train.packing:
+            message = "Completions are drawn while the training runs; there is nothing to pack beforehand."
+            yield Clamp(field="train.packing", requested="true", effective="false", reason="NoPacking", message=message)
+        asked = train.per_device_train_batch_size * train.gradient_accumulation_steps * self.config.gpus
+        whole = global_batch(self.config)
+        if asked != whole:
+            yield Clamp(
+                field="globalBatch",
+                requested=str(asked),
+                effective=str(whole),
+                reason="WholeGroups",
+                message=f"The {self.unit} completions of a prompt (train.grpo.numGenerations) belong to one step.",
+            )
+
+    def _total(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        """Return the weighted sums under TRL's contract for reward functions; the step asks for them itself."""
+        return weighted(self.rewards(Asked(prompts, completions, [None] * len(prompts))), self.rewards.weights)
+
+    def _kept_tokens(self, base: Any) -> KeptTokens:
+        settings = self.settings
+        return KeptTokens.of(base, self.tokenizer, settings.max_completion_length, settings.temperature)
+
+    def lengths(self) -> list[int]:
+        return [len(one.ids) for one in self.train]
+
+    def counts(self) -> dict[str, int]:
+        return {"train": len(self.train), "held_out": len(self.held_out)}
+
+    def outcome(self, before: dict[str, float], after: dict[str, float]) -> str:
+        return f"held-out reward {before['reward']:.4f} -> {after['reward']:.4f}, KL divergence {after['kl']:.4f}"
+
+    def details(self) -> dict[str, Any]:
+        return {"rewards": self.rewards.report()}
+
+    def prompts(self) -> list[str]:
+        return list(self.config.sample_prompts) or [self.held_out[0].prompt.text]
+
+    def draw(
+        self, model: Any, prompts: list[TokenPrompt], places: Sequence[int], step: int, between: Callable[[], None]
+    ) -> list[Completion]:
+        """Draw the completions of some prompts, those of a prompt side by side; a pure function of step and row."""
+        count = self.settings.num_generations_eval if step == EVALUATION else self.settings.num_generations
+        seed = step_seed(self.config.train.seed, step, 0)
+        asked = [
+            Completion(prompts[place].ids, step_seed(seed, place, one)) for place in places for one in range(count)
+        ]
+        at_once = self.evaluation.size if step == EVALUATION else self.steps.micro_batch.size
+        return self.drawer(model, asked, DRAWN_PER_TRAINED * at_once, between)
+
+    def reward(self, prompts: Sequence[Prompt], drawn: Sequence[Completion], count: int) -> dict[str, Any]:
+        """Reward completions, ``count`` of which belong to each prompt."""
+        texts = self.tokenizer.batch_decode([list(one.ids) for one in drawn], skip_special_tokens=True)
+        each = [prompt for prompt in prompts for _ in range(count)]
+        return self.rewards(Asked([one.text for one in each], texts, [one.extra for one in each]))
+
+    def measure(self, model: Any, shared: bool, between: Callable[[], None]) -> dict[str, float]:
+        """Return the mean reward of held-out prompts, the KL divergence from the base model, and the score of both.
+
+        The score is the weighted sum of the rewards' means less ``beta`` times the divergence, as the task market's
+        evaluator has it; ``eval_loss`` is minus the score.
+        """
+        rank, size = (self.world.rank, self.world.size) if shared else (0, 1)
+        count = self.settings.num_generations_eval
+        at_once = max(1, self.evaluation.size // count)
+        order = sorted(range(len(self.held_out)), key=lambda place: -len(self.held_out[place].ids))
+        batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
+        names = list(self.rewards.weights)
+        sums = [0.0] * (2 * len(names) + 2)
+        for places, weight in turns(batches, rank, size, is_shared_out(model)):
+            between()
+            drawn = self._drawn_in_evaluation(model, places, between)
+            rewards = self.reward([self.held_out[place].prompt for place in places], drawn, count)
+            for number, name in enumerate(names):
+                known = [value for value in rewards[name] if value is not None]
+                sums[2 * number] += weight * math.fsum(known)
+                sums[2 * number + 1] += weight * len(known)
+            divergence, tokens = self.evaluation.add_up(model, drawn, partial(self._divergence, model), between, count)
+            sums[-2] += weight * divergence
+            sums[-1] += weight * tokens
+        return self._figures(names, self.evaluation.together(sums) if shared else sums)
+
+    def _drawn_in_evaluation(self, model: Any, places: Sequence[int], between: Callable[[], None]) -> list[Completion]:
+        try:
+            return self.draw(model, self.held_out, places, EVALUATION, between)
+        except torch.OutOfMemoryError:
+            if is_shared_out(model):
+                count = self.settings.num_generations_eval
+                self.evaluation.give_up(len(places) * count, count)
+            raise
+
+    def _figures(self, names: list[str], sums: list[float]) -> dict[str, float]:
+        means = {name: sums[2 * place] / sums[2 * place + 1] for place, name in enumerate(names) if sums[2 * place + 1]}
+        if not means:
+            raise TrainerError(
+                ExitCode.BAD_CONFIG,
+                "RewardFailed",
+                "data.grpo.rewardFunctions: none of the rewards applies to any held-out prompt, so nothing can be "
+                "learned from them; see the log for calls that failed",
+            )
+        reward = math.fsum(self.rewards.weights[name] * mean for name, mean in means.items())
+        kl = max(0.0, sums[-2] / max(sums[-1], 1.0))
+        figures = {f"reward_{name}": mean for name, mean in means.items()}
+        return {**figures, "eval_loss": self.settings.beta * kl - reward, "reward": reward, "kl": kl}
+
+    def _divergence(self, model: Any, drawn: Sequence[Completion]) -> tuple[float, int]:
+        """Return the sum over the completions' tokens of the estimated KL divergence in nats, and their number.
+
+        The completions are the trained model's, so this estimates KL(trained || base); J. Schulman's third
+        estimator, r - 1 - log r, with r the ratio of base to trained, as in TRL's loss.
+        """
+        pad = self.drawer.tokens.pad
+        ours, mask = token_log_probs(model, drawn, pad)
+        with model.disable_adapter():
+            base, _ = token_log_probs(model, drawn, pad)
+        difference = (base - ours).double()
+        return float(((torch.exp(difference) - 1 - difference) * mask).sum()), int(mask.sum())
+
+    def answer(self, model: Any, between: Callable[[], None]) -> list[str]:
+        return answers(model, self.tokenizer, self.prompts(), between)
+
+    def verify(self, folder: Path, measured: float | None) -> Verified:
+        from trl.trainer.utils import add_fused_lm_head
+
+        base = load_again(self.config, self.device)
+        add_fused_lm_head(base, temperature=self.settings.temperature)
+        self.stop.check()
+        model, parameters = load_adapter(folder, base, self.tensors)
+        figures = self.measure(model, False, self.stop.check)
+        check_figures(figures, measured)
+        texts = self.answer(model, self.stop.check)
+        check_answers(texts)
+        return Verified(figures, texts, parameters)

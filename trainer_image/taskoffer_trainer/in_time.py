@@ -1,0 +1,69 @@
+"""How often to evaluate and save, so that there is a result at every moment and the verified one is there in time.
+
+Imported by the ranks only, since the base class of callbacks comes with transformers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+from taskoffer.api.contract import RunConfig
+from taskoffer_trainer.clock import Clock
+from taskoffer_trainer.timings import Timings, evaluate_every
+from taskoffer_trainer.world import World
+
+__all__ = ["EARLY_SECONDS", "EARLY_STEPS", "InTime"]
+
+EARLY_STEPS = 5
+EARLY_SECONDS = 120.0
+"""The first checkpoint comes after so many steps or seconds of training, whichever is first."""
+
+
+class InTime(TrainerCallback):  # type: ignore[misc]
+    """Saves early, so that there is something to hand over, and leaves out evaluations that the time is too short for.
+
+    Without a deadline every planned evaluation is made. Must come after the callback that plans evaluation and
+    checkpoints, and before the one that ends the training, whose evaluation is never left out.
+    """
+
+    def __init__(self, config: RunConfig, clock: Clock, timings: Timings, world: World) -> None:
+        self.config, self.clock, self.timings, self.world = config, clock, timings, world
+        self.saved = False
+        self._began = time.monotonic()
+        self._evaluated = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A run that goes on from a checkpoint has something to hand over already."""
+        self._began = time.monotonic()
+        # A run that goes on had its last evaluation when one was planned last.
+        self._evaluated = state.global_step - state.global_step % self.config.train.eval_steps
+        self.saved = state.global_step > 0
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Whatever the reason for it was, there is a checkpoint now."""
+        self.saved = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Plan an early checkpoint, all ranks together, and thin out the evaluations."""
+        if not self.saved and not control.should_save:
+            late = time.monotonic() - self._began >= EARLY_SECONDS
+            if self.world.largest(float(late or state.global_step >= EARLY_STEPS))[0]:
+                control.should_save = True
+        if control.should_evaluate and not control.should_training_stop and self.clock.deadline is not None:
+            self._thin_out(state, control)
+
+    def _thin_out(self, state: Any, control: Any) -> None:
+        timings, every = self.timings, self.config.train.eval_steps
+        left = max(0.0, (self.clock.planned_left() or 0.0) - timings.reserve)
+        reached = min(state.max_steps - state.global_step, left / timings.step if timings.step > 0 else math.inf)
+        planned = 1 + int(reached // every)
+        # The clocks and durations of the ranks differ a little; the largest holds for all.
+        timings.every = int(self.world.largest(evaluate_every(timings.evaluate, planned, left))[0])
+        if state.global_step - self._evaluated < timings.every * every:
+            control.should_evaluate = False
+        else:
+            self._evaluated = state.global_step

@@ -1,0 +1,138 @@
+"""Keeps the best adapter so far in the output folder while the training goes on, so that a kill leaves a result.
+
+It lies in ``provisional/step-…`` and not in ``adapter``, and its manifest says ``provisional``: nobody takes it for
+the verified result, which replaces it in the end. It was read back, has all tensors, and all of them are finite; what
+it does was measured in training only.
+
+A folder is built under a hidden name and renamed to a name that nothing had before; older ones are removed after
+that. So at every moment from the first one on there is a whole folder, on every file system that can rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from taskoffer.api.contract import RunConfig
+from taskoffer_trainer.checkpoints import (
+    ADAPTER_FILE,
+    COMPLETE,
+    Checkpoint,
+    best_checkpoint,
+    complete_checkpoints,
+    write_json,
+)
+from taskoffer_trainer.export import described, fill
+
+__all__ = ["PROVISIONAL_FOLDER", "mirror_best", "provisional_adapter", "remove_provisional"]
+
+PROVISIONAL_FOLDER = "provisional"
+"""Folder below the output folder that holds the best adapter so far."""
+
+
+def _folders(config: RunConfig) -> list[Path]:
+    """Return the folders with an adapter, the latest step last."""
+    found = []
+    for path in (Path(config.output_dir) / PROVISIONAL_FOLDER).glob("step-*-*"):
+        number = path.name.split("-")[1]
+        if path.is_dir() and number.isdecimal():
+            found.append((int(number), path))
+    return [path for _, path in sorted(found)]
+
+
+def provisional_adapter(config: RunConfig) -> Path | None:
+    """Return the folder of the best adapter so far, or ``None`` where there is none."""
+    return next(iter(reversed(_folders(config))), None)
+
+
+def mirror_best(config: RunConfig, accompany: Callable[[Path], None] = lambda _: None) -> Path | None:
+    """Bring the output folder up to the best complete checkpoint; without one nothing is done.
+
+    Args:
+        config: the run.
+        accompany: writes into an adapter's folder what its user needs beside it.
+
+    Returns:
+        The folder with the best adapter so far.
+    """
+    complete = complete_checkpoints(config)
+    if not complete:
+        return None
+    best = best_checkpoint(complete)
+    record = json.loads((best.folder / COMPLETE).read_text(encoding="utf-8"))
+    digests = {name: str(entry[1]) for name, entry in record["files"].items()}
+    # The name says what is in it, so that what another run has left behind is not taken for this one's.
+    target = Path(config.output_dir) / PROVISIONAL_FOLDER / f"step-{best.step}-{digests[ADAPTER_FILE][:12]}"
+    if not target.is_dir():
+        with _built(config, best, target) as folder:
+            accompany(folder)
+            write_json(folder / "manifest.json", _manifest(config, best, described(folder, digests)))
+            folder.rename(target)
+        _sync(target.parent)
+    for path in _folders(config):
+        if path != target:
+            _remove(path)
+    # What a kill has left behind holds on to weights whose checkpoints are long gone.
+    for leftover in target.parent.glob(".step-*"):
+        shutil.rmtree(leftover)
+    return target
+
+
+@contextlib.contextmanager
+def _built(config: RunConfig, checkpoint: Checkpoint, target: Path) -> Iterator[Path]:
+    folder = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        # The files of a checkpoint never change, so that another name for them is as good as a copy of gigabytes.
+        fill(config, checkpoint, folder, link=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _manifest(config: RunConfig, checkpoint: Checkpoint, files: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "provisional": True,
+        "jobName": config.job_name,
+        "taskID": config.task_id,
+        "attempt": config.attempt,
+        "baseModel": {"name": config.model.name, "revision": config.model.revision},
+        "step": checkpoint.step,
+        "evalLoss": checkpoint.eval_loss,
+        "files": files,
+    }
+
+
+def remove_provisional(config: RunConfig) -> None:
+    """Remove the best adapter so far, once there is a verified one or it has turned out to be none."""
+    place = Path(config.output_dir) / PROVISIONAL_FOLDER
+    if place.is_dir():
+        _remove(place)
+    _remove_leftover(place)
+
+
+def _remove(folder: Path) -> None:
+    """Take a folder out of sight in one step, so that nobody finds half of it, and remove it then."""
+    _remove_leftover(folder)
+    hidden = folder.with_name(f".{folder.name}.old")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _remove_leftover(folder: Path) -> None:
+    shutil.rmtree(folder.with_name(f".{folder.name}.old"), ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Put a rename on disk for good."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,177 @@
+"""Hands a result over to a folder or to a bucket, and reads back what has arrived."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import httpx2
+
+from taskoffer.api.contract import BucketFiles, ExitCode, Published, SubmitConfig
+from taskoffer_trainer.addresses import check_address, make_client
+from taskoffer_trainer.buckets import Bucket, read_keys
+from taskoffer_trainer.cache import BLOCK
+from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.fetch import Speaker
+from taskoffer_trainer.interrupt import Interrupt
+from taskoffer_trainer.submit_verify import Part, failed
+
+__all__ = ["LARGEST_PUT", "to_bucket", "to_folder"]
+
+_T = TypeVar("_T")
+LARGEST_PUT = 5 << 30
+"""Bytes of the largest object that S3 takes in one request (AWS, "Uploading objects")."""
+
+
+def _published(to: str, parts: list[Part]) -> Published:
+    return Published(to=to, files=len(parts), bytes=sum(part.size for part in parts))
+
+
+def _blocks(part: Part, speaker: Speaker, interrupt: Interrupt) -> Iterator[bytes]:
+    if part.path is None:
+        yield part.read()
+        return
+    with part.path.open("rb") as file:
+        while block := file.read(BLOCK):
+            interrupt.check()
+            yield block
+            speaker.add(len(block))
+
+
+def _digest_of(path: Path, interrupt: Interrupt) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                interrupt.check()
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    return digest.hexdigest()
+
+
+def to_folder(final: Path, parts: list[Part], interrupt: Interrupt) -> Published:
+    """Copy beside the folder, check the copy, and rename it into place.
+
+    Raises:
+        TrainerError: ``VERIFY_FAILED`` when the copy is not what was copied.
+    """
+    if all(_digest_of(final / part.name, interrupt) == part.sha256 for part in parts):
+        print(f"submit: {final} holds all of it already", flush=True)
+        return _published(str(final), parts)
+    fresh, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
+    speaker = Speaker(f"submit: copying to {final}", sum(part.size for part in parts))
+    try:
+        for folder in (fresh, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        for part in parts:
+            place = fresh / part.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("wb") as file:
+                for block in _blocks(part, speaker, interrupt):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise TrainerError(
+            ExitCode.BAD_CONFIG, "FolderNotWritable", f"target.folder: {final}: {error.strerror or error}"
+        ) from error
+    wrong = [part.name for part in parts if _digest_of(fresh / part.name, interrupt) != part.sha256]
+    if wrong:
+        raise failed("UploadMismatch", f"{fresh}: {', '.join(wrong)} reads back otherwise than it was written")
+    if final.exists():
+        final.rename(old)
+    fresh.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    return _published(str(final), parts)
+
+
+def to_bucket(config: SubmitConfig, target: BucketFiles, parts: list[Part], interrupt: Interrupt) -> Published:
+    """Write each file as an object below the prefix, the manifest last, and read each back.
+
+    Raises:
+        TrainerError: ``NO_ACCESS``, ``RESTART`` when the store does not answer, or ``VERIFY_FAILED``.
+    """
+    for part in parts:
+        if part.size > LARGEST_PUT:
+            raise failed("TooLarge", f"{part.name} has {part.size} bytes and one request takes {LARGEST_PUT}")
+    bucket = Bucket.of(target, read_keys(config.credentials))
+    check_address(bucket.base, config.network)
+    with make_client(config.network, guarded=True) as client:
+        run = _BucketUpload(bucket, config, interrupt, client, sum(part.size for part in parts))
+        for part in parts:
+            if run.digest(part) != part.sha256:
+                run.put(part)
+                if run.digest(part) != part.sha256:
+                    raise failed("UploadMismatch", f"{target.url}{part.name} reads back otherwise than it was written")
+    return _published(target.url, parts)
+
+
+class _BucketUpload:
+    """One result on its way to one bucket."""
+
+    def __init__(
+        self, bucket: Bucket, config: SubmitConfig, interrupt: Interrupt, client: httpx2.Client, total: int
+    ) -> None:
+        self.bucket, self.config, self.interrupt = bucket, config, interrupt
+        self.client = client
+        self.speaker = Speaker(f"submit: uploading below {bucket.prefix}", total)
+
+    def digest(self, part: Part) -> str | None:
+        """Return the SHA-256 of what the bucket holds under a name; None when it holds nothing."""
+        url = self.bucket.url(self.bucket.prefix + part.name)
+
+        def ask() -> str | None:
+            digest = hashlib.sha256()
+            with self.client.stream("GET", url, headers=self.bucket.headers("GET", url)) as answer:
+                if answer.status_code == 404:
+                    return None
+                answer.raise_for_status()
+                for block in answer.iter_raw():
+                    digest.update(block)
+                    self.interrupt.check()
+            return digest.hexdigest()
+
+        return self._tried(part.name, ask)
+
+    def put(self, part: Part) -> None:
+        """Write an object; the store checks it against the SHA-256 that is part of the signature."""
+        url = self.bucket.url(self.bucket.prefix + part.name)
+
+        def ask() -> None:
+            headers = self.bucket.headers("PUT", url, part.sha256)
+            headers["Content-Length"] = str(part.size)
+            self.client.put(
+                url, headers=headers, content=_blocks(part, self.speaker, self.interrupt)
+            ).raise_for_status()
+
+        self._tried(part.name, ask)
+
+    def _tried(self, name: str, ask: Callable[[], _T]) -> _T:
+        network, why = self.config.network, "it was never asked"
+        for number in range(1, network.tries + 1):
+            self.interrupt.check()
+            try:
+                return ask()
+            except httpx2.HTTPStatusError as error:
+                status = error.response.status_code
+                if status in (401, 403):
+                    raise TrainerError(
+                        ExitCode.NO_ACCESS,
+                        "AccessDenied",
+                        f"{name}: the store answered {status}; check credentials.s3CredentialsFile and its rights",
+                    ) from error
+                if status < 500 and status not in (408, 429):
+                    raise failed("SubmitRefused", f"{name}: the store answered {status}") from error
+                why = f"the store answered {status}"
+            except httpx2.TransportError as error:
+                why = str(error) or type(error).__name__
+            if number < network.tries:
+                print(f"submit: {name}: {why}; trying again", flush=True)
+                self.interrupt.wait(min(network.retry_wait_seconds * 2**number, 30.0))
+        raise TrainerError(ExitCode.RESTART, "NetworkFailed", f"{name}: {why} ({network.tries} tries)")
