@@ -85,6 +85,9 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     from taskoffer_lab.providers import PROVIDERS
 
+    parser.add_argument(
+        "--all-types", action="store_true", help="one offer of each type of task instead of the examples"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the cluster running and print KUBECONFIG")
     parser.add_argument("--nodes", type=int, default=1, help="real nodes with 8 GPUs each (default: 1)")
     parser.add_argument("--export-svg", type=Path, metavar="PATH", help="write a picture of the run to a file")

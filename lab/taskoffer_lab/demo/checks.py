@@ -28,6 +28,7 @@ class Adapter:
         sha256: Of the weights.
         loss_before: Held-out loss of the base model by the trainer, in nats per token.
         loss_after: The same with the adapter.
+        task: Type of the task.
     """
 
     offer: str
@@ -36,6 +37,7 @@ class Adapter:
     sha256: str
     loss_before: float
     loss_after: float
+    task: str = "InstructText"
 
     @property
     def fall(self) -> float:
@@ -65,6 +67,7 @@ def adapters_of(jobs: Sequence[Mapping[str, Any]], outputs: Path) -> tuple[list[
                 sha256=str(result["sha256"]),
                 loss_before=float(result["evalLossBefore"]),
                 loss_after=float(result["evalLossAfter"]),
+                task=str(run["taskType"]),
             )
         )
     return sorted(found, key=lambda adapter: adapter.offer), problems

@@ -10,7 +10,7 @@ from taskoffer import presets
 from taskoffer_lab.cluster import Cluster
 from taskoffer_lab.demo.material import Material
 from taskoffer_lab.demo.rows import condition
-from taskoffer_lab.demo.script import DATA_CLAIM, MODELS_CLAIM, NAMESPACE, OUTPUTS_CLAIM
+from taskoffer_lab.demo.script import DATA_CLAIM, EXAMPLES, MODELS_CLAIM, NAMESPACE, OUTPUTS_CLAIM, Script
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.images import Images
 from taskoffer_lab.install import NAMESPACE as OPERATOR_NAMESPACE
@@ -81,9 +81,19 @@ def wait_for_operator(cluster: Cluster) -> None:
         raise LabError(f"{error.message}; the operator's log ends:\n{operator_log(cluster, 30)}") from error
 
 
-def apply_policy(cluster: Cluster, images: Images) -> None:
-    """Apply the `lab` preset with the trainer image of this checkout."""
-    policy = presets.load(POLICY, image=images.trainer)
+def policy_of(script: Script, image: str) -> dict[str, Any]:
+    """Return the `lab` preset with a trainer image and what a script changes."""
+    policy = presets.load(POLICY, image=image)
+    if script.at_once is not None:
+        policy["spec"]["filters"]["maxConcurrentJobs"] = script.at_once
+    for size in policy["spec"]["sizeClasses"]:
+        size["train"].update(script.train)
+    return policy
+
+
+def apply_policy(cluster: Cluster, images: Images, script: Script = EXAMPLES) -> None:
+    """Apply a script's policy with the trainer image of this checkout."""
+    policy = policy_of(script, images.trainer)
     cluster.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(policy))
 
 

@@ -1,4 +1,4 @@
-"""What the demo trains with: tiny models, rows of real text, and rows that are kept for the exam."""
+"""What the demo trains with: tiny models, rows of real text, drawn pictures, and rows that are kept for the exam."""
 
 import json
 import shutil
@@ -6,7 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from taskoffer_lab.demo.script import EXAM_ROWS, MODELS
-from taskoffer_lab.fixtures import DATASET_NAME, build_instruct_dataset, build_tiny_model
+from taskoffer_lab.fixtures import (
+    DATASET_NAME,
+    KINDS,
+    PREFERENCES_NAME,
+    SHAPES_NAME,
+    TALKS_NAME,
+    build_chat_dataset,
+    build_instruct_dataset,
+    build_preference_dataset,
+    build_shapes,
+    build_tiny_model,
+    build_tiny_pipeline,
+    pipeline_folder,
+)
 from taskoffer_lab.fixtures.datasets import instruct_rows
 from taskoffer_lab.paths import cache_root
 
@@ -56,7 +69,10 @@ def build_material(target: Material) -> None:
     The data are all rows but the last `EXAM_ROWS`; those go into the exam.
     """
     rows = instruct_rows()
-    build_instruct_dataset(target.data / DATASET_NAME, rows=len(rows) - EXAM_ROWS)
+    seen = len(rows) - EXAM_ROWS
+    build_instruct_dataset(target.data / DATASET_NAME, rows=seen)
+    build_chat_dataset(target.data / TALKS_NAME, rows=seen // 2)  # A conversation is made of two rows.
+    build_preference_dataset(target.data / PREFERENCES_NAME, rows=seen)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[-EXAM_ROWS:])
     partial = target.exam.with_suffix(".tmp")
     partial.write_text(lines, encoding="utf-8")
@@ -64,6 +80,10 @@ def build_material(target: Material) -> None:
     for seed, model in enumerate(MODELS):
         print(f"model {model.folder}")
         build_tiny_model(target.models / model.folder, model.family, seed, hidden_size=model.hidden_size)
+    build_shapes(target.data / SHAPES_NAME)
+    for kind in KINDS:
+        print(f"model {pipeline_folder(kind)}")
+        build_tiny_pipeline(target.models / pipeline_folder(kind), kind)
 
 
 def new_outputs(target: Material, run: str) -> Path:

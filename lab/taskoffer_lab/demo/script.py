@@ -1,6 +1,7 @@
 """What the demo shows: the models behind the examples, and the answer that each example must get."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,43 +78,76 @@ EXPECTED = {
 
 
 @dataclass(frozen=True)
+class Script:
+    """What one kind of run plays.
+
+    Attributes:
+        folder: Where its offers are, below the checkout.
+        expected: Offer name → how it must end.
+        at_once: Offers that may train at a time; None leaves that to the policy.
+        train: Changes to the settings of all the policy's size classes.
+    """
+
+    folder: str
+    expected: Mapping[str, Expected]
+    at_once: int | None = None
+    train: Mapping[str, int] = field(default_factory=dict)
+
+
+EXAMPLES = Script("examples", EXPECTED)
+"""Offers of text, some of which wait and some of which are refused."""
+
+ALL_TYPES = Script(
+    "examples/types",
+    {
+        name: Expected(gpus=1)
+        for name in ("instruct", "chat", "preferences", "rewards", "pictures-sdxl", "pictures-flux")
+    },
+    # Two trainings keep two cores busy; six would only take from each other.
+    at_once=2,
+    train={"maxSteps": 20, "evalSteps": 10, "saveSteps": 10, "maxLength": 128},
+)
+"""One offer of each type of task, and of each architecture of images."""
+
+
+@dataclass(frozen=True)
 class Example:
-    """One file of `examples/` and the offer in it."""
+    """One file of a script's folder, the offer in it, and how that must end."""
 
     path: Path
     manifest: dict[str, Any]
+    expected: Expected
 
     @property
     def name(self) -> str:
         """The offer's name."""
         return str(self.manifest["metadata"]["name"])
 
-    @property
-    def expected(self) -> Expected:
-        """How it must end."""
-        return EXPECTED[self.name]
 
+def load_examples(folder: Path | None = None, script: Script = EXAMPLES) -> list[Example]:
+    """Read a script's offers in the order of their file names.
 
-def load_examples(folder: Path | None = None) -> list[Example]:
-    """Read the examples in the order of their file names.
+    Args:
+        folder: Where to read instead of the script's folder in the checkout.
+        script: Says how each must end.
 
     Raises:
         LabError: A file holds something else than one TaskOffer, or the demo does not know how it must end.
     """
-    folder = folder or project_root() / "examples"
+    folder = folder or project_root() / script.folder
     found = []
     for path in sorted(folder.glob("*.yaml")):
         documents = [item for item in yaml.safe_load_all(path.read_text(encoding="utf-8")) if item is not None]
         if len(documents) != 1 or documents[0].get("kind") != "TaskOffer":
             raise LabError(f"{path} does not hold just one TaskOffer")
-        example = Example(path, documents[0])
-        if example.name not in EXPECTED:
+        name = str(documents[0]["metadata"]["name"])
+        if name not in script.expected:
             raise LabError(
-                f"{path}: the demo does not know how offer {example.name!r} must end",
+                f"{path}: the demo does not know how offer {name!r} must end",
                 f"name it in {Path(__file__).name}, or move the file elsewhere",
             )
-        found.append(example)
-    missing = EXPECTED.keys() - {example.name for example in found}
+        found.append(Example(path, documents[0], script.expected[name]))
+    missing = script.expected.keys() - {example.name for example in found}
     if missing:
         raise LabError(f"{folder} lacks the offers {', '.join(sorted(missing))}", "restore the files of the checkout")
     return found

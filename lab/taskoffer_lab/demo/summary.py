@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from taskoffer_lab.demo.checks import Adapter
+from taskoffer_lab.demo.examination import EXAM_FIGURES, Figure, figures_of
 from taskoffer_lab.demo.follow import Seen
 from taskoffer_lab.demo.script import EXAM_ROWS, WAITING
 
@@ -21,12 +22,14 @@ def summary(
     parts: list[RenderableType] = [
         Text("Adapters", style="bold"),
         _adapters(adapters, exams, outputs),
-        Text.assemble("They are in ", (readable(outputs), "bold")),
+        Text(f"The exam of text is {EXAM_ROWS} rows that no trainer saw, that of images a picture of a new prompt."),
+        Text.assemble("The adapters are in ", (readable(outputs), "bold")),
         Text(""),
         Text("Answers", style="bold"),
         _answers(seen),
     ]
-    best = max(adapters, key=lambda adapter: adapter.fall, default=None)
+    speakers = [adapter for adapter in adapters if "prompt" in exams[adapter.offer]]
+    best = max(speakers, key=lambda adapter: adapter.fall, default=None)
     if best is not None:
         exam = exams[best.offer]
         parts += [
@@ -48,23 +51,27 @@ def _adapters(adapters: Sequence[Adapter], exams: Mapping[str, Mapping[str, Any]
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("TaskOffer", no_wrap=True)
     table.add_column("Base model", no_wrap=True)
-    table.add_column("Held-out loss (trainer)", no_wrap=True)
-    table.add_column(f"{EXAM_ROWS} rows it never saw", no_wrap=True)
+    table.add_column("Type", no_wrap=True)
+    table.add_column("Held out (trainer)", no_wrap=True)
+    table.add_column("Exam", no_wrap=True)
     table.add_column("Adapter", overflow="fold")
     for adapter in adapters:
         exam = exams[adapter.offer]
+        examined = EXAM_FIGURES[adapter.task]
         table.add_row(
             adapter.offer,
             adapter.model,
-            _fall(adapter.loss_before, adapter.loss_after),
-            _fall(exam["before"], exam["after"]),
+            adapter.task,
+            "\n".join(_change(figure, before, after) for figure, before, after in figures_of(adapter)),
+            _change(examined, exam["before"], exam["after"]),
             str(adapter.folder.relative_to(outputs)),
         )
     return table
 
 
-def _fall(before: float, after: float) -> str:
-    return f"{before:.3f} → {after:.3f}  ({after / before - 1:+.0%})"
+def _change(figure: Figure, before: float, after: float) -> str:
+    words = figure.words.removeprefix("held-out ")
+    return f"{words} {before:.3f} → {after:.3f}" + (f"  ({after / before - 1:+.0%})" if figure.share else "")
 
 
 def _answers(seen: Seen) -> Table:
