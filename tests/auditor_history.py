@@ -19,6 +19,7 @@ Object = dict[str, Any]
 OFFER, TRAINING_JOB, JOB, POD, NODE = "TaskOffer", "TrainingJob", "Job", "Pod", "Node"
 UID_LABEL = "taskoffer.dev/offer-uid"
 JOB_LABEL = "taskoffer.dev/job"
+STEP_LABEL = "taskoffer.dev/step"
 HOST_LABEL = "kubernetes.io/hostname"
 
 

@@ -21,6 +21,7 @@ from auditor_history import (
     NODE,
     OFFER,
     POD,
+    STEP_LABEL,
     TRAINING_JOB,
     UID_LABEL,
     Event,
@@ -264,14 +265,22 @@ class Lasting(Rule):
 
 @dataclass
 class AdmissionsAreCarriedOut(Lasting):
-    """Rule d: an admission of a living, active offer gets its TrainingJob and its first Job."""
+    """Rule d: an admission of a living, active offer gets its TrainingJob and its first Job.
+
+    The first Job is that of the first attempt, or the one that fetches model and data before it. The latter has no GPU
+    and no offer's UID on it.
+    """
 
     letter: str = "d"
     _had_job: set[tuple[str, str]] = field(default_factory=set)
+    _fetched: set[str] = field(default_factory=set)
 
     def observe(self, event: Event, world: World) -> None:
         if event.kind == JOB and (name := labels(event.object).get(JOB_LABEL)):
-            self._had_job.add((str(offer_uid_of(JOB, event.object)), name))
+            if labels(event.object).get(STEP_LABEL) == "prepare":
+                self._fetched.add(name)
+            else:
+                self._had_job.add((str(offer_uid_of(JOB, event.object)), name))
 
     def wrong(self, offer_uid: str, world: World) -> tuple[str, str] | None:
         offer = world.objects[OFFER].get(offer_uid)
@@ -283,7 +292,7 @@ class AdmissionsAreCarriedOut(Lasting):
         if not jobs:
             return subject, f"is admitted without its TrainingJob {name}"
         over = any(is_true(jobs[0], kind) for kind in ("Complete", "Failed"))
-        if not over and (offer_uid, name) not in self._had_job:
+        if not over and (offer_uid, name) not in self._had_job and name not in self._fetched:
             return subject, f"is admitted without a Job of its TrainingJob {name}"
         return None
 

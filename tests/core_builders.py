@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from builders import make_offer, make_policy
+from builders import DATASETS, make_offer, make_policy
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import Condition, ConditionStatus
@@ -43,6 +43,12 @@ def at(seconds: float) -> datetime:
 def spec_of(**fields: Any) -> TaskOfferSpec:
     """Return an offer's spec, with the keywords of ``make_offer``."""
     return TaskOfferSpec.model_validate(make_offer(**fields)["spec"])
+
+
+def data_until(moment: str, query: str = "signature=x") -> dict[str, Any]:
+    """Return what of an offer's spec says that its data is behind an address which works until a moment."""
+    address = {"url": f"https://data.example/rows.jsonl?{query}", "expiresAt": moment}
+    return {"dataset": {**DATASETS["InstructText"], "source": {"url": address}}}
 
 
 def policy_spec(**fields: Any) -> CapacityPolicySpec:

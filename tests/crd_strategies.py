@@ -43,8 +43,13 @@ _BY_PATTERN: dict[str, tuple[str, ...]] = {
     r"^[0-9a-f]{64}$": ("0" * 64, "ab" * 32),
     r"^[0-9a-f]{40}$": ("0" * 40, "ab" * 20),
     r"^(https|http|s3)://.+": ("https://x.invalid/a", "s3://bucket/key", "http://ü"),
-    r"^https://.+": ("https://x.invalid/a",),
+    r"^https?://.+": ("https://x.invalid/a", "https://x.invalid/%2e%2e/a?b#c", "http://ü"),
+    r"^https?://[A-Za-z0-9.-]+(:[0-9]+)?(/[A-Za-z0-9._~-]+)*/?$": ("https://x.invalid/team/", "http://x.invalid:99999"),
+    r"^([A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*[.]py$": ("train.py", "a/b.c/_.py"),
     r"^[^/.][^.]*$": ("sub", "a/b", "ü"),
+    r"^s3://[^/]+/.+/$": ("s3://bucket/folder/", "s3://B/ü/", "s3://b//"),
+    r"^https?://[^/ ].*$": ("https://hub.invalid", "http://x y"),
+    r"^[-._a-zA-Z0-9]+$": ("token", "a.b_c-d", "-"),
 }
 _BY_NAME: dict[str, tuple[str, ...]] = {
     "reason": ("Admitted", "WaitingForCapacity", "Rejected", "Expired", "SomethingElse"),

@@ -197,6 +197,7 @@ TAKES = {
     "expected-value": 1,
     "lab": 1,
     "market-table": 1,
+    "sound": 1,
     "strategy-8xh100": 2,
     "strategy-maximum-accuracy": None,
 }

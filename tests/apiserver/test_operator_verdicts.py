@@ -27,16 +27,6 @@ REJECTIONS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         "ModelFamilyNotAccepted",
         ("bigscience/bloom-560m", "Llama, Mistral, Qwen"),
     ),
-    "a task type that no trainer serves": (
-        {"task_type": "DPO"},
-        "TaskTypeNotServed",
-        ("DPO", "InstructText"),
-    ),
-    "another task type that no trainer serves": (
-        {"task_type": "Image"},
-        "TaskTypeNotServed",
-        ("Image", "InstructText"),
-    ),
     "a GPU count that the policy does not hand out": (
         {"gpus": 8},
         "GpuCountNotAllowed",
@@ -123,11 +113,11 @@ def test_an_offer_that_can_never_be_admitted_is_rejected_with_the_numbers(bench:
 def test_a_rejection_names_every_reason_and_not_only_the_first(bench: Bench) -> None:
     bench.node()
     bench.policy()
-    offered(bench, "hopeless", {"task_type": "DPO", "hours": 40, "gpus": 8, "model": "bigscience/bloom-560m"})
-    offer = bench.decided("hopeless", "TaskTypeNotServed")
+    offered(bench, "hopeless", {"hours": 40, "gpus": 8, "model": "bigscience/bloom-560m"})
+    offer = bench.decided("hopeless", "ModelFamilyNotAccepted")
     named = {item["name"] for item in offer["status"]["explanation"] if item["type"] == "Constraint"}
-    assert named == {"TaskTypeNotServed", "TimeLimitTooLong", "GpuCountNotAllowed", "ModelFamilyNotAccepted"}
-    assert "and 3 more in status.explanation" in condition(offer, "Admitted")["message"]
+    assert named == {"TimeLimitTooLong", "GpuCountNotAllowed", "ModelFamilyNotAccepted"}
+    assert "and 2 more in status.explanation" in condition(offer, "Admitted")["message"]
 
 
 def test_an_offer_without_room_waits_and_says_what_is_missing(bench: Bench) -> None:
@@ -160,8 +150,8 @@ def test_what_does_not_fit_the_gpus_memory_is_refused_and_what_nearly_fits_is_cl
     bench.offer("small", parameters=8_030_000_000, model=llama)
     bench.offer("large", parameters=70_554_000_000, model="meta-llama/Llama-3.1-70B")
     refused = bench.decided("large", "InsufficientMemory")
-    assert condition(refused, "Admitted")["message"].startswith("meta-llama/Llama-3.1-70B needs 309.1 of 41.0")
-    assert "GiB on each GPU with 1 row(s) at a time (4 GPUs, DDP)" in condition(refused, "Admitted")["message"]
+    assert condition(refused, "Admitted")["message"].startswith("meta-llama/Llama-3.1-70B needs 104.0 of 41.0")
+    assert "GiB on each GPU with 1 row(s) at a time (4 GPUs, FSDP)" in condition(refused, "Admitted")["message"]
     admitted = bench.decided("small", "Admitted")
     estimates = {i["name"]: i for i in admitted["status"]["explanation"] if i["type"] == "Estimate"}
     assert estimates["PeakMemory"]["value"].endswith("GiB")

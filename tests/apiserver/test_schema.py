@@ -36,6 +36,10 @@ PLURALS = {"TaskOffer": "taskoffers", "TrainingJob": "trainingjobs", "CapacityPo
 ONLY = "only active, expiresAt and priorityClassName may change"
 
 
+SOURCE: Object = {"url": "https://git.example/t", "commit": "ab" * 20}
+CACHED: Object = {"cache": {"claimName": "cache"}}
+
+
 def collection(kind: str, namespace: str | None = "default") -> str:
     """Return the path of a kind's collection."""
     inside = "" if kind == "CapacityPolicy" else f"/namespaces/{namespace}"
@@ -48,6 +52,11 @@ def try_out(cluster: LocalCluster, obj: Object) -> tuple[int, str, Object]:
     status, content = cluster.api.raw("POST", f"{path}?dryRun=All&fieldValidation=Strict", obj)
     answer = json.loads(content)
     return status, answer.get("message", ""), answer
+
+
+def _rewards(*functions: Object) -> Object:
+    """An offer with these reward functions and no extra column."""
+    return make_offer(task_type="GRPO", spec={"dataset": {"grpo": {"rewardFunctions": list(functions)}}})
 
 
 def only(member: str, value: Object | None) -> Object:
@@ -105,6 +114,19 @@ GOOD: dict[str, Object] = {
     ),
     "a training job": make_training_job(),
     "the lab policy": policy(),
+    "an offer with an image of its own": make_offer(spec={"trainer": {"image": "registry.example.com/x:1"}}),
+    "an offer with a repository of its own": make_offer(
+        spec={"trainer": {"repository": {**SOURCE, "entrypoint": "scripts/_train-2.py"}}}
+    ),
+    "a policy that lets offers bring trainers": policy(
+        steps=CACHED,
+        trainers={
+            "images": ["registry.example.com/*"],
+            "repositories": ["https://git.example.com/team/", "http://10.0.0.1:8080"],
+            "image": "python:3.13",
+            "ephemeralStorage": "50Gi",
+        },
+    ),
     "the 8xH100 policy": policy(preset="strategy-8xh100"),
 }
 
@@ -162,6 +184,42 @@ BAD: dict[str, tuple[Object, list[str]]] = {
         make_offer(task_type="GRPO", spec={"dataset": {"grpo": {"rewardFunctions": []}}}),
         ["spec.dataset.grpo.rewardFunctions", "at least 1 items"],
     ),
+    "a reward that is neither source nor builtin": (
+        _rewards({"name": "r"}),
+        ["spec.dataset.grpo.rewardFunctions[0]", "exactly one of builtin and source"],
+    ),
+    "a reward that is both source and builtin": (
+        _rewards({"name": "r", "source": "x", "builtin": {"name": "JSONValid"}}),
+        ["spec.dataset.grpo.rewardFunctions[0]", "exactly one of builtin and source"],
+    ),
+    "the hash of no source": (
+        _rewards({"name": "r", "sha256": "0" * 64, "builtin": {"name": "JSONValid"}}),
+        ["spec.dataset.grpo.rewardFunctions[0]", "sha256 is the hash of source"],
+    ),
+    "a builtin reward without its parameter": (
+        _rewards({"name": "r", "builtin": {"name": "LengthTarget"}}),
+        ["spec.dataset.grpo.rewardFunctions[0].builtin", "builtin.words goes with LengthTarget"],
+    ),
+    "a builtin reward with another's parameter": (
+        _rewards({"name": "r", "builtin": {"name": "JSONValid", "ease": 60}}),
+        ["spec.dataset.grpo.rewardFunctions[0].builtin", "builtin.ease is a parameter of Readability alone"],
+    ),
+    "an unknown builtin reward": (
+        _rewards({"name": "r", "builtin": {"name": "Helpfulness"}}),
+        ["spec.dataset.grpo.rewardFunctions[0].builtin.name", "Unsupported value"],
+    ),
+    "rewards without weight": (
+        _rewards({"name": "r", "source": "x", "weight": "0"}, {"name": "s", "source": "x", "weight": "0.0"}),
+        ["spec.dataset.grpo", "weights of rewardFunctions are all 0"],
+    ),
+    "two rewards of one name": (
+        _rewards({"name": "r", "source": "x"}, {"name": "r", "source": "y"}),
+        ["spec.dataset.grpo", "give each of them a name of its own"],
+    ),
+    "a comparison with nothing": (
+        _rewards({"name": "r", "builtin": {"name": "NumberMatch"}}),
+        ["spec.dataset.grpo", "set grpo.extraColumn"],
+    ),
     "a reward with a negative weight": (
         make_offer(
             task_type="GRPO",
@@ -210,6 +268,18 @@ BAD: dict[str, tuple[Object, list[str]]] = {
     "a trainer at a branch": (
         make_offer(spec={"trainer": {"repository": {"url": "https://git.example/t", "commit": "main"}}}),
         ["spec.trainer.repository.commit", "40 hexadecimal digits", "not a branch"],
+    ),
+    "a trainer behind another protocol": (
+        make_offer(spec={"trainer": {"repository": {"url": "ssh://git.example/t", "commit": "ab" * 20}}}),
+        ["spec.trainer.repository.url", "begin it with https://"],
+    ),
+    "an entrypoint outside of the repository": (
+        make_offer(spec={"trainer": {"repository": {**SOURCE, "entrypoint": "a/../../train.py"}}}),
+        ["spec.trainer.repository.entrypoint", "write for example scripts/train.py"],
+    ),
+    "an entrypoint that is no Python file": (
+        make_offer(spec={"trainer": {"repository": {**SOURCE, "entrypoint": "train.sh"}}}),
+        ["spec.trainer.repository.entrypoint", "ends in .py"],
     ),
     # The object.
     "a name that is too long": (
@@ -269,6 +339,14 @@ BAD: dict[str, tuple[Object, list[str]]] = {
     "memory as a word": (
         policy(pod_template={"memoryPerGpu": "lots"}),
         ["spec.podTemplate.memoryPerGpu", "write for example '110Gi'"],
+    ),
+    "trainers of others without the steps that verify their results": (
+        policy(trainers={"images": ["registry.example.com/*"]}),
+        ["spec.trainers", "set steps or remove trainers"],
+    ),
+    "a repository that is no beginning of an address": (
+        policy(steps=CACHED, trainers={"repositories": ["git@git.example.com:team"]}),
+        ["spec.trainers.repositories[0]", "write for example https://git.example.com/team/"],
     ),
     "an unknown field of a policy": (policy(spec={"cap": "1"}), ['unknown field "spec.cap"']),
 }

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rich.console import Console
 from safetensors import safe_open
 
 from taskoffer import presets
+from taskoffer.api.tasks import Architecture, TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.evaluate import evaluate
@@ -26,18 +29,22 @@ from taskoffer_lab.api_client import ApiError
 from taskoffer_lab.demo import crew as crew_module
 from taskoffer_lab.demo.checks import Adapter, adapters_of, check_answers, check_files, check_losses
 from taskoffer_lab.demo.crew import Crew
-from taskoffer_lab.demo.deployment import operator_manifest
+from taskoffer_lab.demo.deployment import operator_manifest, policy_of
+from taskoffer_lab.demo.exam import EXAMS
+from taskoffer_lab.demo.examination import EXAM_FIGURES, FIGURES, check_exam, check_figures
 from taskoffer_lab.demo.follow import Seen, follow
 from taskoffer_lab.demo.interrupts import every_end_as_interrupt, undisturbed
 from taskoffer_lab.demo.material import KEPT_RUNS, Material, build_material, new_outputs
 from taskoffer_lab.demo.rows import Row, rows_of
 from taskoffer_lab.demo.screen import Screen, offers_table
-from taskoffer_lab.demo.script import EXAM_ROWS, EXPECTED, MODELS, Example, load_examples
+from taskoffer_lab.demo.script import ALL_TYPES, EXAM_ROWS, EXPECTED, MODELS, Example, load_examples
 from taskoffer_lab.errors import LabError
+from taskoffer_lab.fixtures import KINDS, SHAPES_FILE, SHAPES_NAME, pipeline_folder
 from taskoffer_lab.process_table import start_time, wait_until
 
 LAB_POLICY = CapacityPolicySpec.model_validate(presets.load("lab")["spec"])
 EXAMPLES = {example.name: example for example in load_examples()}
+TYPES = {example.name: example for example in load_examples(script=ALL_TYPES)}
 
 
 # The examples
@@ -50,6 +57,29 @@ def test_the_lab_policy_answers_each_example_as_the_demo_expects(name: str) -> N
     assert [refusal.reason.value for refusal in found.refusals] == ([expected.refusal] if expected.refusal else [])
     if expected.gpus is not None:
         assert found.gpus == expected.gpus
+
+
+def test_the_offers_of_all_types_are_one_of_each_type_and_architecture_and_admitted_on_one_gpu() -> None:
+    policy = CapacityPolicySpec.model_validate(policy_of(ALL_TYPES, "trainer:1")["spec"])
+    specs = [TaskOfferSpec.model_validate(example.manifest["spec"]) for example in TYPES.values()]
+    kinds = {(spec.task_type, spec.model.architecture) for spec in specs}
+    expected = {(task, None) for task in TaskType if task is not TaskType.IMAGE}
+    assert kinds == expected | {(TaskType.IMAGE, architecture) for architecture in Architecture}
+    assert len(specs) == len(kinds)
+    assert len({spec.task_id for spec in specs}) == len(specs)
+    for spec in specs:
+        found = evaluate(spec, policy)
+        assert (list(found.refusals), found.gpus) == ([], 1)
+
+
+def test_the_policy_of_all_types_changes_the_preset_in_what_the_script_says_and_nothing_else() -> None:
+    preset, changed_one = presets.load("lab", image="trainer:1"), policy_of(ALL_TYPES, "trainer:1")
+    assert changed_one["spec"]["filters"].pop("maxConcurrentJobs") == ALL_TYPES.at_once
+    preset["spec"]["filters"].pop("maxConcurrentJobs")
+    for ours, theirs in zip(changed_one["spec"]["sizeClasses"], preset["spec"]["sizeClasses"], strict=True):
+        assert {name: ours["train"][name] for name in ALL_TYPES.train} == ALL_TYPES.train
+        theirs["train"].update(ALL_TYPES.train)
+    assert changed_one == preset
 
 
 def test_the_examples_need_one_two_and_four_gpus_and_together_more_than_a_node_has() -> None:
@@ -69,13 +99,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return target
 
 
-@pytest.mark.parametrize("name", [name for name, expected in EXPECTED.items() if expected.gpus])
+TRAINED = {name: one for name, one in (EXAMPLES | TYPES).items() if one.expected.gpus}
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_the_models_of_the_examples_are_there_and_as_large_as_the_examples_say(name: str, built: Material) -> None:
-    spec = TaskOfferSpec.model_validate(EXAMPLES[name].manifest["spec"])
+    spec = TaskOfferSpec.model_validate(TRAINED[name].manifest["spec"])
     assert spec.model.source is not None
     assert spec.model.source.persistent_volume_claim is not None
     folder = built.models / spec.model.source.persistent_volume_claim.path
-    with safe_open(folder / "model.safetensors", "pt") as file:
+    # Of an image model the size is that of the network that is trained.
+    trained = {None: "model", "sdxl": "unet/diffusion_pytorch_model", "flux": "transformer/diffusion_pytorch_model"}
+    with safe_open(folder / f"{trained[spec.model.architecture]}.safetensors", "pt") as file:
         real = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     said = parameters_of(spec.model, None)
     assert said is not None
@@ -86,10 +121,29 @@ def test_the_models_of_the_examples_are_there_and_as_large_as_the_examples_say(n
 
 
 def test_the_rows_of_the_exam_are_in_no_data_that_a_trainer_sees(built: Material) -> None:
-    lines = next(built.data.rglob("*.jsonl")).read_text(encoding="utf-8").splitlines()
+    files = list(built.data.rglob("*.jsonl"))
+    assert len(files) == 3
+    seen = "".join(path.read_text(encoding="utf-8") for path in files)
     exam = built.exam.read_text(encoding="utf-8").splitlines()
     assert len(exam) == EXAM_ROWS
-    assert not {json.loads(line)["output"] for line in exam} & {json.loads(line)["output"] for line in lines}
+    assert [row for row in map(json.loads, exam) if json.dumps(row["output"], ensure_ascii=False) in seen] == []
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_data_of_the_offers_of_all_types_are_there(name: str, built: Material) -> None:
+    source = TYPES[name].manifest["spec"]["dataset"]["source"]["persistentVolumeClaim"]
+    assert (built.data / source["path"]).exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_image_models_and_pictures_are_there_with_a_caption_for_each(kind: str, built: Material) -> None:
+    folder = built.models / pipeline_folder(kind)
+    assert "_class_name" in json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    with zipfile.ZipFile(built.data / SHAPES_NAME / SHAPES_FILE) as archive:
+        names = archive.namelist()
+    pictures, captions = ({Path(n).stem for n in names if n.endswith(ending)} for ending in (".png", ".txt"))
+    assert pictures == captions
+    assert 10 <= len(pictures) <= 50
 
 
 def test_only_the_outputs_of_the_last_runs_are_kept(tmp_path: Path) -> None:
@@ -148,7 +202,8 @@ def admitted(name: str, gpus: int = 2) -> dict[str, Any]:
 
 
 def job_object(name: str, *conditions: dict[str, str], **status: Any) -> dict[str, Any]:
-    spec = {"offerRef": {"name": name, "uid": f"uid-{name}"}, "run": {"gpus": 2, "model": {"name": f"lab/{name}-1m"}}}
+    run = {"taskType": "InstructText", "gpus": 2, "model": {"name": f"lab/{name}-1m"}}
+    spec = {"offerRef": {"name": name, "uid": f"uid-{name}"}, "run": run}
     return {"metadata": {"name": f"{name}-1"}, "spec": spec, "status": {"conditions": list(conditions), **status}}
 
 
@@ -446,6 +501,43 @@ def test_an_adapter_with_a_wrong_file_is_a_problem(
         path.write_text(content, encoding="utf-8")
     (problem,) = check_files(adapter)
     assert complaint in problem
+
+
+def types_adapter(adapter: Adapter, task: str, before: dict[str, float], after: dict[str, float]) -> Adapter:
+    manifest = {"figuresBefore": before, "figuresAfter": after}
+    (adapter.folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return replace(adapter, task=task)
+
+
+FIGURE_ROWS: list[tuple[str, dict[str, float], dict[str, float], str | None]] = [
+    ("InstructText", {"eval_loss": 9.0}, {"eval_loss": 7.0}, None),
+    ("InstructText", {"eval_loss": 9.0}, {"eval_loss": 8.5}, "held-out loss went from 9.0000 to 8.5000"),
+    ("Chat", {"eval_loss": 9.0}, {"eval_loss": math.nan}, "held-out loss went from 9.0000 to nan"),
+    ("DPO", {"eval_accuracy": 0.5, "eval_margin": 0.0}, {"eval_accuracy": 0.9, "eval_margin": 2.0}, None),
+    ("DPO", {"eval_accuracy": 0.5, "eval_margin": 0.0}, {"eval_accuracy": 0.9, "eval_margin": 0.1}, "held-out margin"),
+    ("DPO", {"eval_accuracy": 0.5, "eval_margin": 0.0}, {"eval_accuracy": 0.5, "eval_margin": 2.0}, "accuracy went"),
+    ("GRPO", {"reward": 0.2}, {"reward": 0.4}, None),
+    ("GRPO", {"reward": 0.4}, {"reward": 0.2}, "meant is a change of +0.05 at least"),
+    ("Image", {"eval_loss": 1.1}, {"eval_loss": 1.0}, None),
+    ("Image", {"eval_loss": 1.0}, {"eval_loss": 1.0}, "meant is a change of -1% at least"),
+    ("Image", {}, {"eval_loss": 1.0}, "does not say what the training came to"),
+]
+
+
+@pytest.mark.parametrize(("task", "before", "after", "complaint"), FIGURE_ROWS)
+def test_an_adapter_whose_methods_figures_did_not_move_as_they_must_fails_the_demo(
+    adapter: Adapter, task: str, before: dict[str, float], after: dict[str, float], complaint: str | None
+) -> None:
+    problems = check_figures(types_adapter(adapter, task, before, after))
+    assert len(problems) == (complaint is not None)
+    assert complaint is None or complaint in problems[0]
+
+
+@pytest.mark.parametrize("task", [task.value for task in TaskType])
+def test_an_adapter_that_changes_nothing_fails_the_exam_of_its_type(adapter: Adapter, task: str) -> None:
+    assert set(FIGURES) == set(EXAM_FIGURES) == set(EXAMS)
+    (problem,) = check_exam(replace(adapter, task=task), {"before": 0.5, "after": 0.5})
+    assert problem.startswith("in the exam, a: ")
 
 
 # The exam

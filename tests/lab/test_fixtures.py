@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,16 @@ import pytest
 from taskoffer_lab.fixtures import (
     DATASET_FILE,
     FAMILIES,
+    KINDS,
+    build_chat_dataset,
     build_instruct_dataset,
+    build_preference_dataset,
+    build_shapes,
     build_tiny_model,
     model_folder,
 )
-from taskoffer_lab.fixtures.datasets import instruct_rows
-from taskoffer_lab.fixtures.tiny_model import RECIPE_FILE
+from taskoffer_lab.fixtures.datasets import chat_rows, instruct_rows, preference_rows
+from taskoffer_lab.fixtures.recipes import RECIPE_FILE
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -61,6 +66,31 @@ def test_the_licence_notice_lies_beside_the_rows(tmp_path):
     assert path == tmp_path / DATASET_FILE
     assert "Python Software Foundation License" in (tmp_path / "README.md").read_text()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["README.md", DATASET_FILE]
+
+
+def test_conversations_are_two_questions_with_their_answers():
+    talks = [row["conversations"] for row in chat_rows()]
+
+    assert len(talks) >= 250
+    assert all([turn["from"] for turn in talk] == ["human", "gpt"] * 2 for talk in talks)
+    answers = [turn["value"] for talk in talks for turn in talk if turn["from"] == "gpt"]
+    assert answers == [row["output"] for row in instruct_rows()][: len(answers)]
+
+
+def test_of_two_answers_the_text_is_preferred_to_its_words_backwards():
+    rows = preference_rows()
+
+    assert len(rows) == len(instruct_rows())
+    assert all(row["chosen"].split() == row["rejected"].split()[::-1] for row in rows)
+    assert all(row["prompt"] and row["chosen"] != row["rejected"] for row in rows)
+
+
+@pytest.mark.parametrize("build", [build_chat_dataset, build_preference_dataset])
+def test_the_other_rows_are_written_in_the_same_way(build, tmp_path):
+    path = build(tmp_path, rows=10)
+
+    assert len(read_rows(path)) == 10
+    assert "Python Software Foundation License" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("rows", [0, -1, 10**6])
@@ -197,3 +227,43 @@ def test_a_model_loads_encodes_any_text_masks_the_assistant_and_generates(models
         check=False,
     )
     assert done.stdout == "loaded\n", done.stderr
+
+
+def test_the_pictures_are_all_different_and_the_same_every_time(tmp_path):
+    with zipfile.ZipFile(build_shapes(tmp_path / "once", 60)) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    pictures = [content[name] for name in content if name.endswith(".png")]
+    captions = [content[name] for name in content if name.endswith(".txt")]
+
+    assert len(set(pictures)) == len(set(captions)) == 60
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    again = build_shapes(tmp_path / "again", 60)
+    assert again.read_bytes() == (tmp_path / "once" / again.name).read_bytes()
+    with pytest.raises(ValueError, match="between 1 and 60"):
+        build_shapes(tmp_path, 61)
+
+
+_GENERATES = """
+import sys, numpy
+from pathlib import Path
+from diffusers import DiffusionPipeline
+from taskoffer_lab.fixtures import KINDS, build_tiny_pipeline, pipeline_folder
+for kind in KINDS:
+    folder = Path(sys.argv[1], pipeline_folder(kind))
+    build_tiny_pipeline(folder, kind)
+    written = (folder / 'model_index.json').stat().st_mtime_ns
+    assert build_tiny_pipeline(folder, kind) == folder
+    assert (folder / 'model_index.json').stat().st_mtime_ns == written, 'what is there is not built again'
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    picture = pipeline('a red box', num_inference_steps=2, height=64, width=64, output_type='np').images
+    print(picture.shape, bool(numpy.isfinite(picture).all()))
+"""
+
+
+@pytest.mark.trainer
+def test_a_pipeline_folder_is_readable_by_all_and_generates_a_picture(tmp_path):
+    pytest.importorskip("diffusers", reason="the extra 'trainer' is not installed")
+    said = in_new_python("-c", _GENERATES, str(tmp_path))
+    assert said.splitlines().count("(1, 64, 64, 3) True") == len(KINDS)
+    for entry in tmp_path.rglob("*"):
+        assert entry.stat().st_mode & 0o444 == 0o444, entry

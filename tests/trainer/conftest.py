@@ -22,6 +22,11 @@ from typing import Any
 
 import pytest
 
+from hub_server import hub_server
+from taskoffer_trainer.launcher import ALLOCATOR
+
+from .preloaded import Preloader, Started
+
 START_SECONDS = 120.0
 RUN_SECONDS = 420.0
 
@@ -55,7 +60,8 @@ class Training:
 
     folder: Path
     config: dict[str, Any]
-    process: subprocess.Popen[str] | None = None
+    preloader: Preloader | None = None
+    process: subprocess.Popen[str] | Started | None = None
     url: str = ""
     began: float = 0.0
     environment: dict[str, str] = field(default_factory=dict)
@@ -90,6 +96,11 @@ class Training:
         assert self.process is not None
         return self.process.pid
 
+    def anew(self) -> Training:
+        """Let its programs be started as in a pod, where nobody has imported anything for them."""
+        self.preloader = None
+        return self
+
     def start(self, *arguments: str) -> Training:
         """Start the launcher and wait until it says where its progress is."""
         (self.folder / "run.json").write_text(json.dumps(self.config), encoding="utf-8")
@@ -100,12 +111,18 @@ class Training:
             "TASKOFFER_TERMINATION_LOG": str(self.folder / "termination.json"),
             "TMPDIR": str(self.tmp),
             "PYTHONUNBUFFERED": "1",
+            # Drawing takes a second each time; a test that looks at the picture asks for it.
+            "TASKOFFER_LOSS_PLOT": "0",
             **self.environment,
         }
-        command = [sys.executable, "-m", "taskoffer_trainer", "--config", str(self.folder / "run.json"), *arguments]
+        command = ["-m", "taskoffer_trainer", "--config", str(self.folder / "run.json"), *arguments]
         self.began = time.monotonic()
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, text=True)
+            if self.preloader is not None:
+                self.process = self.preloader.start(command, env, log.fileno())
+            else:
+                command = [sys.executable, *command]
+                self.process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, text=True)
         self.wait_for(lambda: "progress on" in self.log or self.process.poll() is not None, START_SECONDS)  # type: ignore[union-attr]
         found = re.search(r"http://0\.0\.0\.0:(\d+)/progress", self.log)
         self.url = f"http://127.0.0.1:{found[1]}" if found else ""
@@ -187,20 +204,62 @@ def side_by_side(*trainings: Training) -> list[Outcome]:
 
 
 @pytest.fixture(scope="session")
-def fixtures_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and data; built in a process of its own, so that this one need not import torch."""
-    folder = tmp_path_factory.mktemp("fixtures")
+def libraries() -> Iterator[Preloader]:
+    """A process that has imported what trainings import."""
+    # As ``rank_environment`` has it, for what is read once at the start or when a library is imported.
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
+    settings = dict.fromkeys((*offline, "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
+    # Whether there is a GPU is found out without the CUDA driver, which a copy could not use after that.
+    settings["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    with tempfile.TemporaryDirectory(prefix="tt-") as cache:
+        settings |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        settings |= {"HF_HOME": cache, "XDG_CACHE_HOME": cache}
+        made = Preloader({**os.environ, **ALLOCATOR, **settings})
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="session")
+def preloader(libraries: Preloader) -> Preloader | None:
+    """Who starts trainings; a module that is about their start has a fixture of this name that returns ``None``."""
+    return libraries
+
+
+def _built(libraries: Preloader, script: str, folder: Path) -> Path:
+    """Build models and data in a process of its own, so that this one need not import torch."""
+    done = libraries.run(["-c", script, str(folder)], {**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fixtures_dir(tmp_path_factory: pytest.TempPathFactory, libraries: Preloader) -> Path:
+    """Models and data."""
     script = (
         "import sys; from pathlib import Path\n"
-        "from taskoffer_lab.fixtures import build_instruct_dataset, build_tiny_model\n"
+        "from taskoffer_lab.fixtures import *\n"
         "folder = Path(sys.argv[1])\n"
         "build_tiny_model(folder / 'llama', 'llama', hidden_size=64)\n"
         "build_tiny_model(folder / 'phi3', 'phi3', hidden_size=64)\n"
         "build_instruct_dataset(folder / 'data', rows=200)\n"
+        "build_chat_dataset(folder / 'chat', rows=120)\n"
+        "build_preference_dataset(folder / 'preferences', rows=200)\n"
     )
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", script, str(folder)], check=True, env=env)
-    return folder
+    return _built(libraries, script, tmp_path_factory.mktemp("fixtures"))
+
+
+@pytest.fixture(scope="session")
+def pipelines_dir(tmp_path_factory: pytest.TempPathFactory, libraries: Preloader) -> Path:
+    """A tiny SDXL and a tiny Flux, and pictures with captions."""
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from taskoffer_lab.fixtures import build_shapes, build_tiny_pipeline\n"
+        "folder = Path(sys.argv[1])\n"
+        "build_tiny_pipeline(folder / 'sdxl', 'sdxl')\n"
+        "build_tiny_pipeline(folder / 'flux', 'flux')\n"
+        "build_shapes(folder / 'data')\n"
+    )
+    return _built(libraries, script, tmp_path_factory.mktemp("pipelines"))
 
 
 @pytest.fixture(scope="session")
@@ -233,14 +292,32 @@ def base_config(fixtures_dir: Path) -> dict[str, Any]:
     }
 
 
+Found = dict[str, dict[str, Any]]
+"""What probes found, by their name."""
+
+
+def found_by(file: str, config: dict[str, Any], folder: Path, libraries: Preloader) -> Found:
+    """Run a file of probes (see ``probing.py``) and return what each has found; all fail together with what it said."""
+    settings, out = folder / "settings.json", folder / "found.json"
+    settings.write_text(json.dumps({"config": config, "folder": str(folder), "out": str(out)}))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env.update(TOKENIZERS_PARALLELISM="false", GLOO_SOCKET_IFNAME="lo", TASKOFFER_TUNING_PATH=str(folder / "none"))
+    ended = libraries.run([str(Path(__file__).with_name(file)), str(settings)], env)
+    assert out.exists(), ended.stdout[-8000:]
+    found = json.loads(out.read_text())
+    errors = {name: one["error"] for name, one in found.items() if "error" in one}
+    assert not errors, "\n".join(errors.values())
+    return {name: one["found"] for name, one in found.items()}
+
+
 MakeTraining = Callable[..., Training]
 
 
-def _maker(base: dict[str, Any], folder: Path, made: list[Training]) -> MakeTraining:
+def _maker(base: dict[str, Any], folder: Path, preloader: Preloader | None, made: list[Training]) -> MakeTraining:
     def make(name: str = "run", /, **changes: Any) -> Training:
         place = folder / name
         config = merge(base, {"outputDir": str(place / "out"), "checkpointDir": str(place / "checkpoints")})
-        training = Training(place, merge(config, changes))
+        training = Training(place, merge(config, changes), preloader)
         made.append(training)
         return training
 
@@ -248,18 +325,36 @@ def _maker(base: dict[str, Any], folder: Path, made: list[Training]) -> MakeTrai
 
 
 @pytest.fixture
-def training(base_config: dict[str, Any], tmp_path: Path) -> Iterator[MakeTraining]:
+def training(base_config: dict[str, Any], tmp_path: Path, preloader: Preloader | None) -> Iterator[MakeTraining]:
     """Make trainings that are ended with the test."""
     made: list[Training] = []
-    yield _maker(base_config, tmp_path, made)
+    yield _maker(base_config, tmp_path, preloader, made)
     for one in made:
         one.kill()
 
 
 @pytest.fixture(scope="module")
-def shared_training(base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeTraining]:
+def shared_training(
+    base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, preloader: Preloader | None
+) -> Iterator[MakeTraining]:
     """Make trainings that several tests of a module look at."""
     made: list[Training] = []
-    yield _maker(base_config, tmp_path_factory.mktemp("shared"), made)
+    yield _maker(base_config, tmp_path_factory.mktemp("shared"), preloader, made)
     for one in made:
         one.kill()
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cache, and a hub and a web server to fill it from; what runs there is ended with the test."""
+    # Imported here, because it imports this module.
+    from .step_runs import Place
+
+    folder = tmp_path / "place"
+    folder.mkdir()
+    with hub_server() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        found = Place(folder, hub)
+        yield found
+        found.stop()

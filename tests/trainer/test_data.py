@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskoffer.api.contract import DataConfig, InstructColumns
-from taskoffer_trainer.data import Example, build_examples, read_rows, split_rows
+from taskoffer_trainer.data import read_rows, split_rows
 from taskoffer_trainer.failures import TrainerError
-from taskoffer_trainer.tokens import IGNORED, tokenize
+from taskoffer_trainer.instruct_data import Example, build_examples
+from taskoffer_trainer.tokens import IGNORED, Cuts, tokenize
 
 pytestmark = pytest.mark.trainer
 
@@ -21,6 +22,7 @@ ROWS: list[dict[str, Any]] = [
     {"instruction": "Add", "input": "2 and 3", "output": "5"},
     {"instruction": "Say {input}", "input": "", "output": "no"},
 ]
+NAMES = ["instruction", "input", "output"]
 COLUMNS = InstructColumns(field_instruction="instruction", field_input="input", field_output="output")
 
 
@@ -49,9 +51,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_every_format_gives_the_same_rows(file_format: str, tmp_path: Path) -> None:
     path = write(tmp_path / f"rows.{file_format}", [{**row, "more": "x"} for row in ROWS])
     data = DataConfig.model_validate({"path": str(path), "fileFormat": file_format})
-    assert read_rows(data, COLUMNS) == ROWS
+    assert read_rows(data, NAMES) == ROWS
     folder = DataConfig.model_validate({"path": str(tmp_path), "fileFormat": file_format})
-    assert read_rows(folder, COLUMNS) == ROWS
+    assert read_rows(folder, NAMES) == ROWS
 
 
 UNREADABLE = [
@@ -72,7 +74,7 @@ def test_what_cannot_be_read_is_said_with_its_line(file_format: str, text: str, 
     path.write_text(text)
     data = DataConfig.model_validate({"path": str(path), "fileFormat": file_format})
     with pytest.raises(TrainerError, match=words) as error:
-        read_rows(data, COLUMNS)
+        read_rows(data, NAMES)
     assert error.value.code == 65
 
 
@@ -80,14 +82,14 @@ def test_a_folder_without_matching_files_names_what_it_holds(tmp_path: Path) -> 
     (tmp_path / "rows.csv").write_text("a\n1\n")
     data = DataConfig.model_validate({"path": str(tmp_path), "fileFormat": "jsonl"})
     with pytest.raises(TrainerError, match=r"no file that ends in \.jsonl .*found \.csv"):
-        read_rows(data, COLUMNS)
+        read_rows(data, NAMES)
 
 
 def test_bytes_that_are_not_text_are_bad_data(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'{"instruction": "\xff"}\n')
     data = DataConfig.model_validate({"path": str(tmp_path / "rows.jsonl")})
     with pytest.raises(TrainerError, match="not UTF-8"):
-        read_rows(data, COLUMNS)
+        read_rows(data, NAMES)
 
 
 TEMPLATES = [
@@ -111,6 +113,8 @@ TEMPLATES = [
         Example("Be short.", "Add\n2 and 3", "5"),
     ),
     (InstructColumns(field_instruction="output"), ROWS[0], Example("", "", "5")),
+    (InstructColumns(field="input"), ROWS[0], Example("", "", "2 and 3")),
+    (COLUMNS.model_copy(update={"field": "rule"}), ROWS[0], Example("", "Add\n2 and 3", "5")),
 ]
 
 
@@ -135,7 +139,7 @@ def test_a_cell_that_is_not_text_is_named() -> None:
 
 
 def config(fraction: float, most: int) -> DataConfig:
-    return DataConfig(path="/x", eval_fraction=fraction, eval_rows_max=most)
+    return DataConfig(path="/x", eval_fraction=fraction, eval_rows_max=most, min_rows=2)
 
 
 @given(
@@ -147,13 +151,9 @@ def test_the_held_out_rows_do_not_depend_on_the_order_and_are_never_trained(
     texts: list[str], seed: int, order: Any
 ) -> None:
     examples = [Example("", "", text) for text in texts]
-    try:
-        split = split_rows(examples, config(0.3, 10), seed)
-    except TrainerError:
-        # Allowed only where the few different texts are all held out.
-        assert len(set(texts)) <= max(1, round(len(texts) * 0.3))
-        return
+    split = split_rows(examples, config(0.3, 10), seed)
     assert split.held_out
+    assert split.train
     assert not set(split.held_out) & set(split.train)
     assert len(split.held_out) <= 10
     shuffled = list(examples)
@@ -167,6 +167,22 @@ def test_as_many_rows_are_held_out_as_asked_for() -> None:
     assert len(split_rows(examples, config(0.1, 25), 1).held_out) == 25
     assert len(split_rows(examples, config(0.0001, 400), 1).held_out) == 1
     assert split_rows(examples, config(0.1, 400), 1).held_out != split_rows(examples, config(0.1, 400), 2).held_out
+
+
+def test_rows_that_say_the_same_are_held_out_together_and_no_more_than_asked_for() -> None:
+    """Ten texts fifty times each: a tenth of the rows is one text, not all ten."""
+    examples = [Example("", "", str(number % 10)) for number in range(500)]
+    split = split_rows(examples, config(0.1, 400), 1)
+    assert (len(split.held_out), len(set(split.held_out)), len(split.train)) == (50, 1, 450)
+
+
+def test_too_few_rows_and_rows_that_all_say_the_same_are_refused() -> None:
+    few = [Example("", "", str(number)) for number in range(7)]
+    with pytest.raises(TrainerError, match=r"7 usable rows; data\.minRows asks for at least 8") as error:
+        split_rows(few, DataConfig(path="/x"), 1)
+    assert (error.value.code, error.value.reason) == (65, "TooFewRows")
+    with pytest.raises(TrainerError, match="9 rows all say the same"):
+        split_rows([Example("", "", "a")] * 9, DataConfig(path="/x"), 1)
 
 
 class WordTokenizer:
@@ -185,18 +201,34 @@ class WordTokenizer:
 
 def test_only_the_answer_counts_for_the_loss() -> None:
     tokenizer = WordTokenizer()
-    (row,) = tokenize([Example("be kind", "two words", "the answer")], tokenizer, 100, "training")
+    (row,) = tokenize([Example("be kind", "two words", "the answer")], tokenizer, Cuts(100, "training", 1))
     assert len(row.input_ids) == 7
     assert row.labels == [IGNORED] * 4 + row.input_ids[4:]
     assert row.labels[-1] == tokenizer.words["<end>"]
+
+
+def test_a_template_that_refuses_a_row_is_bad_data() -> None:
+    from jinja2 import TemplateError
+
+    class Strict(WordTokenizer):
+        chat_template = "strict"
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            raise TemplateError("System role not supported")
+
+    with pytest.raises(
+        TrainerError, match=r"refuses the row that begins 'Why.*System role not supported; models"
+    ) as error:
+        tokenize([Example("be kind", "Why?", "So")], Strict(), Cuts(9, "training", 1))
+    assert (error.value.code, error.value.reason) == (65, "ChatTemplateRefuses")
 
 
 def test_long_rows_are_cut_and_rows_without_room_for_an_answer_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     examples = [Example("", "a b", "c d e f"), Example("", "a b c d e f g h", "i"), Example("", "a", "b")]
-    rows = tokenize(examples, WordTokenizer(), 5, "training")
+    rows = tokenize(examples, WordTokenizer(), Cuts(5, "training", 3))
     assert [len(row.input_ids) for row in rows] == [5, 3]
     assert "2 of 3 training rows are longer than 5 tokens; 1 were cut and 1 left out" in capsys.readouterr().out
     with pytest.raises(TrainerError, match=r"train\.maxLength"):
-        tokenize(examples[1:2], WordTokenizer(), 5, "training")
+        tokenize(examples[1:2], WordTokenizer(), Cuts(5, "training", 1))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from taskoffer.api.contract import Termination
-from taskoffer_trainer.figures import largest_peaks, peaks
+from taskoffer_trainer.figures import as_held_out, largest_peaks, metrics_of, peaks
 
 pytestmark = pytest.mark.trainer
 
@@ -60,3 +60,13 @@ def test_the_largest_peak_of_all_ranks_counts() -> None:
     ]
     assert largest_peaks(said) == {"peak_host_bytes": 6, "peak_gpu_bytes": 7}
     assert largest_peaks([None]) == {"peak_host_bytes": None, "peak_gpu_bytes": None}
+
+
+def test_held_out_figures_have_names_that_the_training_itself_does_not_use() -> None:
+    assert as_held_out({"eval_loss": 1.0, "reward": 2.0}) == {"eval_loss": 1.0, "eval_reward": 2.0}
+
+
+def test_figures_travel_as_text_with_all_digits_of_counts_and_without_what_is_not_finite() -> None:
+    figures = {"tokens": 12345678901.0, "loss": 1.23456789, "nan": float("nan"), "n" * 80: -3}
+    said = [(one.name, one.value) for one in metrics_of(figures)]
+    assert said == [("loss", "1.23457"), ("n" * 64, "-3"), ("tokens", "12345678901")]

@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from taskoffer.api.contract import RunConfig, Termination
+from taskoffer_trainer.clock import Clock, process_started
 from taskoffer_trainer.launcher import RankEnd, decide, rank_environment
 
 from .conftest import MakeTraining, Training
 
 pytestmark = pytest.mark.trainer
+
+
+@pytest.fixture(scope="module")
+def preloader() -> None:
+    """Who is process 1, and of whom, is what this is about; so everything is started as in a pod."""
 
 
 def said(code: int, reason: str) -> Termination:
@@ -50,11 +58,12 @@ def test_a_rank_is_offline_and_keeps_a_thread_count_that_is_set(
     monkeypatch.setenv("RANK", "7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     config = RunConfig.model_validate(training().config)
-    alone = rank_environment(config, 0, 0, tmp_path)
+    clock = Clock.of(config, process_started())
+    alone = rank_environment(config, 0, 0, tmp_path, clock)
     assert (alone["OMP_NUM_THREADS"], alone["MKL_NUM_THREADS"], alone["HF_HUB_OFFLINE"]) == ("3", "1", "1")
     assert "RANK" not in alone
     assert alone["CUDA_VISIBLE_DEVICES"] == "2"
-    second = rank_environment(config.model_copy(update={"gpus": 2}), 1, 4711, tmp_path)
+    second = rank_environment(config.model_copy(update={"gpus": 2}), 1, 4711, tmp_path, clock)
     assert (second["RANK"], second["WORLD_SIZE"], second["MASTER_PORT"]) == ("1", "2", "4711")
     assert second["CUDA_VISIBLE_DEVICES"] == "2,3"
     for name in ("HF_HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
@@ -80,6 +89,15 @@ def is_rank(pid: int) -> bool:
         return False
     caught = int(next(line for line in status.read_text().splitlines() if line.startswith("SigCgt")).split()[1], 16)
     return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def test_process_1_serves_and_reports_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys; import taskoffer_trainer.__main__; "
+        "print(sorted({'torch', 'transformers', 'numpy', 'matplotlib', 'safetensors'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "[]\n"
 
 
 def test_one_killed_rank_ends_the_run_with_137_and_takes_the_others_along(training: MakeTraining) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from taskoffer.api.contract import DataConfig
-from taskoffer_trainer.data import build_examples, split_rows
+from taskoffer_trainer.data import split_rows
+from taskoffer_trainer.instruct_data import build_examples
 
 from .conftest import MakeTraining, Outcome, Training, merge, side_by_side
 
@@ -23,7 +24,8 @@ WRONG_CONFIGS = [
     ({"train": {"learningRate": "fast"}}, "ConfigInvalid", ["train.learningRate", '"fast"']),
     ({"lora": {"rank": 8}}, "ConfigInvalid", ["lora.rank", "not permitted"]),
     ({"model": None}, "ConfigInvalid", ["model: Field required"]),
-    ({"taskType": "DPO"}, "TaskTypeNotServed", ["DPO", "InstructText"]),
+    ({"taskType": "Chat"}, "ConfigInvalid", ["data.chat", "chatColumn"]),
+    ({"taskType": "DPO"}, "ConfigInvalid", ["data.dpo", "fieldRejected"]),
     ({"data": {"instruct": None}}, "ConfigInvalid", ["data.instruct", "fieldInstruction"]),
     ({"data": {"fileFormat": "zip"}}, "ConfigInvalid", ["data.fileFormat"]),
     ({"deadline": "2026-01-01T00:00:00"}, "ConfigInvalid", ["deadline", "time zone"]),

@@ -11,6 +11,7 @@ import pytest
 
 from taskoffer.api.contract import (
     Clamp,
+    LayerRank,
     LoraSettings,
     Metric,
     ProgressReport,
@@ -20,9 +21,11 @@ from taskoffer.api.contract import (
     rank_cap,
 )
 from taskoffer_trainer.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints, rotate
+from taskoffer_trainer.clock import Clock
 from taskoffer_trainer.config import fingerprint
 from taskoffer_trainer.lora import LinearShape, plan_ranks
-from taskoffer_trainer.progress import read_report, render_metrics, write_report
+from taskoffer_trainer.metrics import render_metrics
+from taskoffer_trainer.progress import read_report, write_report
 from taskoffer_trainer.termination import encode_termination, shorten, write_termination
 
 pytestmark = pytest.mark.trainer
@@ -56,6 +59,24 @@ def test_with_rslora_the_scale_is_kept_over_the_root_of_the_rank() -> None:
     plan = plan_ranks(SHAPES[:2], LoraSettings(r=64, lora_alpha=32, use_rslora=True))
     assert plan.rank_pattern == {"q_proj": 16}
     assert plan.alpha_pattern["q_proj"] / 16**0.5 == pytest.approx(32 / 64**0.5)
+
+
+def test_a_layer_takes_the_rank_of_its_own_and_keeps_its_scale() -> None:
+    pattern = (LayerRank(module="q_proj", r=12), LayerRank(module="k_proj", r=2))
+    plan = plan_ranks(SHAPES, LoraSettings(r=4, lora_alpha=8, rank_pattern=pattern))
+    assert plan.rank_pattern == {"q_proj": 12, r"model\.layers\.0\.k_proj": 2, r"model\.layers\.1\.k_proj": 2}
+    assert all(plan.alpha_pattern[name] / rank == 2 for name, rank in plan.rank_pattern.items())
+    assert plan.clamps == ()
+
+
+def test_a_rank_of_its_own_is_capped_and_one_that_goes_to_no_layer_is_told() -> None:
+    pattern = (LayerRank(module="q_proj", r=99), LayerRank(module="qkv_proj", r=2))
+    plan = plan_ranks(SHAPES[:2], LoraSettings(r=4, lora_alpha=8, rank_pattern=pattern))
+    assert plan.rank_pattern == {"q_proj": 16}
+    assert [(c.field, c.requested, c.effective) for c in plan.clamps] == [
+        ("lora.r[q_proj]", "99", "16"),
+        ("lora.rankPattern[qkv_proj]", "2", "none"),
+    ]
 
 
 def clamp(number: int) -> Clamp:
@@ -104,15 +125,15 @@ def test_a_report_is_replaced_in_one_step_and_starting_before_the_first(
 ) -> None:
     config = RunConfig.model_validate({**base_config, "outputDir": "/o", "checkpointDir": "/c"})
     path = tmp_path / "progress.json"
-    assert read_report(path, config, NOW).state is RunState.STARTING
+    assert read_report(path, config, Clock(NOW)).state is RunState.STARTING
     write_report(path, report(step=3))
-    assert read_report(path, config, NOW).step == 3
+    assert read_report(path, config, Clock(NOW)).step == 3
     assert [file.name for file in tmp_path.iterdir()] == ["progress.json"]
 
 
 def test_figures_that_are_not_finite_are_not_exposed() -> None:
     metrics = (Metric(name="loss", value="nan"), Metric(name="learning_rate", value="0.5"))
-    text = render_metrics(report(metrics=metrics, step=1, total_steps=4), NOW)
+    text = render_metrics(report(metrics=metrics, step=1, total_steps=4), Clock(NOW))
     assert "taskoffer_trainer_loss" not in text
     assert "taskoffer_trainer_learning_rate 0.5\n" in text
     assert "taskoffer_trainer_progress_ratio 0.25\n" in text
@@ -128,7 +149,8 @@ def make_checkpoints(config: RunConfig, losses: dict[int, float | None]) -> None
 
 ROTATIONS = [
     ({10: 3.0, 20: 2.0, 30: 1.0}, 2, [20, 30]),
-    ({10: 1.0, 20: 2.0, 30: 3.0, 100: 4.0}, 2, [10, 30, 100]),
+    ({10: 1.0, 20: 2.0, 30: 3.0, 100: 4.0}, 2, [10, 100]),
+    ({10: 1.0, 20: 2.0, 30: 3.0, 100: 4.0}, 3, [10, 30, 100]),
     ({10: 1.0, 20: 2.0}, 1, [10, 20]),
     ({10: None, 20: None}, 1, [20]),
 ]

@@ -1,58 +1,84 @@
-"""The order of the rows is a function of seed and epoch; what imports torch runs in a process of its own."""
+"""Which rows a step has is a function of seed and position; nothing here needs torch."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from typing import Any
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskoffer_trainer.stream import SampleStream, StepBatches, StepPlan
 
 pytestmark = pytest.mark.trainer
 
-_SCRIPT = """
-import json
-from types import SimpleNamespace
-from taskoffer_trainer.trainer import EpochSampler, _EpochOrder
-
-def orders(seed, lengths=None):
-    sampler = EpochSampler(200, seed, lengths)
-    callback = _EpochOrder(sampler)
-    found = []
-    for epoch in (0, 0.5, 1.0, 1.37, 2.0):
-        callback.on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
-        found.append(list(sampler))
-    return found
-
-lengths = [row % 50 for row in range(200)]
-print(json.dumps({"a": orders(1), "again": orders(1), "b": orders(2), "grouped": orders(1, lengths)}))
-"""
+LENGTHS = [row % 50 for row in range(200)]
 
 
-@pytest.fixture(scope="module")
-def orders() -> dict[str, Any]:
-    answer = subprocess.run([sys.executable, "-c", _SCRIPT], check=True, capture_output=True, text=True)
-    found = json.loads(answer.stdout)
-    assert isinstance(found, dict)
-    return found
+def positions(stream: SampleStream, first: int, count: int) -> list[int]:
+    return [stream[position] for position in range(first, first + count)]
 
 
-def test_every_epoch_has_an_order_of_its_own_also_when_entered_in_its_middle(orders: dict[str, Any]) -> None:
-    first, first_resumed, second, second_resumed, third = orders["a"]
-    assert first == first_resumed
-    assert second == second_resumed
-    assert len({tuple(order) for order in (first, second, third)}) == 3
-    assert all(sorted(order) == list(range(200)) for order in orders["a"])
+def test_every_epoch_has_an_order_of_its_own_also_when_entered_in_its_middle() -> None:
+    orders = [SampleStream(200, 1).order(epoch) for epoch in range(3)]
+    assert len({tuple(order) for order in orders}) == 3
+    assert all(sorted(order) == list(range(200)) for order in orders)
+    assert positions(SampleStream(200, 1), 230, 170) == orders[1][30:]
+    assert positions(SampleStream(200, 1), 190, 20) == orders[0][190:] + orders[1][:10]
 
 
-def test_the_order_depends_on_the_seed_alone(orders: dict[str, Any]) -> None:
-    assert orders["a"] == orders["again"]
-    assert orders["a"][0] != orders["b"][0]
+def test_the_order_depends_on_the_seed_alone() -> None:
+    assert SampleStream(200, 1).order(0) == SampleStream(200, 1).order(0) != SampleStream(200, 2).order(0)
 
 
-def test_rows_of_like_length_come_together_within_a_group(orders: dict[str, Any]) -> None:
-    order = orders["grouped"][0]
-    lengths = [row % 50 for row in order[:64]]
+def test_rows_of_like_length_come_together_within_a_group() -> None:
+    plain, grouped = SampleStream(200, 1).order(0), SampleStream(200, 1, LENGTHS).order(0)
+    lengths = [LENGTHS[row] for row in grouped[:64]]
     assert lengths == sorted(lengths, reverse=True)
-    assert set(order[:64]) == set(orders["a"][0][:64])
+    assert set(grouped[:64]) == set(plain[:64])
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "epochs", "max_steps", "steps", "seen"),
+    [
+        (10, 4, 1.0, -1, 3, 10),
+        (10, 4, 2.0, -1, 5, 20),
+        (10, 4, 0.5, -1, 2, 5),
+        (3, 4, 1.0, -1, 1, 3),
+        (10, 4, 1.0, 7, 7, 28),
+        (7, 1, 0.1, -1, 1, 1),
+    ],
+)
+def test_a_plan_counts_steps_by_epochs_or_takes_their_number(
+    rows: int, batch: int, epochs: float, max_steps: int, steps: int, seen: int
+) -> None:
+    plan = StepPlan.of(rows, batch, epochs, max_steps)
+    assert (plan.total_steps, plan.total_rows) == (steps, seen)
+    assert sum(len(plan.span(step)) for step in range(plan.total_steps)) == seen
+
+
+@given(
+    rows=st.integers(1, 60),
+    batch=st.integers(1, 17),
+    epochs=st.integers(1, 3),
+    ranks=st.sampled_from([1, 2, 4]),
+    sorted_rows=st.booleans(),
+)
+def test_every_row_is_seen_once_in_an_epoch_however_many_processes_share_a_step(
+    rows: int, batch: int, epochs: int, ranks: int, sorted_rows: bool
+) -> None:
+    plan = StepPlan.of(rows, batch, epochs, -1)
+    lengths = [(row * 7) % 11 for row in range(rows)] if sorted_rows else None
+    shares = [list(StepBatches(SampleStream(rows, 3), plan, rank, ranks, lengths)) for rank in range(ranks)]
+    alone = list(StepBatches(SampleStream(rows, 3), plan))
+    for step, whole in enumerate(alone):
+        parts = [share[step] for share in shares]
+        assert sorted(row for part in parts for row in part) == sorted(whole)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert Counter(row for step in alone for row in step) == dict.fromkeys(range(rows), epochs)
+
+
+def test_a_run_that_goes_on_has_the_steps_that_were_left() -> None:
+    plan = StepPlan.of(50, 8, 2.0, -1)
+    whole = list(StepBatches(SampleStream(50, 9), plan, 1, 2, LENGTHS))
+    assert list(StepBatches(SampleStream(50, 9), plan, 1, 2, LENGTHS, first=5)) == whole[5:]

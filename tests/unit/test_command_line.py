@@ -66,6 +66,7 @@ PRESETS = [
     "expected-value",
     "lab",
     "market-table",
+    "sound",
     "strategy-8xh100",
     "strategy-maximum-accuracy",
 ]

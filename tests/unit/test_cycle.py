@@ -14,6 +14,7 @@ from core_builders import (
     at,
     claim,
     cycle,
+    data_until,
     decide,
     node,
     offer,
@@ -31,6 +32,7 @@ from taskoffer.decision.snapshot import OfferView, PolicyView
 from taskoffer.decision.verdict import Verdict
 
 LANE = [{"name": "text", "gpus": 2, "rules": [{"gpusPerTask": 1}]}]
+STEPS = {"cache": {"claimName": "cache"}}
 LARGE_ONLY = {"sizeClasses": ["Large"], "gpusPerTask": 2}
 NOT_USABLE = PolicyView("lab", "lab-uid", 1, None, is_default=True, created=NOW, problem="filters: nonsense")
 
@@ -131,7 +133,6 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
         Reason.TASK_TYPE_NOT_ACCEPTED,
         "taskType DPO is not accepted",
     ),
-    ("its type is not served", offer(task_type="Chat"), {}, Verdict.REJECT, Reason.TASK_TYPE_NOT_SERVED, "no trainer"),
     (
         "a feature is not served",
         offer(spec={"klCoefficient": "1"}),
@@ -139,6 +140,14 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
         Verdict.REJECT,
         Reason.FEATURE_NOT_SERVED,
         "spec.klCoefficient is not served",
+    ),
+    (
+        "it brings a trainer that is not allowed",
+        offer(spec={"trainer": {"image": "mine:1"}}),
+        {},
+        Verdict.REJECT,
+        Reason.TRAINER_NOT_ALLOWED,
+        "the policy lets no offer bring its own trainer",
     ),
     (
         "its family is not accepted",
@@ -184,11 +193,20 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
     ("it wants too many GPUs", offer(gpus=8), {}, Verdict.REJECT, Reason.GPU_COUNT_NOT_ALLOWED, "hands out 1, 2, 4"),
     (
         "it does not fit the memory of its GPUs",
-        offer(model="meta-llama/Meta-Llama-3-70B", parameters=70_554_000_000),
+        offer(model="meta-llama/Llama-3.1-405B", parameters=405_000_000_000),
         {"policies": [policy(estimation=H100)]},
         Verdict.REJECT,
         Reason.INSUFFICIENT_MEMORY,
-        "needs 309.1 of 63.3 GiB on each GPU with 1 row(s) at a time (4 GPUs, DDP), with LoRA rank 8",
+        "needs 499.9 of 63.3 GiB on each GPU with 1 row(s) at a time (4 GPUs, FSDP, layers estimated from the size), "
+        "with LoRA rank 8",
+    ),
+    (
+        "its checkpoints have no room",
+        offer(model="meta-llama/Meta-Llama-3-8B", parameters=8_030_000_000),
+        {"policies": [policy(estimation={**H100, "checkpointVolume": "600M"})]},
+        Verdict.REJECT,
+        Reason.INSUFFICIENT_STORAGE,
+        "take 0.671 GB, with LoRA rank 8, and the policy's estimation.checkpointVolume is 600M",
     ),
     (
         "it cannot end in time",
@@ -311,6 +329,23 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
         Verdict.REJECT,
         Reason.EXPIRED,
         "not admitted before spec.expiresAt 2026-01-31T12:00:00Z",
+    ),
+    (
+        "the address of its data has stopped to work",
+        offer(spec={"deadline": "2026-01-31T13:00:00Z", **data_until("2026-01-31T11:59:00Z")}),
+        {},
+        Verdict.REJECT,
+        Reason.SOURCE_EXPIRES,
+        "stops to work at 2026-01-31T11:59:00Z, as spec.dataset.source.url says by expiresAt or by its signature, "
+        "and now it is 2026-01-31T12:00:00Z",
+    ),
+    (
+        "the signature of that address has ended",
+        offer(spec=data_until("2026-01-31T13:00:00Z", "X-Amz-Date=20260131T100000Z&X-Amz-Expires=3600")),
+        {},
+        Verdict.REJECT,
+        Reason.SOURCE_EXPIRES,
+        "stops to work at 2026-01-31T11:00:00Z, ",
     ),
     (
         "its deadline has passed",
@@ -552,9 +587,17 @@ def test_the_plan_wakes_at_the_next_end_of_a_waiting_offer() -> None:
         claims=full,
     )
     assert made.wake_at == NOW + timedelta(hours=1)
+    address = offer(spec=data_until("2026-01-31T12:30:00Z"))
+    assert cycle([address], policies=[policy(steps=STEPS)], claims=full).wake_at == NOW + timedelta(minutes=30)
     assert made.waiting == 3
     assert cycle([offer()], claims=full).wake_at is None
     assert cycle([offer(expires_at="2026-01-31T15:00:00Z")]).wake_at is None
+
+
+def test_an_address_of_a_bucket_is_asked_with_credentials_and_works_for_ever() -> None:
+    spec = data_until("2026-01-31T11:00:00Z")
+    spec["dataset"]["source"]["url"]["url"] = "s3://bucket/rows.jsonl"
+    assert decide(offer(spec=spec), policies=[policy(steps=STEPS)]).answer.verdict is Verdict.ADMIT
 
 
 # Moves

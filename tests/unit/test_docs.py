@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from taskoffer import presets
+from taskoffer.api.contract import PrepareConfig, ProgressReport, RunConfig, SubmitConfig
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicy, CapacityPolicySpec
 from taskoffer.api.v1alpha1.taskoffer import TaskOffer
@@ -116,7 +117,7 @@ def names_in_code() -> frozenset[str]:
 
 @cache
 def words_of_the_api() -> frozenset[str]:
-    """Return the kinds, field names and enumerated values of the CRDs."""
+    """Return the kinds, field names and enumerated values of the CRDs, and of what pods read and report."""
     found: set[str] = set()
 
     def collect(node: Any) -> None:
@@ -133,6 +134,8 @@ def words_of_the_api() -> frozenset[str]:
 
     for path in (ROOT / "crds").glob("*.yaml"):
         collect(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader))
+    for read_in_pods in (RunConfig, PrepareConfig, SubmitConfig, ProgressReport):
+        collect(read_in_pods.model_json_schema())
     for name in presets.names():
         spec = presets.load(name)["spec"]
         found.update(item["name"] for kind in ("sizeClasses", "families", "lanes") for item in spec.get(kind, ()))
@@ -148,6 +151,19 @@ def words_of_explanations() -> frozenset[str]:
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("_term", "ExplanationItem"):
                 named = [*node.args[:1], *(keyword.value for keyword in node.keywords if keyword.arg == "name")]
                 found.update(str(arg.value) for arg in named if isinstance(arg, ast.Constant))
+    return frozenset(found)
+
+
+@cache
+def reasons_of_the_trainer() -> frozenset[str]:
+    """Return the reasons with which a training ends or changes a setting, as its errors and clamps name them."""
+    found: set[str] = set()
+    for path in (ROOT / "trainer_image" / "taskoffer_trainer").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("bad_data", "TrainerError"):
+                found.update(str(arg.value) for arg in node.args[:2] if isinstance(arg, ast.Constant))
+            if isinstance(node, ast.keyword) and node.arg == "reason" and isinstance(node.value, ast.Constant):
+                found.add(str(node.value.value))
     return frozenset(found)
 
 
@@ -171,6 +187,7 @@ def test_every_camel_case_word_in_code_type_is_a_reason_a_field_or_a_class(page:
     for span in spans(page.read_text(encoding="utf-8")):
         if re.fullmatch(r"(?:[A-Z][a-z]+){2,}", span):
             known = reasons | words_of_the_api() | names_in_code() | words_of_explanations() | FOREIGN
+            known |= reasons_of_the_trainer()
             assert span in known, f"nothing is called {span}"
 
 

@@ -284,13 +284,34 @@ def test_generating_text_dominates_a_reinforcement_task() -> None:
     assert generation > 5 * text_seconds(shape, parameters, trained, speed, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "drawn", "per_token"),
+    [
+        # 8B: 32 layers, hidden 4096, intermediate 14336, keys and values 1024, rank 64. Trained: 2 x 4096 x 32 stored,
+        # 30 x 4096 + 16 x 14336 + 2.3 x 1024 + 10 x 64 in a layer, 8 x 4096 in the head. Drawn: 4 x 1024 x 32 each.
+        ("8B", None, 262_144 + 355_251.2 + 32_768 + 131_072),
+        ("8B", 4, 262_144 + 355_251.2 + 32_768),
+        # 13B, whose heads share no keys and values: 40 layers, 5120, 13824, 5120. Four that are drawn need the most.
+        ("13B", None, 409_600 + 387_200 + 40_960 + 819_200),
+        ("13B", 1, 409_600 + 387_200 + 40_960),
+        ("13B", 4, 4 * 819_200),
+    ],
+)
+def test_a_reinforcement_task_needs_what_it_draws_or_what_it_trains(
+    name: str, drawn: int | None, per_token: float
+) -> None:
+    shape, parameters = known(name)
+    made = replace(load(shape, 64, 1000, task=TaskType.GRPO, drop=False), drawn_at_once=drawn)
+    assert text_need(shape, parameters, made, ONE).per_row == pytest.approx(1000 * per_token)
+
+
 @pytest.mark.parametrize(("model", "seconds"), [(Architecture.SDXL, 0.08), (Architecture.FLUX, 0.86)])
 def test_a_picture_takes_the_known_seconds(model: Architecture, seconds: float) -> None:
     assert image_seconds(IMAGE_MODELS[model], 1024, 1, Speed(989e12, 0.35), 1) == pytest.approx(seconds, abs=0.005)
 
 
 @pytest.mark.parametrize(
-    ("model", "weights", "states"), [(Architecture.SDXL, 4.8, 8.3), (Architecture.FLUX, 22.2, 9.4)]
+    ("model", "weights", "states"), [(Architecture.SDXL, 4.8, 15.0), (Architecture.FLUX, 22.2, 23.4)]
 )
 def test_an_image_model_needs_what_was_counted(model: Architecture, weights: float, states: float) -> None:
     image = IMAGE_MODELS[model]

@@ -7,7 +7,6 @@ import pytest
 
 from core_builders import ONE_GPU, policy_spec, spec_of
 from taskoffer.api.reasons import Reason
-from taskoffer.api.tasks import TaskType
 from taskoffer.decision.evaluate import Evaluation, evaluate
 
 ACCEPTING_NOTHING = [{"name": "InstructText", "accepted": False, "weight": "1", "successRate": "1"}]
@@ -32,19 +31,12 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any], Reason, str]] = [
         "which takes InstructText",
     ),
     (
-        "a task type that no trainer method serves",
-        {"task_type": "GRPO"},
-        {},
-        Reason.TASK_TYPE_NOT_SERVED,
-        "this version trains InstructText",
-    ),
-    (
         "a model of an unlisted family",
         {"model": "tiiuae/falcon-7b"},
         {},
         Reason.MODEL_FAMILY_NOT_ACCEPTED,
         "model tiiuae/falcon-7b belongs to no family that the policy accepts (Llama, Mistral, Qwen, Gemma, Phi, "
-        "CodeLlama, DeepSeek)",
+        "CodeLlama, DeepSeek, SDXL, Flux)",
     ),
     (
         "a model without families",
@@ -120,7 +112,10 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any], Reason, str]] = [
 ]  # fmt: skip
 
 
-def evaluated(offer: dict[str, Any] | None = None, policy: dict[str, Any] | None = None) -> Evaluation:
+def evaluated(
+    offer: dict[str, Any] | None = None,
+    policy: dict[str, Any] | None = None,
+) -> Evaluation:
     return evaluate(spec_of(**{"parameters": ONE_GPU, **(offer or {})}), policy_spec(**(policy or {})))
 
 
@@ -142,7 +137,7 @@ FEATURES: list[tuple[dict[str, Any], str]] = [
     (claimless("output"), "output"),
     ({"output": {"repository": "me/out"}}, "output"),
     ({"spec": {"output": {"repository": "me/out"}}}, "output.repository"),
-    ({"spec": {"trainer": {"image": "mine:1"}}}, "trainer"),
+    ({"task_type": "Chat", "spec": {"dataset": {"chat": {"chatTemplate": "klingon"}}}}, "dataset.chat.chatTemplate"),
     ({"spec": {"klCoefficient": "0.1"}}, "klCoefficient"),
     ({"spec": {"extraDatasets": [{"name": "x/y"}]}}, "extraDatasets"),
     ({"spec": {"model": {"yarnFactor": 2}}}, "model.yarnFactor"),
@@ -163,18 +158,20 @@ def test_tracking_that_is_switched_off_is_no_obstacle() -> None:
 def test_all_refusals_are_returned_and_each_says_what_would_change_it() -> None:
     found = evaluated(
         {
-            "task_type": "DPO",
+            "task_type": "GRPO",
             "model": "tiiuae/falcon",
             "parameters": None,
             "hours": 30,
             "gpus": 8,
             "spec": {"klCoefficient": "1"},
         },
-        {"preset": "strategy-8xh100"},
+        {
+            "preset": "strategy-8xh100",
+            "task_types": [{"name": "InstructText", "accepted": True, "weight": "1", "successRate": "1"}],
+        },
     )
     assert [r.reason for r in found.refusals] == [
         Reason.TASK_TYPE_NOT_ACCEPTED,
-        Reason.TASK_TYPE_NOT_SERVED,
         Reason.MODEL_FAMILY_NOT_ACCEPTED,
         Reason.PARAMETERS_UNKNOWN,
         Reason.TIME_LIMIT_TOO_LONG,
@@ -268,9 +265,3 @@ def test_the_h100_documents_lanes(offer: dict[str, Any], lane: str, gpus: int) -
 def test_a_policy_that_accepts_nothing_says_so() -> None:
     refusals = evaluated(policy={"task_types": ACCEPTING_NOTHING}).refusals
     assert refusals[0].reason is Reason.TASK_TYPE_NOT_ACCEPTED
-
-
-def test_a_simulation_may_ask_as_if_every_task_type_were_served() -> None:
-    spec, policy = spec_of(task_type="GRPO", parameters=ONE_GPU), policy_spec()
-    assert [refusal.reason for refusal in evaluate(spec, policy).refusals] == [Reason.TASK_TYPE_NOT_SERVED]
-    assert evaluate(spec, policy, served=frozenset(TaskType)).refusals == ()

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from builders import merged
-from core_builders import HIGH_TAKES, NOW, at, claim, node, offer, policy, running, snapshot
+from core_builders import HIGH_TAKES, NOW, at, claim, data_until, node, offer, policy, running, snapshot
 from taskoffer.api.base import rfc3339
 from taskoffer.api.inquiry import Counterfactual, Explained
 from taskoffer.api.reasons import REJECT_REASONS, WAIT_REASONS, Reason
@@ -82,17 +82,29 @@ CASES: dict[str, tuple[Reason, OfferView, dict[str, Any], str]] = {
         },
         "with taskType InstructText and data of dataset.type Instruct",
     ),
-    "a task type that is not served": (
-        Reason.TASK_TYPE_NOT_SERVED,
-        offer(task_type="Image"),
-        {},
-        "with taskType InstructText and data of dataset.type Instruct",
-    ),
     "features": (
         Reason.FEATURE_NOT_SERVED,
-        offer(spec={"klCoefficient": "0.1", "trainer": {"image": "x"}, "model": {"source": None}}),
+        offer(spec={"klCoefficient": "0.1", "model": {"source": None}}),
         {},
-        "with the model on a claim, no trainer, no klCoefficient",
+        "with the model on a claim, no klCoefficient",
+    ),
+    "a trainer of its own": (
+        Reason.TRAINER_NOT_ALLOWED,
+        offer(spec={"trainer": {"image": "x"}}),
+        {},
+        "with no trainer",
+    ),
+    "a trainer of its own, and more": (
+        Reason.TRAINER_NOT_ALLOWED,
+        offer(spec={"trainer": {"image": "x"}, "klCoefficient": "0.1"}),
+        {},
+        "with no trainer and no klCoefficient",
+    ),
+    "a chat template": (
+        Reason.FEATURE_NOT_SERVED,
+        offer(task_type="Chat", spec={"dataset": {"chat": {"chatTemplate": "klingon"}}}),
+        {},
+        "with dataset.chat.chatTemplate chatml",
     ),
     "the rest of the features": (
         Reason.FEATURE_NOT_SERVED,
@@ -156,6 +168,12 @@ CASES: dict[str, tuple[Reason, OfferView, dict[str, Any], str]] = {
         {"policies": [PREDICTING]},
         "with a model of at most 28B parameters",
     ),
+    "room for checkpoints": (
+        Reason.INSUFFICIENT_STORAGE,
+        offer(**TASK),
+        {"policies": [policy(estimation={**HOURLY, "checkpointVolume": "500M"}, size_classes=[ALL])]},
+        "with a model of at most 4.72B parameters",
+    ),
     "time": (
         Reason.CANNOT_FINISH_IN_TIME,
         offer(**{**TASK, "hours": 3, "gpus": 1}),
@@ -209,6 +227,12 @@ CASES: dict[str, tuple[Reason, OfferView, dict[str, Any], str]] = {
         offer(expires_at=rfc3339(at(-60))),
         {},
         "with no expiresAt, or a later one",
+    ),
+    "an address that has stopped to work": (
+        Reason.SOURCE_EXPIRES,
+        offer(spec=data_until(rfc3339(at(-60)))),
+        {"policies": [policy(steps={"cache": {"claimName": "cache"}})]},
+        "with a new address of the data that works until 2026-01-31T",
     ),
     "past its deadline": (
         Reason.EXPIRED,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from core_builders import cycle, offer, policy, policy_spec, spec_of
+from taskoffer.api.grpo import GRPOSettings
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import GpuChoice
 from taskoffer.api.v1alpha1.estimation import DurationEstimation
 from taskoffer.api.v1alpha1.lanes import Lane, LaneRule
+from taskoffer.decision import fit as fit_module
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.prediction import predict
@@ -58,6 +61,58 @@ def test_start_evaluation_and_reserve_count_as_well() -> None:
     assert full.finish.seconds == pytest.approx(bare.finish.training * 1.1 + 300)
     assert full.finish.budget == 7200 - 600
     assert full.seconds == pytest.approx(full.finish.seconds + 600)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "length", "generated", "rounds", "compared", "basis"),
+    [
+        # Nothing is said: a row of 400 + 256 tokens, drawn in micro-batches of 4.
+        (None, 1000, 656, 256, 250, False, "of 400 tokens and 256 generated ones, MFU"),
+        # 8 completions of each prompt; 8 rows of a step are drawn at once, since up to 4 x 4 may be.
+        ({"numGenerations": 8}, 8000, 656, 256, 1000, True, "and 256 generated ones, 8 times, MFU"),
+        ({"numGenerations": 8, "beta": 0}, 8000, 656, 256, 1000, False, "and 256 generated ones, 8 times, MFU"),
+        # Shorter completions than the policy assumes leave room for the whole prompt.
+        ({"numGenerations": 2, "maxCompletionLength": 64}, 2000, 464, 64, 250, True, "and 64 generated ones, 2 times"),
+        # Of 512 tokens in all, 400 may be of the completion: 112 are left for the prompt.
+        ({"numGenerations": 2, "maxCompletionLength": 400}, 2000, 368, 256, 250, True, "of 112 tokens and 256"),
+        # 8 rows of a step are rounded up to a group of 20, which takes two rounds of up to 16: 10 in the mean.
+        ({"numGenerations": 20, "beta": 0}, 20_000, 656, 256, 2000, False, "20 times"),
+    ],
+)
+def test_a_reinforcement_task_takes_what_drawing_and_training_its_completions_take(
+    changes: dict[str, Any] | None, rows: int, length: int, generated: int, rounds: int, compared: bool, basis: str
+) -> None:
+    short = changes is not None and changes.get("maxCompletionLength") == 400
+    chosen = estimating(
+        length=512 if short else 2048, tokensPerRow=400, startSeconds=0, evaluationShare="0", reserveSeconds=0
+    )
+    size = chosen.size_classes[0]
+    grpo = None if changes is None else GRPOSettings.model_validate(changes)
+    train = size.train.model_copy(update={"grpo": grpo, "num_train_epochs": 1.0, "gradient_accumulation_steps": 2})
+    spec_policy = chosen.model_copy(update={"size_classes": (size.model_copy(update={"train": train}),)})
+    found = predict(spec_of(**LLAMA, task_type="GRPO", rows=1000, hours=900), spec_policy, 1)
+    assert found is not None
+    assert found.finish is not None
+    # 8B at rank 64: 6,979,321,856 weights and 167,772,160 of the adapter, checkpointed; attention of 32 layers of 4096;
+    # the head of 128,256 x 4096; 35 % of 989 teraflops. A token is drawn in 32 x 0.8 ms.
+    weights, adapter = 6_979_321_856, 167_772_160
+    per_token = (8 if compared else 6) * weights + 8 * adapter + 2 * length * 4096 * 32 * 4.5 + 6 * 128_256 * 4096
+    trained = rows * length * per_token / (0.35 * 989e12)
+    assert found.finish.training == pytest.approx(trained + rounds * generated * 32 * 0.8e-3, rel=1e-9)
+    assert basis in found.finish.basis
+
+
+def test_how_completions_are_drawn_counts_for_reinforcement_alone() -> None:
+    chosen = estimating()
+    size = chosen.size_classes[0]
+    train = size.train.model_copy(update={"grpo": GRPOSettings(num_generations=64)})
+    other = chosen.model_copy(update={"size_classes": (size.model_copy(update={"train": train}),)})
+    for task in ("InstructText", "DPO"):
+        spec = spec_of(**LLAMA, task_type=task, rows=1000, hours=900)
+        one, two = predict(spec, chosen, 1), predict(spec, other, 1)
+        assert one is not None
+        assert two is not None
+        assert (one.seconds, one.fit.peak) == (two.seconds, two.fit.peak)
 
 
 def test_a_training_clock_does_not_count_the_start() -> None:
@@ -140,6 +195,16 @@ def test_a_remedy_is_one_that_lane_and_policy_take() -> None:
     assert refusal.counterfactual.startswith("accepted with gpuCount 2 or timeLimitSeconds of at least 2")
 
 
+@pytest.fixture
+def copies_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A trainer that cannot share out a model's parameters."""
+    monkeypatch.setattr(fit_module, "SHARDING_SERVED", False)
+    fit_module.fit.cache_clear()
+    yield
+    fit_module.fit.cache_clear()
+
+
+@pytest.mark.usefixtures("copies_only")
 def test_fewer_gpus_are_a_remedy_where_copies_need_less_memory() -> None:
     spec = spec_of(model="x/llama", parameters=29_000_000_000, rows=10, gpus=2)
     (refusal,) = evaluate(spec, estimating()).refusals

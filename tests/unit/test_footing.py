@@ -17,7 +17,7 @@ from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.api.v1alpha1.taskoffer import ClockMode, TaskOfferSpec
 from taskoffer.decision.compute import Speed, Work, image_seconds, text_seconds
 from taskoffer.decision.facts import gather, traits_of
-from taskoffer.decision.fit import Fit, Subject, fit
+from taskoffer.decision.fit import Fit, Subject, fit, fit_by_copies
 from taskoffer.decision.footing import footings_of
 from taskoffer.decision.memory import IMAGE_MODELS
 from taskoffer.decision.outcomes import Estimate, Kind, Learned, group_of
@@ -54,14 +54,19 @@ OFFERS = st.fixed_dictionaries(
 FACTORS = st.sampled_from(["1", "1.00", "1.07", "3.5"])
 
 
-def fit_alone(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, factor: Decimal) -> Fit:
-    """Return the fit of one offer, from its own name and settings, without a look at anything kept."""
+def fits_alone(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, factor: Decimal) -> tuple[Fit, Fit | None]:
+    """Return the fit of one offer, from its own name and settings, without a look at anything kept.
+
+    Where it is shared out for the sake of its rank, the second one is that by copies.
+    """
     parameters, estimation, image = parameters_of(spec.model, None), estimation_of(policy), spec.dataset.image
     parameters = parameters or policy.filters.unknown_parameters
     assert parameters is not None
     assert estimation is not None
     subject = Subject.of(spec.model, parameters, spec.task_type, image.resolution if image else None)
-    return fit.__wrapped__(subject, requested_settings(spec, policy), estimation, gpus, factor)
+    asked = requested_settings(spec, policy)
+    found = fit.__wrapped__(subject, asked, estimation, gpus, factor)
+    return found, fit_by_copies(subject, asked, estimation, gpus, factor) if found.layout.sharded else None
 
 
 def training_alone(spec: TaskOfferSpec, policy: CapacityPolicySpec, fits: Fit, gpus: int) -> float:
@@ -97,14 +102,21 @@ def training_alone(spec: TaskOfferSpec, policy: CapacityPolicySpec, fits: Fit, g
 def check(found: Prediction | None, spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int) -> None:
     """Hold a prediction against the long way."""
     assert found is not None
-    alone = fit_alone(spec, policy, gpus, found.known.memory_factor)
-    assert found.fit == alone
+    alone, by_copies = fits_alone(spec, policy, gpus, found.known.memory_factor)
     estimation = estimation_of(policy)
     assert estimation is not None
     if estimation.duration is None or not alone.fits or spec.dataset.rows is None:
+        assert found.fit == alone
         assert found.finish is None
         return
     assert found.finish is not None
+    if by_copies is not None and found.fit == by_copies:
+        # Only where the larger rank would end too late.
+        assert found.finish.in_time
+        larger = training_alone(spec, policy, alone, gpus) * float(found.known.duration_factor)
+        assert larger + found.finish.counted - found.finish.training > found.finish.budget
+        alone = by_copies
+    assert found.fit == alone
     training = training_alone(spec, policy, alone, gpus) * float(found.known.duration_factor)
     before, duration = estimation.duration.start_seconds, estimation.duration
     assert found.finish.training == pytest.approx(training, rel=1e-12)
@@ -147,6 +159,25 @@ def test_each_offer_is_told_what_it_would_be_told_alone(asked: list[tuple[Any, A
         gathered = gather(spec, policy, "default", learned(spec, policy, counts[0], known))
         assert gathered.outlook is not None
         assert [gathered.outlook.on(gpus) for gpus in counts] == [outlook.on(gpus) for gpus in counts]
+
+
+@pytest.mark.parametrize(
+    ("hours", "layout", "rank", "in_time"),
+    [
+        # 1868 is half of what the widest layer can hold (0.5 * 5120 * 13824 / 18944); a copy has room for 285.
+        (10, "4 GPUs, FSDP", 1868, True),
+        (2, "4 GPUs, DDP", 285, True),
+        # Nothing helps: the rank that was asked for counts.
+        (1, "4 GPUs, FSDP", 1868, False),
+    ],
+)
+def test_a_rank_that_costs_the_deadline_gives_way(hours: float, layout: str, rank: int, in_time: bool) -> None:
+    spec = spec_of(model="Qwen/Qwen2.5-14B-Instruct", rows=160_000, hours=hours)
+    found = outlook_of(spec, policy_spec(preset="strategy-maximum-accuracy")).on(4)
+    assert found is not None
+    assert (found.fit.layout.name, found.fit.effective.lora.r, found.holds) == (layout, rank, in_time)
+    said = next(clamp.message for clamp in found.fit.clamps if clamp.field == "lora.r")
+    assert said.endswith("in shares (FSDP) a larger one fits, and ends too late") == (hours == 2)
 
 
 @given(st.lists(st.tuples(OFFERS, st.sampled_from(POLICIES)), max_size=6))

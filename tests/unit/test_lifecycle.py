@@ -401,6 +401,8 @@ TERMINATION = {
     "message": "fine",
     "evalLossBefore": 2.5,
     "evalLossAfter": 1.25,
+    "figuresBefore": [{"name": "eval_loss", "value": "2.5"}, {"name": "accuracy", "value": "0.5"}],
+    "figuresAfter": [{"name": "eval_loss", "value": "9"}, {"name": "eval_loss", "value": "1.25"}],
     "adapterDir": "/data/output/offer-0123abcd",
     "adapterSha256": "ab" * 32,
 }
@@ -423,6 +425,8 @@ def test_a_pod_that_succeeded_completes_the_job_with_its_result() -> None:
         "sha256": "ab" * 32,
         "evalLossBefore": "2.5",
         "evalLossAfter": "1.25",
+        "metricsBefore": [{"name": "eval_loss", "value": "2.5"}, {"name": "accuracy", "value": "0.5"}],
+        "metricsAfter": [{"name": "eval_loss", "value": "1.25"}],
     }
     assert made.notices[0].message == "trained and verified; held-out loss 2.5000 -> 1.2500"
     assert (status.attempts[0].exit_code, status.attempts[0].finished_at) == (0, at(60))
@@ -694,6 +698,23 @@ def progress(before: float | None, new: ProgressReport) -> datetime | None:
 )
 def test_progress_is_taken_once_per_interval(before: float | None, new: ProgressReport, shown: float | None) -> None:
     assert progress(before, new) == (None if shown is None else at(shown))
+
+
+def test_what_was_changed_about_the_settings_is_told_in_one_event_and_once() -> None:
+    def told(made: JobPlan) -> list[str]:
+        return [notice.message for notice in made.notices if notice.reason is Reason.SETTINGS_CLAMPED]
+
+    decided, own = (
+        {"field": field, "requested": "8", "effective": "4", "reason": "X"} for field in ("train.a", "train.b")
+    )
+    wire = make_training_job(name=NAME, spec={"run": {"clamps": [decided]}}, status={"attempts": [], "conditions": []})
+    first = look(TrainingJob.model_validate(stored(wire, uid="tj-uid")))
+    assert told(first) == ["train.a 8 → 4 (X)"]
+    wire["status"] = status_of(first).to_wire()
+    after = TrainingJob.model_validate(stored(wire, uid="tj-uid"))
+    assert told(look(after, jobs=[batch()])) == []
+    running = {"jobs": [batch()], "pods": [pod(started=5)]}
+    assert told(look(after, report=report(60, clamps=[own]), **running)) == ["train.b 8 → 4 (X)"]
 
 
 def test_progress_carries_kubeflows_field_names_and_the_trainers_clamps() -> None:

@@ -276,6 +276,7 @@ def test_predicted_times_are_corrected_and_say_so() -> None:
     assert after.record().to_wire() == {
         "trainingSeconds": round(seconds),
         "peakMemoryBytes": round(before.fit.peak),
+        "checkpointBytes": before.fit.checkpoint_bytes,
         "durationFactor": "1.12",
         "memoryFactor": "1",
     }

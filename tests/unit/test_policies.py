@@ -132,9 +132,9 @@ _ASKED_TOO_MUCH = [
     (
         "sizeClasses[Large].gpus",
         "Warning",
-        "models above about 25.47B do not fit 2 GPU(s) with InstructText and are refused",
+        "models above about 43.5B do not fit 2 GPU(s) with InstructText and are refused",
     ),
-    ("sizeClasses[Large].gpus", "Warning", "models above about 24.36B do not fit 2 GPU(s) with GRPO and are refused"),
+    ("sizeClasses[Large].gpus", "Warning", "models above about 40.83B do not fit 2 GPU(s) with GRPO and are refused"),
     (
         "sizeClasses[XLarge].lora.r",
         "Warning",
@@ -368,6 +368,102 @@ FINDINGS: list[tuple[str, dict[str, Any], tuple[NodeView, ...], list[tuple[str, 
         (node(gpus=2),),
         [("resources[0].counts", "Warning", "resources[0].counts: 4 GPUs are on no Ready node; the largest has 2")],
     ),
+    (
+        "trainers that everybody has, and that nobody has",
+        {
+            **NO_SCORE,
+            "steps": {"cache": {"claimName": "cache"}, "submitSeconds": 0},
+            "trainers": {
+                "images": ["**", "reg*.example.com/x:1", "mine*", "registry.example.com/a b", "registry.example.com/*"],
+                "repositories": [
+                    "https://git.example.com",
+                    "http://git.example.com/team/",
+                    "https://git.example.com/../team",
+                    "https://git.example.com/team",
+                ],
+            },
+        },
+        (),
+        [
+            (
+                "trainers.images[0]",
+                "Warning",
+                "trainers.images[0]: ** allows every image of every registry: name the registry, as "
+                "registry.example.com/*",
+            ),
+            (
+                "trainers.images[1]",
+                "Warning",
+                "trainers.images[1]: reg*.example.com/x:1 has a wildcard in the registry's name, where anybody can "
+                "have one that matches it",
+            ),
+            (
+                "trainers.images[2]",
+                "Warning",
+                "trainers.images[2]: mine* has a wildcard in the registry's name, where anybody can have one that "
+                "matches it",
+            ),
+            (
+                "trainers.images[3]",
+                "Warning",
+                "trainers.images[3]: 'registry.example.com/a b' matches nothing: no image reference has blanks in it",
+            ),
+            (
+                "trainers.repositories[0]",
+                "Warning",
+                "trainers.repositories[0]: https://git.example.com allows every repository of its host, whoever owns "
+                "it: name an owner, as https://git.example.com/team/",
+            ),
+            (
+                "trainers.repositories[1]",
+                "Warning",
+                "trainers.repositories[1]: http://git.example.com/team/ matches nothing: steps.network.allowHttp is "
+                "false; write https://",
+            ),
+            (
+                "trainers.repositories[2]",
+                "Warning",
+                "trainers.repositories[2]: https://git.example.com/../team matches nothing: no part of a repository's "
+                "address may begin with a dot",
+            ),
+            (
+                "steps.submitSeconds",
+                "Warning",
+                "steps.submitSeconds: 0 leaves no time to verify what another's trainer has left: one that is stopped "
+                "when its time is over has missed its deadline; set it",
+            ),
+        ],
+    ),
+    (
+        "results that are tried where their models do not fit",
+        {
+            **NO_SCORE,
+            "steps": {"cache": {"claimName": "cache"}, "memory": "4Mi"},
+            "trainers": {"images": ["registry.example.com/*"]},
+        },
+        (),
+        [
+            (
+                "steps.memory",
+                "Warning",
+                "steps.memory: 4Mi holds no model of sizeClasses[Large], from 3M parameters (0.006 GB): a result of "
+                "another's trainer is tried on its base model there",
+            ),
+        ],
+    ),
+    (
+        "trainers that are no trainers",
+        {**NO_SCORE, "steps": {"cache": {"claimName": "cache"}}, "trainers": {"image": "python:3.13"}},
+        (),
+        [
+            ("trainers", "Warning", "trainers: allows no trainer: list images or repositories, or remove it"),
+            (
+                "trainers.image",
+                "Info",
+                "trainers.image: is never used: only repositories run in it, and none is allowed",
+            ),
+        ],
+    ),
     ("no bounds at all", {"filters": {"minScore": None, "maxConcurrentJobs": None}}, (node(),), []),
 ]
 
@@ -375,6 +471,11 @@ FINDINGS: list[tuple[str, dict[str, Any], tuple[NodeView, ...], list[tuple[str, 
 @pytest.mark.parametrize(("fields", "nodes", "wanted"), [c[1:] for c in FINDINGS], ids=[c[0] for c in FINDINGS])
 def test_lint(fields: dict[str, Any], nodes: tuple[NodeView, ...], wanted: list[tuple[str, str, str]]) -> None:
     assert [(f.field, f.severity, f.message) for f in lint(policy_spec(**fields), nodes)] == wanted
+
+
+def test_trainers_of_others_need_the_steps_that_verify_their_results() -> None:
+    with pytest.raises(ValueError, match=r"trainers needs steps, .*: set steps or remove trainers"):
+        policy_spec(trainers={"images": ["registry.example.com/*"]})
 
 
 def test_the_score_range_counts_unknown_families_and_the_cap() -> None:
@@ -490,7 +591,9 @@ def test_the_lab_preset_has_the_first_documents_weights_no_lanes_and_takes_every
     manifest = presets.load("lab", image="registry.test/trainer:2")
     lab = CapacityPolicySpec.model_validate(manifest["spec"])
     assert (lab.scoring, lab.filters) == (h100.scoring, h100.filters)
-    assert set(lab.families) == {f for f in h100.families if f.name not in ("SDXL", "Flux")}
+    pictures = ("SDXL", "Flux")
+    assert {f for f in lab.families if f.name not in pictures} == {f for f in h100.families if f.name not in pictures}
+    assert {f.name for f in lab.families} >= set(pictures)
     assert lab.lanes == ()
     assert all(t.accepted for t in lab.task_types)
     assert {s.gpus for s in lab.size_classes} == {1, 2, 4}

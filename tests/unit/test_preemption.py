@@ -427,9 +427,14 @@ def test_without_its_policy_an_attempt_that_must_move_has_its_own_place_alone(
 
 
 def test_what_a_job_without_its_policy_goes_on_with_is_given_to_nobody_else() -> None:
-    gone = replace(leaving(running("a", 4), "started-uid"), policy="deleted", last=LAST)
-    # It comes between two offers of one kind, of which the first has found the node free enough.
-    pending = [high("first", gpus=1), offer("second", gpus=1, priority_class="low", created=at(1))]
-    made = plan(world(pending, [running("b", 3)], resumptions=(gone,), rules=policy(queue=QUEUE)))
+    size = {"name": "All", "minParameters": 0, "gpus": 1, "sizeEfficiency": "1", "lora": {}, "train": {}}
+    rules = policy(queue=QUEUE, estimation=HOURLY, size_classes=[size], gpu_choice="EarliestEnd")
+    large = {"parameters": 8_030_000_000, "model": "x/llama", "hours": 19, "rows": 300_000}
+    # The one GPU that is free is too slow for the first, and then the job takes it: the last must not have it too.
+    first = offer("first", **large, spec={"deadline": rfc3339(at(5000))}, priority_class="high")
+    last = offer("last", **large, gpus=1, priority_class="low")
+    one = Assignment(node_name="node-a", resource_name="nvidia.com/gpu", count=1)
+    gone = replace(leaving(running("a", 1, level=1), "started-uid"), policy="deleted", last=one)
+    made = plan(world([first, last], [running("b", 7, ends=9000)], resumptions=(gone,), rules=rules))
     assert [move.key.name for move in made.moves] == ["a-job"]
-    assert said(made) == {"first": "Admitted", "second": "WaitingForCapacity"}
+    assert said(made) == {"first": "WaitingForCapacity", "last": "WaitingForCapacity"}

@@ -29,7 +29,8 @@ ACCURACY = "strategy-maximum-accuracy"
 BALANCED = "balanced-4"
 MARKET = "market-table"
 EXPECTED = "expected-value"
-WRITTEN = [H100, ACCURACY, BALANCED, MARKET, EXPECTED]
+SOUND = "sound"
+WRITTEN = [H100, ACCURACY, BALANCED, MARKET, EXPECTED, SOUND]
 """The presets that stand for a document."""
 
 TYPES = ["InstructText", "GRPO", "Image", "DPO", "Chat"]
@@ -45,7 +46,7 @@ def judged(preset: str, changes: dict[str, Any] | None = None, **fields: Any) ->
 def reasons(preset: str, changes: dict[str, Any] | None = None, **fields: Any) -> set[Reason]:
     """Return what a preset has against an offer, apart from what this version's trainers cannot do."""
     found = {refusal.reason for refusal in judged(preset, changes, **fields).refusals}
-    return found - {Reason.TASK_TYPE_NOT_SERVED, Reason.FEATURE_NOT_SERVED}
+    return found - {Reason.FEATURE_NOT_SERVED}
 
 
 # Scores
@@ -140,6 +141,7 @@ HOURS = [
     (BALANCED, 48 * 3600 - 1, False),
     (MARKET, 365 * 86400, False),
     (EXPECTED, 365 * 86400, False),
+    (SOUND, 365 * 86400, False),
 ]
 
 
@@ -172,7 +174,7 @@ FAMILIES = {
     "codellama/CodeLlama-7b-hf": "0.90",
     "deepseek-ai/deepseek-llm-7b-base": "0.85",
 }
-UNKNOWN_FAMILY = [(ACCURACY, "0.75"), (BALANCED, "0.75"), (MARKET, "0.85"), (EXPECTED, "0.85")]
+UNKNOWN_FAMILY = [(ACCURACY, "0.75"), (BALANCED, "0.75"), (MARKET, "0.85"), (EXPECTED, "0.85"), (SOUND, "0.85")]
 
 
 @pytest.mark.parametrize("preset", WRITTEN)
@@ -212,7 +214,7 @@ def test_what_other_families_count_as(preset: str, rate: str) -> None:
 @pytest.mark.parametrize("preset", WRITTEN)
 def test_models_of_unknown_size_are_taken_by_the_markets_presets_only(preset: str) -> None:
     refused = Reason.PARAMETERS_UNKNOWN in reasons(preset, model="x/llama")
-    assert refused is (preset not in (MARKET, EXPECTED))
+    assert refused is (preset not in (MARKET, EXPECTED, SOUND))
 
 
 def test_a_policy_that_counts_deepseeks_distillates_as_qwen_names_them_in_full() -> None:
@@ -360,6 +362,16 @@ def test_the_markets_table_of_gpus(billions: str, types: str, gpus: int) -> None
     assert found == dict.fromkeys(types.split(), gpus)
 
 
+def test_the_sound_preset_is_the_markets_table_with_other_training_settings() -> None:
+    sound, market = (policy_spec(preset=name).model_dump() for name in (SOUND, MARKET))
+    for made in (sound, market):
+        for size in made["size_classes"]:
+            del size["lora"], size["train"]
+        for rule in made["task_types"]:
+            del rule["lora_rank_factor"], rule["learning_rate_factor"]
+    assert sound == market
+
+
 # Concurrency and a full node
 
 
@@ -390,6 +402,7 @@ FULL = [
     (BALANCED, Verdict.WAIT, "WaitingForCapacity"),
     (MARKET, Verdict.WAIT, "WaitingForCapacity"),
     (EXPECTED, Verdict.WAIT, "WaitingForCapacity"),
+    (SOUND, Verdict.WAIT, "WaitingForCapacity"),
 ]
 
 
@@ -500,7 +513,7 @@ def test_the_other_presets_settings(
 
 @pytest.mark.parametrize(
     ("preset", "code"),
-    [(H100, 1), (ACCURACY, 0), (BALANCED, 0), (MARKET, 1), (EXPECTED, 1), ("lab", 0)],
+    [(H100, 1), (ACCURACY, 0), (BALANCED, 0), (MARKET, 0), (EXPECTED, 0), (SOUND, 0), ("lab", 0)],
 )
 def test_lint_ends_with_1_for_presets_that_give_a_size_class_too_few_gpus(
     preset: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -149,7 +149,7 @@ def test_the_pod_keeps_the_restricted_pod_security_standard(job: TrainingJob) ->
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
-    allowed = {"configMap", "emptyDir", "persistentVolumeClaim", "name"}
+    allowed = {"configMap", "downwardAPI", "emptyDir", "persistentVolumeClaim", "name"}
     assert all(volume.keys() <= allowed for volume in pod["volumes"])
     assert pod["automountServiceAccountToken"] is False
 
@@ -208,6 +208,44 @@ def test_without_claims_the_paths_are_the_mount_points() -> None:
     assert (config.model.path, config.data.path) == ("/data/model", "/data/dataset")
     assert config.output_dir == "/data/output/offer-0123abcd"
     assert (config.deadline, config.attempt, config.gpus) == (None, 1, 2)
+
+
+CLOCKS = [("Absolute", at(3600), None), ("Training", None, 7200), ("Training", at(3600), 7200)]
+
+
+@pytest.mark.parametrize(("mode", "deadline", "limit"), CLOCKS)
+def test_the_trainer_is_told_when_its_time_ends_by_either_clock(mode: str, deadline: Any, limit: int | None) -> None:
+    """What earlier attempts took is in the deadline that their first container's start has set."""
+    made = attempt(deadline=None).model_copy(update={"deadline": deadline})
+    config = run_config(made_job(clockMode=mode, timeLimitSeconds=7200), made, 2)
+    assert (config.deadline, config.time_limit_seconds) == (deadline, limit)
+
+
+@pytest.mark.parametrize(
+    ("said", "rows", "prompts"),
+    [({}, 8, ()), ({"minRows": 3, "samplePrompts": ["Who are you?", "And I?"]}, 3, ("Who are you?", "And I?"))],
+)
+def test_the_offer_says_how_few_rows_are_enough_and_what_the_model_is_asked(
+    said: Any, rows: int, prompts: tuple[str, ...]
+) -> None:
+    config = run_config(made_job(dataset={**CLAIMS["dataset"], **said}), attempt(), 1)
+    assert (config.data.min_rows, config.sample_prompts) == (rows, prompts)
+
+
+@pytest.mark.parametrize(("seconds", "limit"), [(120, 7080), (7200, 1), (9000, 1)])
+def test_time_for_handing_over_is_taken_off_either_clock(seconds: int, limit: int) -> None:
+    output = {**CLAIMS["output"], "repository": "acme/adapter"}
+    steps = {"cache": {"claimName": "cache"}, "submitSeconds": seconds}
+    job = made_job(clockMode="Training", timeLimitSeconds=7200, **{**CLAIMS, "output": output}, steps=steps)
+    config = run_config(job, attempt(deadline=7200), 1)
+    assert config.time_limit_seconds == limit
+    assert config.deadline == at(max(0, 7200 - seconds))
+
+
+def test_the_trainer_is_told_what_was_predicted_with_what_was_learned_since() -> None:
+    predicted = {"trainingSeconds": 600, "durationFactor": "1.5"}
+    assert run_config(made_job(predicted=predicted), attempt(), 1).expected_seconds == 900
+    assert run_config(made_job(), attempt(), 1).expected_seconds is None
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_a_refusal_is_counted_under_its_reason_and_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", ["InstructText", "Chat", "DPO", "GRPO", "Image"])
-def test_every_task_type_counts_as_served(kind: str) -> None:
+def test_every_task_type_is_trained(kind: str) -> None:
     assert [run.outcome for run in run_of(entry("a", task_type=kind)).runs] == ["InTime"]
 
 
@@ -262,7 +262,8 @@ def test_a_task_is_what_can_be_done_in_time_with_the_gpus_that_do_it() -> None:
         ({"seconds": 3600}, [1, 2, 4, 8]),
         ({"seconds": 3700}, []),
         ({"seconds": 3600, "fails_after": 0.5}, []),
-        ({"seconds": 3600, "model": "meta-llama/Llama-3.1-70B", "parameters": 70_554_000_000}, []),
+        ({"seconds": 3600, "model": "meta-llama/Llama-3.1-70B", "parameters": 70_554_000_000}, [8]),
+        ({"seconds": 3600, "model": "meta-llama/Llama-3.1-405B", "parameters": 405_000_000_000}, []),
     ],
 )
 def test_what_fails_or_comes_too_late_in_any_case_is_no_task(fields: dict[str, float], counts: list[int]) -> None:

@@ -18,7 +18,6 @@ from simulation_builders import entry, run_of, trace_of
 from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
 from taskoffer.decision.evaluate import evaluate
-from taskoffer.simulation.engine import SERVED
 from taskoffer.simulation.market import Market, generate, market_gpus, offered_load, time_limit, worth_of
 from taskoffer.simulation.trace import Trace, TraceError, lines_of, read_trace, write_trace
 from taskoffer.simulation.truth import REFERENCE_SETTINGS, course_of, expiry_of
@@ -271,15 +270,12 @@ def test_most_tasks_can_be_done_on_the_markets_gpus_and_some_cannot(drawn: Trace
         outcomes[course_of(offer, REFERENCE_SETTINGS, gpus, offer.at).outcome] += 1
     assert outcomes["InTime"] / 3000 > 0.8
     assert outcomes["Late"] / 3000 > 0.02
-    # Beside the jobs that fail for reasons of their own there are models that no GPU holds.
-    assert outcomes["Failed"] / 3000 > 0.05
+    assert outcomes["Failed"] / 3000 > 0.03
 
 
 def test_no_drawn_offer_asks_for_what_is_not_served() -> None:
     policy = policy_spec(preset="strategy-8xh100")
     reasons = {
-        refusal.reason
-        for offer in generate(2, 1, 200).offers
-        for refusal in evaluate(offer.spec, policy, served=SERVED).refusals
+        refusal.reason for offer in generate(2, 1, 200).offers for refusal in evaluate(offer.spec, policy).refusals
     }
-    assert reasons.isdisjoint({Reason.FEATURE_NOT_SERVED, Reason.TASK_TYPE_NOT_SERVED, Reason.PARAMETERS_UNKNOWN})
+    assert reasons.isdisjoint({Reason.FEATURE_NOT_SERVED, Reason.PARAMETERS_UNKNOWN})

@@ -195,6 +195,15 @@ def test_a_pod_tells_how_its_container_ended() -> None:
     assert (view.exit_code, view.message, view.started_at) == (65, "no column", NOW)
 
 
+def test_a_pod_that_could_not_be_prepared_says_why_and_has_not_started() -> None:
+    raw = stored(make_pod(phase="Failed"), uid="u")
+    terminated = {"exitCode": 1, "message": "Permission denied", "startedAt": "2026-01-31T12:00:00Z"}
+    raw["status"]["initContainerStatuses"] = [{"name": "folders", "state": {"terminated": terminated}}]
+    raw["status"]["containerStatuses"] = [{"name": "trainer", "state": {"waiting": {"reason": "PodInitializing"}}}]
+    view = pod_entry(raw).view
+    assert (view.exit_code, view.message, view.started_at) == (1, "Permission denied", None)
+
+
 @pytest.mark.parametrize(
     ("status", "waiting"),
     [

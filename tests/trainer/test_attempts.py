@@ -1,0 +1,109 @@
+"""What is kept over a stop is kept exactly, the better result is exported, and a failure makes the next one gentler."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Found, MakeTraining, found_by
+from .preloaded import Preloader
+
+pytestmark = pytest.mark.trainer
+
+
+@pytest.fixture(scope="module")
+def found(base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, libraries: Preloader) -> Found:
+    return found_by("run_probes.py", base_config, tmp_path_factory.mktemp("attempts"), libraries)
+
+
+def test_warm_up_stages_and_evaluations_move_the_learning_rate(found: Found) -> None:
+    said = found["moving"]
+    # Every evaluation improves, so each raises the rate by 5 %, from the next step on; half way the stage changes.
+    assert said["losses"] == sorted(said["losses"], reverse=True)
+    factors = [1.05 ** (step // 2) * (1 if step < 6 else 0.3) for step in range(12)]
+    assert said["rates"] == pytest.approx([0.002 * factor for factor in [0, 0.5, *factors[2:]]])
+    assert said["factor"] == pytest.approx(1.05**6)
+
+
+def test_a_stopped_run_goes_on_with_the_same_rates_average_optimizer_and_weights(found: Found) -> None:
+    said = found["moving"]
+    assert said["ratesResumed"] == said["rates"]
+    assert said["factorResumed"] == said["factor"]
+    assert said["updates"] == [4, 4]
+    assert (said["weightsEqual"], said["averagesEqual"], said["optimizerEqual"]) == (True, True, True)
+
+
+def test_the_average_follows_its_formula_and_is_kept_as_an_adapter(found: Found) -> None:
+    said = found["moving"]
+    assert said["apartFromFormula"] < 1e-6
+    assert said["namesEqual"]
+    assert said["differs"]
+
+
+def test_the_average_is_exported_where_it_is_better_and_both_figures_are_said(found: Found) -> None:
+    for name, exported in (("worse", "averaged"), ("better", "trained")):
+        said = found["choice"][name]
+        trained, averaged = said["candidates"]["trained"], said["candidates"]["averaged"]
+        assert (averaged < trained) == (exported == "averaged")
+        assert said["exported"] == [exported]
+        assert said["metrics"] == pytest.approx([trained, averaged])
+        assert said["after"] == pytest.approx(said["candidates"][exported], rel=1e-5)
+
+
+def test_the_manifest_says_how_each_technique_was_done(found: Found) -> None:
+    said = found["choice"]["worse"]["inForce"]
+    assert (said["attnImplementation"], said["torchCompile"], said["fallbackProfile"]) == ("sdpa", "off", "0")
+
+
+def test_the_last_profile_goes_on_from_a_checkpoint_with_less_of_everything(found: Found) -> None:
+    said = found["fallback"]
+    assert [(clamp["field"], clamp["effective"]) for clamp in said["clamps"]] == [
+        ("lora.loraDropout", "0"),
+        ("train.perDeviceTrainBatchSize", "smallest"),
+        ("train.attnImplementation", "eager"),
+        ("train.learningRate", "0.001"),
+        ("train.adaptiveLr", "none"),
+        ("train.emaDecay", "none"),
+    ]
+    assert said["rates"] == pytest.approx([0.001] * 4)
+    assert min(said["ratesBefore"]) > 0.002
+    assert (said["dropout"], said["attention"], said["profile"]) == ("Identity", "eager", "3")
+    assert (said["rowsAtOnce"], said["average"], said["step"]) == ([1, 1], False, 12)
+    assert sum(said["losses"][8:]) / 4 < sum(said["losses"][:4]) / 4
+
+
+def test_the_compiled_model_is_called_until_its_pieces_have_changed_too_often(found: Found) -> None:
+    said = found["compiling"]
+    assert said["calls"][0] > 0
+    assert said["calls"][1] == said["calls"][0]
+    assert said["losses"] == pytest.approx(said["plain"], rel=1e-4)
+    assert (said["inForce"], [clamp["effective"] for clamp in said["clamps"]]) == ("off", ["false"])
+
+
+def test_a_model_that_cannot_be_compiled_asks_for_another_attempt(found: Found) -> None:
+    code, reason, message = found["compiling"]["failure"]
+    assert (code, reason) == (138, "CompileFailed")
+    assert "train.torchCompile" in message
+
+
+def test_a_run_without_memory_for_a_single_row_goes_on_with_the_next_profile(training: MakeTraining) -> None:
+    changes = {"lora": {"loraDropout": 0.1}, "train": {"maxSteps": 8}}
+    first = training("run", **changes)
+    first.environment["TEST_ROWS_THAT_FIT"] = "0"
+    path = Path(__file__).parent / "little_memory"
+    first.environment["PYTHONPATH"] = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
+    outcome = first.run()
+    assert (outcome.code, outcome.termination["reason"]) == (137, "OutOfMemory"), outcome.log
+    kept = json.loads((first.checkpoints / "run.json").read_text())
+    assert (kept["profile"], [one["reason"] for one in kept["fallbacks"]]) == (1, ["OutOfMemory"])
+    second = training("run", **changes, attempt=2)
+    outcome = second.run()
+    assert outcome.code == 0, outcome.log
+    clamps = {clamp["field"]: clamp for clamp in outcome.termination["clamps"]}
+    assert clamps["lora.loraDropout"]["reason"] == "FallbackProfile"
+    assert json.loads((second.adapter / "adapter_config.json").read_text())["lora_dropout"] == 0
+    assert json.loads((second.adapter / "manifest.json").read_text())["inForce"]["fallbackProfile"] == "1"

@@ -1,0 +1,240 @@
+"""The best adapter so far lies whole in the output folder at every moment from the first checkpoint on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskoffer.api.contract import RunConfig, Termination
+from taskoffer_trainer.checkpoints import finished_run, mark_finished
+from taskoffer_trainer.mirror import mirror_best, provisional_adapter, remove_provisional
+
+pytestmark = pytest.mark.trainer
+
+
+@pytest.fixture
+def config(base_config: dict[str, Any], tmp_path: Path) -> RunConfig:
+    place = {"outputDir": str(tmp_path / "out"), "checkpointDir": str(tmp_path / "checkpoints")}
+    return RunConfig.model_validate({**base_config, **place})
+
+
+def checkpoint(config: RunConfig, step: int, loss: float | None, weights: bytes = b"") -> Path:
+    """Lay down what a complete checkpoint has of what is copied."""
+    folder = Path(config.checkpoint_dir) / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    data = weights or f"weights of step {step}".encode()
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/data/model", "r": 8}))
+    files = {"adapter_model.safetensors": [len(data), hashlib.sha256(data).hexdigest()]}
+    (folder / "COMPLETE").write_text(json.dumps({"step": step, "eval_loss": loss, "files": files}))
+    return folder
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    value = json.loads((folder / "manifest.json").read_text())
+    assert isinstance(value, dict)
+    return value
+
+
+def test_without_a_checkpoint_there_is_nothing_to_keep(config: RunConfig) -> None:
+    assert mirror_best(config) is None
+    assert provisional_adapter(config) is None
+
+
+def test_what_is_kept_is_whole_says_that_it_is_provisional_and_names_the_public_base_model(config: RunConfig) -> None:
+    checkpoint(config, 5, None)
+    folder = mirror_best(config)
+    assert folder is not None
+    assert folder == provisional_adapter(config)
+    manifest = manifest_of(folder)
+    assert (manifest["provisional"], manifest["step"], manifest["evalLoss"]) == (True, 5, None)
+    assert set(manifest["files"]) == {"adapter_config.json", "adapter_model.safetensors"}
+    for name, entry in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "acme/tiny-llama"
+
+
+def test_what_its_user_needs_beside_it_is_there_too_and_in_the_manifest(config: RunConfig) -> None:
+    checkpoint(config, 5, None)
+    folder = mirror_best(config, lambda path: path.joinpath("chat_template.jinja").write_text("{{ x }}") and None)
+    assert folder is not None
+    assert manifest_of(folder)["files"]["chat_template.jinja"]["bytes"] == len("{{ x }}")
+
+
+def test_weights_on_the_same_file_system_are_not_copied_and_outlive_their_checkpoint(config: RunConfig) -> None:
+    source = checkpoint(config, 5, 1.0) / "adapter_model.safetensors"
+    folder = mirror_best(config)
+    assert folder is not None
+    kept = folder / "adapter_model.safetensors"
+    assert kept.samefile(source)
+    source.unlink()
+    assert kept.read_bytes() == b"weights of step 5"
+
+
+def test_where_files_cannot_have_two_names_they_are_copied(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    source = checkpoint(config, 5, 1.0) / "adapter_model.safetensors"
+    folder = mirror_best(config)
+    assert folder is not None
+    assert (folder / "adapter_model.safetensors").read_bytes() == source.read_bytes()
+    assert not (folder / "adapter_model.safetensors").samefile(source)
+
+
+def test_only_a_better_checkpoint_takes_the_place_of_the_one_that_is_kept(config: RunConfig) -> None:
+    kept = []
+    for step, loss in ((5, None), (8, 2.0), (16, 3.0), (24, 1.0)):
+        checkpoint(config, step, loss)
+        folder = mirror_best(config)
+        assert folder is not None
+        kept.append(manifest_of(folder)["step"])
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert kept == [5, 8, 8, 24]
+
+
+def test_what_another_run_left_under_the_same_step_is_not_taken_for_this_ones(config: RunConfig) -> None:
+    folder = checkpoint(config, 5, 1.0, b"another run's")
+    other = mirror_best(config)
+    (folder / "adapter_model.safetensors").unlink()
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    checkpoint(config, 5, 1.0, b"this run's")
+    mine = mirror_best(config)
+    assert mine is not None
+    assert mine != other
+    assert (mine / "adapter_model.safetensors").read_bytes() == b"this run's"
+    assert [path.name for path in mine.parent.iterdir()] == [mine.name]
+
+
+def test_it_goes_once_there_is_a_verified_result(config: RunConfig) -> None:
+    checkpoint(config, 5, 1.0)
+    mirror_best(config)
+    remove_provisional(config)
+    assert provisional_adapter(config) is None
+    assert list(Path(config.output_dir).iterdir()) == []
+    remove_provisional(config)
+
+
+def test_a_provisional_adapter_is_never_taken_for_a_finished_run(config: RunConfig) -> None:
+    """Neither where it lies nor under the finished one's name."""
+    checkpoint(config, 5, 1.0)
+    folder = mirror_best(config)
+    assert folder is not None
+    digest = manifest_of(folder)["files"]["adapter_model.safetensors"]["sha256"]
+    mark_finished(config, Termination(exit_code=0, reason="Completed", adapter_sha256=digest))
+    assert finished_run(config) is None
+    folder.rename(Path(config.output_dir) / "adapter")
+    assert finished_run(config) is None
+    manifest = Path(config.output_dir) / "adapter" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "provisional": False}))
+    assert finished_run(config) is not None
+
+
+# A child brings the output folder up to two checkpoints, each better than the one before, and is killed at its n-th
+# operation on files; the parent then looks at what there is. It ends when a child comes through unharmed.
+KILLS = """
+import hashlib, json, os, shutil, signal, sys
+from pathlib import Path
+from taskoffer.api.contract import RunConfig
+from taskoffer_trainer.mirror import mirror_best, provisional_adapter
+
+sys.path.insert(0, sys.argv[1])
+from mirror_pieces import lay_down
+
+config = RunConfig.model_validate_json(sys.argv[2])
+output, checkpoints = Path(config.output_dir), Path(config.checkpoint_dir)
+TOUCHING = ("open", "os.", "shutil.")
+# What the kernel was told stays told when a program is killed, and a disk is slow.
+os.fsync = lambda _: None
+
+
+def work(kill_at):
+    count = 0
+
+    def count_and_kill(event, _):
+        nonlocal count
+        if event.startswith(TOUCHING):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count_and_kill)
+    for step, loss in ((8, 2.0), (16, 1.5)):
+        lay_down(config, step, loss)
+        mirror_best(config)
+
+
+def faults():
+    if provisional_adapter(config) is None:
+        return ["there is no adapter"]
+    # Whichever of them somebody finds must be whole.
+    return [fault for folder in (output / "provisional").glob("step-*") for fault in faults_of(folder)]
+
+
+def faults_of(folder):
+    if not (folder / "manifest.json").is_file():
+        return ["there is no manifest"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = [] if manifest["provisional"] is True else ["not marked as provisional"]
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+            found.append(f"{name} is not what the manifest says")
+    return found
+
+
+kills = 0
+while True:
+    for folder in (output, checkpoints):
+        shutil.rmtree(folder, ignore_errors=True)
+    lay_down(config, 5, None)
+    mirror_best(config)
+    child = os.fork()
+    if child == 0:
+        work(kills + 1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert not faults(), (kills + 1, faults())
+    again = mirror_best(config)
+    assert not faults()
+    assert [path.name for path in again.parent.iterdir()] == [again.name]
+    if os.waitstatus_to_exitcode(status) == 0:
+        break
+    kills += 1
+print(kills)
+"""
+
+
+def test_a_kill_at_any_operation_on_files_leaves_a_whole_adapter(config: RunConfig, tmp_path: Path) -> None:
+    pieces = tmp_path / "pieces"
+    pieces.mkdir()
+    (pieces / "mirror_pieces.py").write_text(
+        "import hashlib, json\nfrom pathlib import Path\n\n\n"
+        "def lay_down(config, step, loss):\n"
+        "    folder = Path(config.checkpoint_dir) / f'checkpoint-{step}'\n"
+        "    folder.mkdir(parents=True)\n"
+        "    data = f'weights of step {step}'.encode()\n"
+        "    (folder / 'adapter_model.safetensors').write_bytes(data)\n"
+        "    (folder / 'adapter_config.json').write_text('{}')\n"
+        "    files = {'adapter_model.safetensors': [len(data), hashlib.sha256(data).hexdigest()]}\n"
+        "    record = {'step': step, 'eval_loss': loss, 'files': files}\n"
+        "    (folder / 'COMPLETE.tmp').write_text(json.dumps(record))\n"
+        "    (folder / 'COMPLETE.tmp').rename(folder / 'COMPLETE')\n"
+    )
+    wire = config.model_dump_json(by_alias=True, exclude_none=True)
+    command = [sys.executable, "-c", KILLS, str(pieces), wire]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert said.returncode == 0, said.stderr
+    # Two adapters are put together, renamed and removed; that many operations are the least there can be.
+    assert int(said.stdout) >= 25
