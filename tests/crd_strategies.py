@@ -32,7 +32,7 @@ NODES = ("fuzz-1", "fuzz-2", "no-such-node")
 """Nodes that drawn objects may be placed on. Healthy offers use others."""
 RESOURCE = "nvidia.com/gpu"
 
-_BY_PATTERN: dict[str, tuple[str, ...]] = {
+BY_PATTERN: dict[str, tuple[str, ...]] = {
     r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$": (*NODES, "a", "lab", "fuzz", "a.b-c", "0", "n" * 253),
     r"^[A-Za-z0-9][A-Za-z0-9._:-]*$": ("task", "T.1_2:3-4", "0", "t" * 128),
     r"^[^/].*$|^$": ("", "models/x", "a b", "ü/ñ", "../up", "p" * 1024),
@@ -51,6 +51,7 @@ _BY_PATTERN: dict[str, tuple[str, ...]] = {
     r"^https?://[^/ ].*$": ("https://hub.invalid", "http://x y"),
     r"^[-._a-zA-Z0-9]+$": ("token", "a.b_c-d", "-"),
 }
+"""Texts for each pattern that our schemas have, by the pattern."""
 _BY_NAME: dict[str, tuple[str, ...]] = {
     "reason": ("Admitted", "WaitingForCapacity", "Rejected", "Expired", "SomethingElse"),
     "jobName": ("fuzz-0-fuzz-0-u", "fuzz-1", "x"),
@@ -121,7 +122,7 @@ def _fitting(schema: Schema, name: str) -> Strategy:
 def _texts(schema: Schema, name: str) -> Strategy:
     if schema.get("format") == "date-time":
         return st.sampled_from(TIMES)
-    some = _BY_PATTERN[schema["pattern"]] if "pattern" in schema else _TEXTS
+    some = BY_PATTERN[schema["pattern"]] if "pattern" in schema else _TEXTS
     some = (*_BY_NAME.get(name, ()), *(("v" * schema["maxLength"],) if "pattern" not in schema else ()), *some)
     low, high = schema.get("minLength", 0), schema.get("maxLength", 10**6)
     known = st.sampled_from([text for text in some if low <= len(text) <= high])
