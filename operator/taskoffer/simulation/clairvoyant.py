@@ -108,17 +108,23 @@ def best_schedule(
         raise ValueError("two tasks have the same name")
     search = _Search(tasks, gpus, nodes, Effort(seconds, workers, seed), progress)
     search.begin(hint)
+    interrupted = False
     with ThreadPoolExecutor(max_workers=1) as pool:
-        # The search runs in a thread, so that this one hears SIGINT while the solver is busy.
+        # The search runs in a thread, so that this one hears SIGINT while the solver is busy. It looks up now and then,
+        # because a signal that another thread was given does not end its wait.
         running = pool.submit(search.run)
         try:
-            running.result()
-        except KeyboardInterrupt:
             while not running.done():
-                # Said again, because a solver that has not quite begun does not hear it.
-                search.stop.set()
-                wait([running], timeout=0.2)
+                try:
+                    if interrupted:
+                        # Said again and again, because a solver that has not quite begun does not hear it.
+                        search.stop.set()
+                    wait([running], timeout=0.2)
+                except KeyboardInterrupt:
+                    interrupted = True
             running.result()
+        finally:
+            search.stop.set()
     return search.result()
 
 
