@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from cluster_fixtures import auditor, crds, namespace
-from lab_fixtures import controlplane, node_cluster
+from lab_fixtures import controlplane, image_tools, node_cluster
 from taskoffer_lab.go_toolchain import find_go
 from taskoffer_lab.node_requirements import why_no_nodes
 from taskoffer_lab.toolchain import missing_tool_names
 
-__all__ = ["auditor", "controlplane", "crds", "namespace", "node_cluster"]
+__all__ = ["auditor", "controlplane", "crds", "image_tools", "namespace", "node_cluster"]
 
 RUNGS = ("unit", "kmock", "lab", "apiserver", "chaos", "trainer", "node")
 _MARKED = ("apiserver", "chaos", "node", "trainer")

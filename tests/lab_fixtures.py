@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from taskoffer_lab.debian import IMAGE_TOOLS, ensure_programs
+from taskoffer_lab.errors import LabError
 from taskoffer_lab.local_provider import LocalCluster, LocalProvider
 from taskoffer_lab.progress import say
 from taskoffer_lab.spec import ClusterSpec
@@ -31,3 +33,12 @@ def _lend(spec: ClusterSpec, request: pytest.FixtureRequest) -> Iterator[LocalCl
         kept = cluster.down(keep_logs=request.session.testsfailed > failed_before)
         if kept is not None:
             say(f"tests failed; the logs of cluster {cluster.name} are in {kept}")
+
+
+@pytest.fixture(scope="session")
+def image_tools() -> None:
+    """Have the programs that build and serve images, installed where that is allowed, or skip."""
+    try:
+        ensure_programs(tool.program for tool in IMAGE_TOOLS)
+    except LabError as error:
+        pytest.skip(str(error))

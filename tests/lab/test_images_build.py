@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from taskoffer_lab.debian import IMAGE_TOOLS, find_program
+from taskoffer_lab.debian import find_program
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.images.build import build_image, local_name, push_image
 from taskoffer_lab.images.registry import Registry, has_tag
@@ -25,10 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.skipif(os.getuid() != 0, reason="building images needs root"),
-    *(
-        pytest.mark.skipif(find_program(tool.program) is None, reason=f"{tool.program} is missing")
-        for tool in IMAGE_TOOLS
-    ),
+    pytest.mark.usefixtures("image_tools"),
 ]
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from taskoffer_lab.debian import find_program
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.images import registry as registry_module
 from taskoffer_lab.images.registry import Registry, has_tag, mark_used, prune_registry, registry_command
@@ -22,7 +21,7 @@ from taskoffer_lab.process_table import wait_until
 REPOSITORY = Path(__file__).parents[2]
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
-needs_registry = pytest.mark.skipif(find_program("docker-registry") is None, reason="docker-registry is missing")
+needs_registry = pytest.mark.usefixtures("image_tools")
 
 
 @pytest.fixture(autouse=True)
