@@ -813,7 +813,9 @@ def test_an_attempt_waits_for_the_pods_of_a_training_job_that_was_deleted() -> N
     made = look(job([]), pods=[pod(SECOND, started=5)])
     assert made.actions == ()
     assert said(made, "Running") == ("False", "Pending")
-    assert look(job([]), pods=[ended(143, job_name=SECOND)]).actions == (EnsureAttempt(status_of(made).attempts[0], 1),)
+    assert look(job([]), pods=[ended(143, job_name=SECOND)]).actions == (
+        EnsureAttempt(status_of(made).attempts[0], 1, 3590),
+    )
 
 
 # Preemption

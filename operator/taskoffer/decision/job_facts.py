@@ -116,7 +116,7 @@ class EnsureAttempt:
     attempt: Attempt
     number: int
     seconds: int | None = None
-    """What a trainer that the offer has brought has left; None for ours, which knows its deadline."""
+    """What the attempt has left when its Job is made; None for our trainer before its clock has started."""
 
 
 @dataclass(frozen=True, slots=True)

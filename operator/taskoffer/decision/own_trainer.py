@@ -180,9 +180,14 @@ def training_ends(run: Run, attempt: Attempt) -> datetime | None:
 
 
 def training_seconds(run: Run, attempt: Attempt, now: datetime) -> int | None:
-    """Return the seconds that an offer's own trainer has when it starts now; None for ours."""
+    """Return the seconds that an attempt has whose Job is made now.
+
+    Kubernetes counts a Job's time from its creation, which can come long after the admission: what was fetched
+    meanwhile, or who was asked to make room, is off the same clock. Our trainer has until its deadline, and None
+    before a Training clock has started; one that an offer has brought has a time of its own even then.
+    """
     if run.trainer is None:
-        return None
+        return None if attempt.deadline is None else max(1, int((attempt.deadline - now).total_seconds()))
     limit, ends = run.time_limit_seconds - _submit_seconds(run), training_ends(run, attempt)
     left = limit if ends is None else min(limit, int((ends - now).total_seconds()))
     return max(1, left)
