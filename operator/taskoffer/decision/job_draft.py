@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
+from taskoffer.api.contract import Termination
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.trainingjob import Attempt, AttemptOutcome, StepName, StepStatus, TrainingJobStatus
@@ -26,6 +27,11 @@ class JobDraft:
         self.run_spec = facts.job.spec.run
         # Whatever answers in the pod of a trainer that the offer has brought is not ours.
         self.report = facts.report if self.run_spec.trainer is None else None
+        # The last report stays known after its attempt, whose last words come after it.
+        running = attempts[-1].outcome is None and self.report is not None and self.report.attempt == len(attempts)
+        self._present_report = self.report if running else None
+        self.termination: Termination | None = None
+        """What the last attempt's container has left, where that has ended and is ours."""
         self.attempts = list(attempts)
         self.current = attempts[-1]
         self.notices: list[Notice] = []
@@ -96,7 +102,7 @@ class JobDraft:
         before = self.facts.job.status
         if self.trainer_status is not None and train == "Succeeded":
             self.trainer_status = at_its_end(self.trainer_status)
-        clamps = clamps_of(before.clamps, self.run_spec.clamps, self.report)
+        clamps = clamps_of(before.clamps, self.run_spec.clamps, self._present_report, self.termination)
         self.notices.extend(notice_of(before.clamps, clamps))
         status = TrainingJobStatus(
             observed_generation=self.facts.job.metadata.generation,

@@ -80,6 +80,7 @@ class _Pass(OwnTrainerDraft):
         self.job = facts.jobs.get(self.current.job_name)
         own = [p for p in facts.pods if p.job_name == self.current.job_name]
         self.pod = max(own, key=lambda p: (not p.terminal, p.created, p.name), default=None)
+        self.termination = self._said(self.pod) if self.pod is not None and self.pod.terminal else None
 
     def run(self) -> JobPlan:
         if self._cancelled():
@@ -219,7 +220,7 @@ class _Pass(OwnTrainerDraft):
         return self.facts.now
 
     def _ended(self, pod: PodView) -> JobPlan:
-        report = self._said(pod)
+        report = self.termination
         finished = self._by_own_clock(pod.finished_at or self.facts.now)
         if not pod.succeeded and self._was_stopped_by_clock(finished):
             return self._trained_by_clock(finished, pod.exit_code)
