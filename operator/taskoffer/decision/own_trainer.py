@@ -176,7 +176,7 @@ def training_ends(run: Run, attempt: Attempt) -> datetime | None:
     """
     if run.trainer is None or attempt.deadline is None:
         return None
-    return max(attempt.created_at, later(attempt.deadline, -_submit_seconds(run)))
+    return max(attempt.created_at, later(attempt.deadline, -submit_seconds(run)))
 
 
 def training_seconds(run: Run, attempt: Attempt, now: datetime) -> int | None:
@@ -188,7 +188,7 @@ def training_seconds(run: Run, attempt: Attempt, now: datetime) -> int | None:
     """
     if run.trainer is None:
         return None if attempt.deadline is None else max(1, int((attempt.deadline - now).total_seconds()))
-    limit, ends = run.time_limit_seconds - _submit_seconds(run), training_ends(run, attempt)
+    limit, ends = run.time_limit_seconds - submit_seconds(run), training_ends(run, attempt)
     left = limit if ends is None else min(limit, int((ends - now).total_seconds()))
     return max(1, left)
 
@@ -198,5 +198,6 @@ def starts_its_clock(run: Run, attempt: Attempt) -> bool:
     return run.clock_mode is ClockMode.TRAINING and attempt.deadline is None
 
 
-def _submit_seconds(run: Run) -> int:
+def submit_seconds(run: Run) -> int:
+    """Return the seconds before a deadline that a policy keeps for handing a result over."""
     return run.steps.submit_seconds if run.steps is not None else 0
