@@ -90,7 +90,7 @@ def test_a_model_that_cannot_be_compiled_asks_for_another_attempt(found: Found) 
     assert "train.torchCompile" in message
 
 
-def test_a_run_without_memory_for_a_single_row_goes_on_with_the_next_profile(training: MakeTraining) -> None:
+def test_a_run_without_memory_for_a_single_row_goes_on_with_the_profile_for_that(training: MakeTraining) -> None:
     changes = {"lora": {"loraDropout": 0.1}, "train": {"maxSteps": 8}}
     first = training("run", **changes)
     first.environment["TEST_ROWS_THAT_FIT"] = "0"
@@ -99,11 +99,11 @@ def test_a_run_without_memory_for_a_single_row_goes_on_with_the_next_profile(tra
     outcome = first.run()
     assert (outcome.code, outcome.termination["reason"]) == (137, "OutOfMemory"), outcome.log
     kept = json.loads((first.checkpoints / "run.json").read_text())
-    assert (kept["profile"], [one["reason"] for one in kept["fallbacks"]]) == (1, ["OutOfMemory"])
+    assert (kept["profile"], [one["reason"] for one in kept["fallbacks"]]) == (2, ["OutOfMemory"])
     second = training("run", **changes, attempt=2)
     outcome = second.run()
     assert outcome.code == 0, outcome.log
     clamps = {clamp["field"]: clamp for clamp in outcome.termination["clamps"]}
     assert clamps["lora.loraDropout"]["reason"] == "FallbackProfile"
     assert json.loads((second.adapter / "adapter_config.json").read_text())["lora_dropout"] == 0
-    assert json.loads((second.adapter / "manifest.json").read_text())["inForce"]["fallbackProfile"] == "1"
+    assert json.loads((second.adapter / "manifest.json").read_text())["inForce"]["fallbackProfile"] == "2"

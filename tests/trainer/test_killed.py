@@ -10,12 +10,17 @@ import json
 import os
 import random
 import signal
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+
+from taskoffer.api.contract import SubmitConfig, Termination
+from taskoffer_trainer.interrupt import Interrupt
+from taskoffer_trainer.submit import submit
 
 from .conftest import MakeTraining, Outcome, Training
 
@@ -53,6 +58,8 @@ class Killed:
     training: Training
     rank_killed: Outcome
     report: dict[str, Any]
+    handed_over: Termination
+    place: Path
     done: Outcome
     first_report: dict[str, Any]
 
@@ -83,7 +90,29 @@ def killed(shared_training: MakeTraining) -> Killed:
     rank_killed = run.finish()
     report = json.loads((training.output / "report.json").read_text())
     assert_whole(provisional(training)[-1])
-    return Killed(training, rank_killed, report, attempt(training, KILLS + 2).run(), first_report)
+    place = training.folder / "handed-over"
+    with warnings.catch_warnings():
+        # PEFT asks transformers for something by its older name.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        handed_over = submit(best_of(training, place), Interrupt())
+    done = attempt(training, KILLS + 2).run()
+    return Killed(training, rank_killed, report, handed_over, place, done, first_report)
+
+
+def best_of(training: Training, place: Path) -> SubmitConfig:
+    """What the submit step is told when no attempt is left."""
+    return SubmitConfig.model_validate(
+        {
+            "jobName": training.config["jobName"],
+            "taskID": training.config["taskID"],
+            "adapterDir": str(training.output / "provisional"),
+            "baseModel": training.config["model"]["name"],
+            "baseModelPath": training.config["model"]["path"],
+            "target": {"folder": str(place)},
+            "unverified": True,
+            "provisional": True,
+        }
+    )
 
 
 def test_the_end_is_predicted_before_anything_was_measured(killed: Killed) -> None:
@@ -98,6 +127,24 @@ def test_what_a_killed_rank_leaves_is_reported_as_provisional_and_worth_another_
     assert report["adapter"].startswith("provisional/step-")
     assert report["figures"][0]["name"] == "eval_loss"
     assert [one["attempt"] for one in report["attempts"]] == [KILLS + 1]
+
+
+def test_its_end_says_where_the_best_adapter_so_far_lies_and_what_was_clamped(killed: Killed) -> None:
+    said, folder = killed.rank_killed.termination["provisional"], killed.report["adapter"]
+    assert said == {"path": str(killed.training.output / folder), "step": int(folder.split("-")[1])}
+    assert "provisional" not in killed.done.termination
+    assert {clamp["field"] for clamp in killed.rank_killed.termination["clamps"]} >= {"train.bf16"}
+
+
+def test_the_best_adapter_so_far_can_be_handed_over_and_says_what_it_is(killed: Killed) -> None:
+    folder = killed.report["adapter"].rpartition("/")[2]
+    assert killed.handed_over.exit_code == 0
+    assert killed.handed_over.adapter_dir == str(killed.training.output / "provisional" / folder)
+    manifest = assert_whole(killed.place)
+    step = int(folder.split("-")[1])
+    assert (manifest["reason"], manifest["step"], manifest["provisional"]) == ("BestSoFar", step, False)
+    card = (killed.place / "README.md").read_text()
+    assert f"The training ended early, and this is its best checkpoint, of step {step}." in card
 
 
 def test_the_next_attempt_ends_with_a_verified_adapter_in_place_of_the_provisional_one(killed: Killed) -> None:

@@ -247,6 +247,61 @@ def test_what_is_no_plain_adapter_of_this_model_is_not_handed_over(
     assert not (tmp_path / "out").exists()
 
 
+def mirrored(result: Path, step: int, **about: Any) -> Path:
+    """Lay a result down as a training of ours keeps its best adapter so far."""
+    folder = result.parent / "provisional" / f"step-{step}-0123456789ab"
+    folder.mkdir(parents=True)
+    for name in (WEIGHTS, SETTINGS):
+        shutil.copy(result / name, folder)
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path.read_bytes())} for path in folder.iterdir()
+    }
+    said = {"provisional": True, "jobName": "job", "attempt": 3, "step": step, "evalLoss": 1.5, "files": files, **about}
+    (folder / "manifest.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_of_a_training_that_ended_early_the_latest_of_its_best_adapters_is_handed_over(
+    place: Place, result: Path, fixtures_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    mirrored(result, 9)
+    latest = mirrored(result, 10)
+    (latest.parent / ".step-11-aa.tmp").mkdir()
+    what = config(place, latest.parent, fixtures_dir / "llama", out, provisional=True)
+    ended = place.submit(what)
+    assert ended.adapter_dir == str(latest)
+    manifest = json.loads((out / "manifest.json").read_text())
+    about = {name: manifest[name] for name in ("reason", "step", "attempt", "evalLoss")}
+    assert about == {"reason": "BestSoFar", "step": 10, "attempt": 3, "evalLoss": 1.5}
+    assert "its best checkpoint, of step 10" in (out / "README.md").read_text()
+
+
+NOT_THE_BEST: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "there is none": (shutil.rmtree, "ResultEmpty"),
+    "it is of another job": (
+        lambda one: one.joinpath("manifest.json").write_text('{"files": {"a": {}}}'),
+        "ManifestBroken",
+    ),
+    "it has no manifest": (lambda one: one.joinpath("manifest.json").unlink(), "ManifestMissing"),
+    "its weights are others": (lambda one: one.joinpath(WEIGHTS).write_bytes(b"x"), "FileChanged"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_THE_BEST)
+def test_what_is_not_the_best_adapter_of_this_job_is_not_handed_over(
+    case: str, place: Place, result: Path, fixtures_dir: Path, tmp_path: Path
+) -> None:
+    spoil, reason = NOT_THE_BEST[case]
+    folder = mirrored(result, 10)
+    spoil(folder)
+    what = config(place, folder.parent, fixtures_dir / "llama", tmp_path / "out", provisional=True)
+    with pytest.raises(TrainerError) as refused:
+        place.submit(what)
+    assert (refused.value.code, refused.value.reason) == (ExitCode.VERIFY_FAILED, reason)
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_many_files_are_no_result(
     place: Place, result: Path, fixtures_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ from taskoffer.api.v1alpha1.trainingjob import Attempt, TrainingJob
 from taskoffer.decision.conditions import set_condition
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.moments import later
+from taskoffer.decision.own_trainer import training_seconds
 from taskoffer.reconcile.views import OfferState, offer_entry, policy_entry, training_job_entry
 from taskoffer.render.job import attempt_job
 from virtual_time import run_virtually, virtual_time
@@ -142,7 +143,8 @@ def test_a_job_gets_no_deadline_that_overflows() -> None:
     assignments = make_admission()["assignments"]
     made = {"jobName": "a-1", "createdAt": "2026-01-31T12:00:00Z", "deadline": "9999-12-31T00:00:00Z"}
     attempt = Attempt.model_validate({**made, "assignments": assignments})
-    assert attempt_job(job, attempt, 1)["spec"]["activeDeadlineSeconds"] == 2**31 - 1
+    seconds = training_seconds(job.spec.run, attempt, NOW)
+    assert attempt_job(job, attempt, 1, seconds)["spec"]["activeDeadlineSeconds"] == 2**31 - 1
 
 
 def test_a_training_job_whose_pods_would_be_charged_to_another_offer_is_not_followed() -> None:

@@ -717,14 +717,85 @@ def test_what_was_changed_about_the_settings_is_told_in_one_event_and_once() -> 
     assert told(look(after, report=report(60, clamps=[own]), **running)) == ["train.b 8 → 4 (X)"]
 
 
+def clamp(field: str, effective: str = "4", reason: str = "FallbackProfile") -> Object:
+    return {"field": field, "requested": "8", "effective": effective, "reason": reason, "message": ""}
+
+
+DECIDED = clamp("train.a", reason="BatchClamped")
+LAST_CLAMPS: dict[str, tuple[list[Object], list[Object], list[Object], list[str], str]] = {
+    # What was reported while it ran, what its end says, what the status then says, and what the event tells.
+    "nothing was reported": ([], [clamp("train.b")], [DECIDED, clamp("train.b")], ["train.b 8 → 4"], ""),
+    "it was reported": ([clamp("train.b")], [clamp("train.b")], [DECIDED, clamp("train.b")], [], ""),
+    "it went lower after": (
+        [clamp("train.b", "4"), clamp("train.c")],
+        [clamp("train.b", "2"), clamp("train.c")],
+        [DECIDED, clamp("train.b", "2"), clamp("train.c")],
+        ["train.b 8 → 2"],
+        "",
+    ),
+    "some had no room": (
+        [clamp("train.b"), clamp("train.c")],
+        [clamp("train.b")],
+        [DECIDED, clamp("train.c"), clamp("train.b")],
+        [],
+        " (1 of 2 clamps left out)",
+    ),
+    "a decided one goes further": (
+        [],
+        [clamp("train.a", "1")],
+        [DECIDED, clamp("train.a", "1")],
+        ["train.a 8 → 1"],
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("code", [0, int(ExitCode.RESTART), int(ExitCode.BAD_DATA)])
+@pytest.mark.parametrize("case", LAST_CLAMPS)
+def test_what_only_the_end_of_an_attempt_says_of_clamped_settings_is_in_the_status_and_told_once(
+    case: str, code: int
+) -> None:
+    reported, ends_with, kept, events, cut = LAST_CLAMPS[case]
+    wire = make_training_job(name=NAME, spec={"run": {"clamps": [DECIDED]}}, status={"attempts": [attempt(started=5)]})
+    wire["status"]["clamps"] = [DECIDED, *reported]
+    message = json.dumps({"exitCode": code, "reason": "X", "message": f"x{cut}", "clamps": ends_with})
+    pods = [ended(code, succeeded=code == 0, message=message)]
+    stale = report(50, clamps=reported)
+
+    def look_again(pods: Sequence[PodView]) -> JobPlan:
+        return look(TrainingJob.model_validate(stored(wire, uid="tj-uid")), after=70, pods=pods, report=stale)
+
+    made = look_again(pods)
+    assert [one.to_wire() for one in status_of(made).clamps] == kept
+    told = [notice.message for notice in made.notices if notice.reason is Reason.SETTINGS_CLAMPED]
+    assert told == [f"{event} (FallbackProfile)" for event in events]
+    wire["status"] = status_of(made).to_wire()
+    # What it said last while it ran stays known for a while; its pod may be gone by then, or not.
+    for left in (pods, []):
+        again = look_again(left)
+        assert (again.status or status_of(made)).clamps == status_of(made).clamps
+        assert not [notice for notice in again.notices if notice.reason is Reason.SETTINGS_CLAMPED]
+
+
+def test_what_a_brought_trainer_says_of_clamps_at_its_end_is_not_taken() -> None:
+    wire = make_training_job(
+        name=NAME,
+        spec={"run": {"trainer": {"image": "registry.test/mine:1"}}},
+        status={"attempts": [attempt(started=5)]},
+    )
+    message = json.dumps({"exitCode": 0, "reason": "X", "clamps": [clamp("train.b")]})
+    theirs = TrainingJob.model_validate(stored(wire, uid="tj-uid"))
+    assert status_of(look(theirs, after=70, pods=[ended(0, succeeded=True, message=message)])).clamps == ()
+
+
 def test_progress_carries_kubeflows_field_names_and_the_trainers_clamps() -> None:
-    clamp = {"field": "lora.r", "requested": "358", "effective": "16", "reason": "RankClamped"}
+    fitted = {"field": "lora.r", "requested": "358", "effective": "16", "reason": "RankClamped"}
     said_by_trainer = report(
         5,
         progressPercentage=40,
         estimatedRemainingSeconds=9,
         metrics=[{"name": "loss", "value": "1.5"}],
-        clamps=[clamp],
+        clamps=[fitted],
     )
     made = look(job([attempt(started=5)]), jobs=[batch()], pods=[pod(started=5)], report=said_by_trainer)
     wire = status_of(made).to_wire()
@@ -734,7 +805,7 @@ def test_progress_carries_kubeflows_field_names_and_the_trainers_clamps() -> Non
         "metrics": [{"name": "loss", "value": "1.5"}],
         "lastUpdatedTime": rfc3339(at(5)),
     }
-    assert wire["clamps"] == [{**clamp, "message": ""}]
+    assert wire["clamps"] == [{**fitted, "message": ""}]
 
 
 def test_metrics_without_end_or_named_twice_leave_the_status_writable() -> None:
@@ -813,7 +884,9 @@ def test_an_attempt_waits_for_the_pods_of_a_training_job_that_was_deleted() -> N
     made = look(job([]), pods=[pod(SECOND, started=5)])
     assert made.actions == ()
     assert said(made, "Running") == ("False", "Pending")
-    assert look(job([]), pods=[ended(143, job_name=SECOND)]).actions == (EnsureAttempt(status_of(made).attempts[0], 1),)
+    assert look(job([]), pods=[ended(143, job_name=SECOND)]).actions == (
+        EnsureAttempt(status_of(made).attempts[0], 1, 3590),
+    )
 
 
 # Preemption

@@ -174,6 +174,13 @@ def test_only_ends_that_say_something_of_the_task_are_judged(fields: dict[str, A
     assert found.success is success
 
 
+def test_a_best_adapter_so_far_that_was_handed_over_is_neither_a_success_nor_a_failure() -> None:
+    early = {"reason": "AttemptsExhausted", "message": "attempt 3 ran out of memory"}
+    found = outcome_of(job(finished(), status={"earlyEnd": early}))
+    assert found is not None
+    assert found.success is None
+
+
 def test_a_pod_that_somebody_removed_is_no_failure_of_its_task() -> None:
     wire = finished(success=False, reason="AttemptsExhausted")
     del wire["status"]["attempts"][0]["exitCode"]

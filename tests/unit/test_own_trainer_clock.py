@@ -154,8 +154,12 @@ def test_it_is_told_what_is_left_by_either_clock(
     assert action.seconds == seconds
 
 
-def test_our_own_trainer_knows_its_deadline_and_is_told_nothing() -> None:
+def test_our_own_trainer_has_until_its_deadline_and_no_time_of_its_own_before_its_clock_starts() -> None:
     (action,) = look(job(run={"trainer": None}), 10).actions
+    assert isinstance(action, EnsureAttempt)
+    assert action.seconds == 3590
+    unstarted = job([attempt(started=None, deadline=None)], run={"trainer": None}, clock="Training")
+    (action,) = look(unstarted, 10, deadline=None).actions
     assert isinstance(action, EnsureAttempt)
     assert action.seconds is None
 

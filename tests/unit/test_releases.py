@@ -62,6 +62,19 @@ def test_what_a_trainer_says_of_itself_counts_before_what_was_predicted() -> Non
     assert ends(made) == [("offer-uid", 1100)]
 
 
+def test_a_job_that_ended_early_has_no_gpus_while_its_best_adapter_so_far_is_handed_over() -> None:
+    place = {"nodeName": "node-a", "resourceName": "nvidia.com/gpu", "count": 1}
+    over = {"jobName": "a-offer-ui-1", "assignments": [place], "createdAt": "2026-01-31T12:00:00Z", "outcome": "Failed"}
+    early = {"earlyEnd": {"reason": "AttemptsExhausted", "message": "attempt 3 was killed"}}
+    owner = {"apiVersion": "taskoffer.dev/v1alpha1", "kind": "TaskOffer", "name": "a", "uid": "offer-uid"}
+    for more, booked in (({}, [("offer-uid", 120)]), (early, [])):
+        made, status = world(), {"attempts": [over], **more}
+        job = make_training_job(name="a-offer-ui", offer="a", offer_uid="offer-uid", status=status)
+        job["metadata"]["ownerReferences"] = [{**owner, "controller": True}]
+        made.jobs.observe("ADDED", stored(job, uid="job-uid", resource_version="3"))
+        assert [(who, round(when)) for who, when in ends(made)] == booked
+
+
 def test_an_admission_that_is_being_written_counts_from_its_own_moment_and_is_forgotten_with_it() -> None:
     made = world(admitted=False)
     made.snapshot(NOW)

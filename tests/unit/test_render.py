@@ -18,6 +18,7 @@ from taskoffer.api.v1alpha1.taskoffer import Admission, TaskOfferStatus
 from taskoffer.api.v1alpha1.trainingjob import Attempt, TrainingJob
 from taskoffer.decision.job_facts import OfferEnd
 from taskoffer.decision.keys import OfferKey
+from taskoffer.decision.own_trainer import training_seconds
 from taskoffer.render.job import attempt_job, config_map
 from taskoffer.render.names import label_value
 from taskoffer.render.offers import decision_patch, end_patch, revocation_patch
@@ -96,7 +97,7 @@ def test_the_config_map_of_an_attempt() -> None:
 
 
 def test_the_job_of_an_attempt_with_everything_set() -> None:
-    assert_golden("job-full", attempt_job(full_job(), attempt(), 1))
+    assert_golden("job-full", attempt_job(full_job(), attempt(), 1, 3600))
 
 
 def test_the_job_of_an_attempt_with_nothing_set() -> None:
@@ -176,9 +177,23 @@ def test_kubernetes_itself_never_repeats_an_attempt() -> None:
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
 
 
-@pytest.mark.parametrize(("deadline", "active"), [(3600, 3660), (0.5, 61), (None, None)])
-def test_the_kubelets_deadline_comes_a_minute_after_the_jobs(deadline: float | None, active: int | None) -> None:
-    assert attempt_job(full_job(), attempt(deadline=deadline), 1)["spec"].get("activeDeadlineSeconds") == active
+TIMES: list[tuple[float | None, float, int | None]] = [
+    (3600, 0, 3660),
+    (10_800, 7200, 3660),
+    (0.5, 0, 61),
+    (3600, 3700, 61),
+    (None, 7200, None),
+]
+
+
+@pytest.mark.parametrize(("deadline", "made_at", "active"), TIMES)
+def test_the_kubelets_deadline_comes_a_minute_after_the_attempts_however_late_its_job_is_made(
+    deadline: float | None, made_at: float, active: int | None
+) -> None:
+    """A job is admitted at 0; what it fetches first, or who makes room for it, may take hours."""
+    job, one = full_job(), attempt(deadline=deadline)
+    seconds = training_seconds(job.spec.run, one, at(made_at))
+    assert attempt_job(job, one, 1, seconds)["spec"].get("activeDeadlineSeconds") == active
 
 
 def test_jobs_and_pods_carry_the_offers_uid() -> None:

@@ -214,6 +214,16 @@ def test_the_training_begins_once_they_are_there_and_they_are_not_fetched_again(
     assert [type(action) for action in again.actions] == [EnsureAttempt]
 
 
+def test_what_fetching_took_is_off_the_time_that_kubernetes_gives_the_training() -> None:
+    """Admitted at 0 with three hours; its Job is made after two of them."""
+    said = json.dumps({"exitCode": 0, "reason": "Completed", "message": "2 items"})
+    made, fetched = job(FETCHED), {StepName.PREPARE: made_by("prepare", ended=True, message=said)}
+    (action,) = look(made, fetched, after=7200, offer=admitted(10_800)).actions
+    assert isinstance(action, EnsureAttempt)
+    spec = attempt_job(made, action.attempt, action.number, action.seconds)["spec"]
+    assert spec["activeDeadlineSeconds"] == 3600 + 60
+
+
 def test_a_task_whose_model_and_data_lie_on_claims_has_no_such_step() -> None:
     plan = look(job({}))
     assert [type(action) for action in plan.actions] == [EnsureAttempt]

@@ -1,11 +1,16 @@
 """Gentler settings for another attempt, after one that failed for what its settings ask of the machine.
 
-A run that ran out of memory with the smallest piece, could not be compiled, or lost its gradients goes on from its
-last checkpoint with the next profile. The profiles add up, and never change the shape of the adapter:
+A run that ran out of memory with the smallest piece, could not be compiled, lost its gradients or broke for a reason
+that nobody knows goes on from its last checkpoint with a gentler profile. The profiles add up, and never change the
+shape of the adapter:
 
 1. no compilation, no dropout (which costs more than half of the activations again), few loading processes;
 2. the smallest piece at once, and attention in its plainest form;
 3. half of the learning rate, which then follows nothing, and no average of the weights.
+
+Which one comes next follows from the failure, because a job has three attempts as a rule and the profile that helps
+must be among them: a lack of memory goes to the second at once, gradients that are not finite to the third, and what
+could not be compiled or broke without a reason of its own to the next one. After that each failure goes one further.
 
 The number is kept in the checkpoint folder by the trainer itself. A stop by a signal does not raise it, and neither
 does the loss of a node, after which nothing of the trainer is left to raise it.
@@ -17,11 +22,13 @@ from collections.abc import Callable
 
 from taskoffer.api.contract import Clamp, ExitCode, RunConfig, Termination
 from taskoffer_trainer.checkpoints import read_run, write_run
+from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED
 
 __all__ = [
     "COMPILE_FAILED",
     "GRADIENTS_NOT_FINITE",
     "LAST_PROFILE",
+    "LOWER_RATE",
     "OUT_OF_MEMORY",
     "SMALLEST_PIECE",
     "TOO_MANY_ROWS",
@@ -41,6 +48,10 @@ TOO_MANY_ROWS = "TooManyRowsAtOnce"
 LAST_PROFILE = 3
 SMALLEST_PIECE = 2
 """The profile from which on as few rows as possible go through the model at once."""
+LOWER_RATE = 3
+"""The profile from which on the learning rate is half of what was asked for."""
+_ASKED_FOR = frozenset({130, int(ExitCode.STOPPED)})
+"""Ends of a rank that somebody has asked for with a signal."""
 _LOADERS = 2
 """Loading processes for each GPU that a profile leaves."""
 
@@ -123,21 +134,26 @@ def _third(config: RunConfig) -> tuple[RunConfig, _Changes]:
 _PROFILES: dict[int, Callable[[RunConfig], tuple[RunConfig, _Changes]]] = {1: _first, 2: _second, 3: _third}
 
 
-def _next_profile(config: RunConfig, profile: int) -> int | None:
-    """Return the next profile that changes anything, or ``None`` after the last."""
+def _next_profile(config: RunConfig, profile: int, first: int) -> int | None:
+    """Return the next profile from ``first`` on that changes anything, or ``None`` after the last."""
     before = len(lowered(config, profile)[1])
-    later = range(profile + 1, LAST_PROFILE + 1)
+    later = range(max(profile + 1, first), LAST_PROFILE + 1)
     return next((number for number in later if len(lowered(config, number)[1]) > before), None)
 
 
-def _for_its_settings(termination: Termination) -> bool:
-    """Tell whether a failure may go away with gentler settings.
+def _first_that_helps(termination: Termination) -> int | None:
+    """Return the first profile that may mend a failure, or ``None`` for one that gentler settings do not mend.
 
-    A kill of one rank is as a rule one for lack of memory; exit code 138 also stands for a GPU that is not there.
+    A kill of one rank is as a rule one for lack of memory; exit code 138 also stands for a GPU that is not there. A
+    fault without a reason of its own may be the machine's, but as well that of a compiled kernel or of a process that
+    loads rows.
     """
-    if termination.exit_code == ExitCode.OUT_OF_MEMORY:
-        return termination.reason != TOO_MANY_ROWS
-    return termination.exit_code == ExitCode.RESTART and termination.reason in (COMPILE_FAILED, GRADIENTS_NOT_FINITE)
+    code, reason = termination.exit_code, termination.reason
+    if code == ExitCode.OUT_OF_MEMORY:
+        return SMALLEST_PIECE if reason != TOO_MANY_ROWS else None
+    if code == ExitCode.RESTART:
+        return {COMPILE_FAILED: 1, GRADIENTS_NOT_FINITE: LOWER_RATE}.get(reason)
+    return 1 if reason in (INTERNAL_ERROR, KILLED) and code not in _ASKED_FOR else None
 
 
 def note_end(config: RunConfig, termination: Termination) -> int | None:
@@ -146,10 +162,11 @@ def note_end(config: RunConfig, termination: Termination) -> int | None:
     Returns:
         The profile of the next attempt where it has changed, else ``None``.
     """
-    if not _for_its_settings(termination):
+    first = _first_that_helps(termination)
+    if first is None:
         return None
     profile = profile_of(config)
-    following = _next_profile(config, profile)
+    following = _next_profile(config, profile, first)
     if following is None:
         return None
     said = {"attempt": config.attempt, "profile": following, "reason": termination.reason, "step": termination.step}

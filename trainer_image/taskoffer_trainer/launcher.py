@@ -31,7 +31,7 @@ from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED, STOPPED, TrainerE
 from taskoffer_trainer.fallback import note_end
 from taskoffer_trainer.figures import largest_peaks
 from taskoffer_trainer.mirror import remove_provisional
-from taskoffer_trainer.progress import ProgressServer, progress_port
+from taskoffer_trainer.progress import ProgressServer, progress_port, read_report
 from taskoffer_trainer.reporting import has_report, report_end
 from taskoffer_trainer.run_log import kept_log
 
@@ -320,6 +320,7 @@ def _attempt(config: RunConfig, clock: Clock) -> Termination:
                 print(f"trainer: {termination.message or termination.reason}, but its work was done before")
                 remove_provisional(config)
                 termination = done
+            termination = _completed(config, clock, run_dir, termination)
             # A signal does not come through here any more: what there is to save has been saved.
             report_end(config, clock, termination)
             if not received:
@@ -327,6 +328,13 @@ def _attempt(config: RunConfig, clock: Clock) -> Termination:
         finally:
             server.close()
         return termination
+
+
+def _completed(config: RunConfig, clock: Clock, run_dir: Path, termination: Termination) -> Termination:
+    """Say what a rank that failed had no time to: its clamps, and the best adapter so far."""
+    report = read_report(run_dir / "progress.json", config, clock)
+    best = report.provisional if termination.exit_code != ExitCode.DONE else None
+    return termination.model_copy(update={"clamps": termination.clamps or report.clamps, "provisional": best})
 
 
 def _fall_back(config: RunConfig, termination: Termination) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from taskoffer.api.contract import RunConfig
+from taskoffer.api.contract import PROVISIONAL_FOLDER, Provisional, RunConfig
 from taskoffer_trainer.checkpoints import (
     ADAPTER_FILE,
     COMPLETE,
@@ -29,25 +29,35 @@ from taskoffer_trainer.checkpoints import (
 )
 from taskoffer_trainer.export import described, fill
 
-__all__ = ["PROVISIONAL_FOLDER", "mirror_best", "provisional_adapter", "remove_provisional"]
-
-PROVISIONAL_FOLDER = "provisional"
-"""Folder below the output folder that holds the best adapter so far."""
+__all__ = ["best_so_far", "mirror_best", "provisional_adapter", "provisional_folders", "remove_provisional"]
 
 
-def _folders(config: RunConfig) -> list[Path]:
-    """Return the folders with an adapter, the latest step last."""
+def provisional_folders(place: Path) -> list[Path]:
+    """Return the folders with an adapter below a place, the latest step last."""
     found = []
-    for path in (Path(config.output_dir) / PROVISIONAL_FOLDER).glob("step-*-*"):
+    for path in place.glob("step-*-*"):
         number = path.name.split("-")[1]
         if path.is_dir() and number.isdecimal():
             found.append((int(number), path))
     return [path for _, path in sorted(found)]
 
 
+def _folders(config: RunConfig) -> list[Path]:
+    return provisional_folders(Path(config.output_dir) / PROVISIONAL_FOLDER)
+
+
 def provisional_adapter(config: RunConfig) -> Path | None:
     """Return the folder of the best adapter so far, or ``None`` where there is none."""
     return next(iter(reversed(_folders(config))), None)
+
+
+def best_so_far(config: RunConfig) -> Provisional | None:
+    """Return what is said of the best adapter so far, or ``None`` where there is none or its folder is unreadable."""
+    try:
+        folder = provisional_adapter(config)
+    except OSError:
+        return None
+    return None if folder is None else Provisional(step=int(folder.name.split("-")[1]), path=str(folder)[:2048])
 
 
 def mirror_best(config: RunConfig, accompany: Callable[[Path], None] = lambda _: None) -> Path | None:

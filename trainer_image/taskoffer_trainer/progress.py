@@ -17,6 +17,7 @@ from taskoffer.api.contract import PROGRESS_PORT, ExitCode, ProgressReport, RunC
 from taskoffer_trainer.clock import Clock
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.metrics import read_rank_figures, render_metrics
+from taskoffer_trainer.mirror import best_so_far
 
 __all__ = ["ProgressServer", "progress_port", "read_report", "write_report"]
 
@@ -47,12 +48,15 @@ def write_report(path: Path, report: ProgressReport) -> None:
 def read_report(path: Path, config: RunConfig, clock: Clock) -> ProgressReport:
     """Return what rank 0 wrote last, or the state ``Starting`` while it has not written anything.
 
+    The best adapter so far lies where the ranks put it; what is said of it is what lies there at this moment.
     What the operator predicted is said until something is measured, but never more than the time that there is.
     """
+    best = best_so_far(config)
     try:
-        return ProgressReport.model_validate_json(path.read_bytes())
+        return ProgressReport.model_validate_json(path.read_bytes()).model_copy(update={"provisional": best})
     except FileNotFoundError:
         return ProgressReport(
+            provisional=best,
             job_name=config.job_name,
             attempt=config.attempt,
             state=RunState.STARTING,

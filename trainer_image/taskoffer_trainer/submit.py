@@ -11,15 +11,17 @@ from taskoffer_trainer.cache import Cache
 from taskoffer_trainer.failures import COMPLETED, TrainerError
 from taskoffer_trainer.interrupt import Interrupt
 from taskoffer_trainer.listing import secret
+from taskoffer_trainer.mirror import provisional_folders
 from taskoffer_trainer.step_command import run_step
-from taskoffer_trainer.submit_verify import Part, check_result
+from taskoffer_trainer.submit_verify import Part, check_mirrored, check_result, failed
 
 __all__ = ["main", "submit"]
 
 _ABOUT = """\
 Checks the adapter that a training has left, hands it over to a hub, a folder or a bucket as a SubmitConfig file says,
 looks at what has arrived there, and gives up what the job holds in the cache. What a trainer that is not ours has left
-is loaded onto the base model and used once before; without a target it then stays where it is. Started again after it
+is loaded onto the base model and used once before, as is the best adapter so far of a training that has ended early;
+without a target it then stays where it is. Started again after it
 was stopped, it hands over what is still lacking; when all is there, it says so."""
 
 _MORE = """\
@@ -43,7 +45,7 @@ def check(config: SubmitConfig, interrupt: Interrupt) -> str:
         TrainerError: with what is wrong.
     """
     _check_secrets(config)
-    parts = _checked(config, interrupt)
+    parts = _checked(_located(config), interrupt)
     return f"{len(parts)} files of {sum(part.size for part in parts)} bytes are ready to be handed over"
 
 
@@ -54,6 +56,7 @@ def submit(config: SubmitConfig, interrupt: Interrupt) -> Termination:
         TrainerError: with what is wrong.
     """
     _check_secrets(config)
+    config = _located(config)
     parts = _checked(config, interrupt)
     published = _hand_over(config, parts, interrupt)
     if config.cache is not None:
@@ -74,7 +77,21 @@ def _checked(config: SubmitConfig, interrupt: Interrupt) -> list[Part]:
         return check_result(config, interrupt)
     from taskoffer_trainer.submit_foreign import check_foreign
 
-    return check_foreign(config, interrupt)
+    return check_foreign(config, interrupt, check_mirrored(config, interrupt) if config.provisional else None)
+
+
+def _located(config: SubmitConfig) -> SubmitConfig:
+    """Return the configuration with the folder of the adapter itself, where one of several is to be handed over.
+
+    Raises:
+        TrainerError: ``VERIFY_FAILED`` when there is none.
+    """
+    if not config.provisional:
+        return config
+    found = provisional_folders(Path(config.adapter_dir))
+    if not found:
+        raise failed("ResultEmpty", f"adapterDir: {config.adapter_dir} holds no adapter: the training has left nothing")
+    return config.model_copy(update={"adapter_dir": str(found[-1])})
 
 
 def _hand_over(config: SubmitConfig, parts: list[Part], interrupt: Interrupt) -> Published:

@@ -1,4 +1,4 @@
-"""Looks at what a trainer that is not ours has left, and makes of it a result like ours.
+"""Looks at what a trainer that is not ours, or one of ours that was stopped, has left, and makes of it a result.
 
 Nothing in that folder can be relied upon: whoever wrote it may have wanted this pod, which has the tokens, to read,
 run or upload something else. So a link or a device anywhere is the end of it; of the files only those are taken that
@@ -76,22 +76,27 @@ class _Chosen:
     left_out: tuple[str, ...]
 
 
-def check_foreign(config: SubmitConfig, interrupt: Interrupt) -> list[Part]:
+def check_foreign(config: SubmitConfig, interrupt: Interrupt, mirrored: dict[str, Any] | None = None) -> list[Part]:
     """Verify a result from nothing but its files and the base model; return what to hand over, the manifest last.
 
     The weights must be a LoRA adapter in safetensors, whole, finite and not zero, that loads onto the base model; with
     it the model must then give an answer, or the pipeline a picture, on this pod's CPU. Pickles are never read.
 
+    Args:
+        config: the step's configuration.
+        interrupt: ends the work.
+        mirrored: the manifest of the best adapter so far, where a training of ours that has ended early left it.
+
     Raises:
         TrainerError: ``VERIFY_FAILED`` with what is wrong.
     """
     try:
-        return _check(config, interrupt)
+        return _check(config, interrupt, mirrored)
     except PermissionError as error:
         raise failed("ResultRefused", f"{error.filename} cannot be read by user {os.getuid()}") from error
 
 
-def _check(config: SubmitConfig, interrupt: Interrupt) -> list[Part]:
+def _check(config: SubmitConfig, interrupt: Interrupt, mirrored: dict[str, Any] | None) -> list[Part]:
     folder, base = Path(config.adapter_dir), Path(config.base_model_path or "")
     pictures = (base / "model_index.json").is_file()
     chosen = _choose(folder, _survey(folder, interrupt), pictures)
@@ -112,7 +117,7 @@ def _check(config: SubmitConfig, interrupt: Interrupt) -> list[Part]:
                 trial = try_picture(config, chosen.weights, plain, len(shapes), interrupt)
             else:
                 trial = try_text(config, plain, len(shapes), interrupt)
-    return _completed(config, chosen, parts, trial)
+    return _completed(config, chosen, parts, trial, mirrored)
 
 
 def _survey(folder: Path, interrupt: Interrupt) -> list[Path]:
@@ -262,14 +267,16 @@ def _plain(chosen: _Chosen, folder: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _completed(config: SubmitConfig, chosen: _Chosen, parts: list[Part], trial: Trial) -> list[Part]:
+def _completed(
+    config: SubmitConfig, chosen: _Chosen, parts: list[Part], trial: Trial, mirrored: dict[str, Any] | None
+) -> list[Part]:
     """Add settings, card and manifest as our own training writes them."""
     name = config.base_model
     if chosen.settings is not None:
         settings = {"peft_type": "LORA", "inference_mode": True, "base_model_name_or_path": name, **chosen.settings}
         parts.append(Part.of(_SETTINGS, _json(settings)))
     parts += [Part.of(picture, content) for picture, content in trial.pictures.items()]
-    parts.append(Part.of(_CARD, _card(config, trial).encode()))
+    parts.append(Part.of(_CARD, _card(config, trial, mirrored).encode()))
     parts.sort(key=lambda part: part.name)
     about = {
         "provisional": False,
@@ -278,6 +285,7 @@ def _completed(config: SubmitConfig, chosen: _Chosen, parts: list[Part], trial: 
         "attempt": config.attempt,
         "baseModel": {"name": name},
         "reason": "OwnTrainer",
+        **_of_training(mirrored or {}),
         "tensors": trial.tensors,
         "parameters": trial.parameters,
         "sampleAnswers": trial.answers,
@@ -292,14 +300,23 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _card(config: SubmitConfig, trial: Trial) -> str:
+def _of_training(mirrored: dict[str, Any]) -> dict[str, Any]:
+    """Return what the manifest keeps of the one that a training of ours has written."""
+    kept = {name: mirrored[name] for name in ("attempt", "step", "evalLoss") if mirrored.get(name) is not None}
+    return {**kept, "reason": "BestSoFar"} if mirrored else {}
+
+
+def _card(config: SubmitConfig, trial: Trial, mirrored: dict[str, Any] | None) -> str:
     """Return the trainer's own card, or a plain one, with what was seen here at its end."""
     path, own = Path(config.adapter_dir) / _CARD, ""
     if path.is_file() and _is_text(path):
         own = path.read_text(encoding="utf-8").split(_CHECKED)[0].rstrip()
     lines = [own or f"# LoRA adapter for {config.base_model}", "", _CHECKED, ""]
+    made = "A trainer that the task brought has made this."
+    if mirrored is not None:
+        made = f"The training ended early, and this is its best checkpoint, of step {mirrored.get('step')}."
     lines += [
-        f"A trainer that the task brought has made this. {trial.tensors} tensors with {trial.parameters:,} parameters "
+        f"{made} {trial.tensors} tensors with {trial.parameters:,} parameters "
         "are finite, load onto the base model, and were used there once:"
     ]
     for one in trial.answers:

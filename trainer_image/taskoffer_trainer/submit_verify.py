@@ -77,6 +77,21 @@ def check_result(config: SubmitConfig, interrupt: Interrupt) -> list[Part]:
     return _completed(config, manifest, parts)
 
 
+def check_mirrored(config: SubmitConfig, interrupt: Interrupt) -> dict[str, Any]:
+    """Check that the best adapter so far is whole and of this job; return its manifest.
+
+    Raises:
+        TrainerError: ``VERIFY_FAILED`` with what is wrong.
+    """
+    folder = Path(config.adapter_dir)
+    manifest = _manifest(folder)
+    if manifest.get("jobName") != config.job_name:
+        raise failed("ManifestBroken", f"{folder / MANIFEST} is of {manifest.get('jobName')!r}, not {config.job_name}")
+    for name, about in sorted(manifest["files"].items()):
+        _part(folder, name, about, interrupt)
+    return manifest
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir() or not any(folder.iterdir()):
         raise failed("ResultEmpty", f"adapterDir: {folder} is empty or missing: the training has left nothing")

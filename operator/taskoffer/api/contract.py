@@ -18,7 +18,16 @@ from taskoffer.api.base import Time, WireModel
 from taskoffer.api.grpo import DRAWN_PER_TRAINED, GRPOSettings
 from taskoffer.api.limits import EVAL_FRACTION, EVAL_ROWS_MAX, MIN_ROWS, evaluated_rows_cap, rank_cap
 from taskoffer.api.report import AttemptEnd, FigureChange, HistoryPoint, Report, ReportedChange
-from taskoffer.api.reports import Clamp, InForce, Metric, ProgressReport, RunState, Termination
+from taskoffer.api.reports import (
+    PROVISIONAL_FOLDER,
+    Clamp,
+    InForce,
+    Metric,
+    ProgressReport,
+    Provisional,
+    RunState,
+    Termination,
+)
 from taskoffer.api.steps import (
     PREPARE_CONFIG_PATH,
     SUBMIT_CONFIG_PATH,
@@ -73,6 +82,7 @@ __all__ = [
     "POD_UID_VARIABLE",
     "PREPARE_CONFIG_PATH",
     "PROGRESS_PORT",
+    "PROVISIONAL_FOLDER",
     "SHARDING_SERVED",
     "SIGNATURE_PREFIXES",
     "SUBMIT_CONFIG_PATH",
@@ -118,6 +128,7 @@ __all__ = [
     "Optimizer",
     "PrepareConfig",
     "ProgressReport",
+    "Provisional",
     "Published",
     "RepoType",
     "Report",

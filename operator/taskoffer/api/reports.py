@@ -11,6 +11,9 @@ from taskoffer.api.base import Time, WireModel
 from taskoffer.api.steps import FetchedItem, Published
 from taskoffer.api.tuning import AppliedTuning
 
+PROVISIONAL_FOLDER = "provisional"
+"""Folder below a job's output folder that holds the best adapter so far, in a folder step-N-… of its own."""
+
 
 class Clamp(WireModel):
     """A setting that could not be taken literally: what was asked, what is done, and why."""
@@ -49,6 +52,13 @@ class InForce(WireModel):
     value: Annotated[str, StringConstraints(max_length=128)] = Field(description="What is done.")
 
 
+class Provisional(WireModel):
+    """The best adapter so far: whole, with finite values, and verified by nobody."""
+
+    step: Annotated[int, Field(ge=0)] = Field(description="Training steps behind it.")
+    path: Annotated[str, StringConstraints(max_length=2048)] = Field(description="Folder that it lies in.")
+
+
 class ProgressReport(WireModel):
     """What the trainer says of itself at ``GET /progress``.
 
@@ -72,6 +82,7 @@ class ProgressReport(WireModel):
     tuning: AppliedTuning | None = Field(None, description="The tuning in force; absent before the training.")
     clamps: tuple[Clamp, ...] = ()
     in_force: tuple[InForce, ...] = Field((), description="Techniques and how each is done in this pod.")
+    provisional: Provisional | None = Field(None, description="The best adapter so far; absent while there is none.")
 
 
 class Termination(WireModel):
@@ -95,5 +106,8 @@ class Termination(WireModel):
     peak_gpu_bytes: int | None = Field(None, description="Most memory in use on a GPU of this attempt.")
     peak_host_bytes: int | None = Field(None, description="Largest resident set of a training process.")
     clamps: tuple[Clamp, ...] = ()
+    provisional: Provisional | None = Field(
+        None, description="The best adapter so far, where there is no verified one; absent where there is none."
+    )
     fetched: Annotated[tuple[FetchedItem, ...], Field(max_length=8)] = Field((), description="What prepare has ready.")
     published: Published | None = Field(None, description="What submit has handed over.")

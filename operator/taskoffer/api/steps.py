@@ -319,6 +319,11 @@ class SubmitConfig(WireModel):
         description="Whether a trainer that is not ours left the result: there is no manifest, so that it is loaded "
         "onto the base model and used here.",
     )
+    provisional: bool = Field(
+        False,
+        description="Whether the training has ended early: adapterDir then holds folders step-N-…, and the latest one, "
+        "the best adapter so far, is handed over.",
+    )
     cache: CacheSettings | None = Field(None, description="Cache where the job's files are given up at the end.")
     deadline: Time | None = Field(None, description="When the result must be there.")
     credentials: Credentials = Field(default_factory=Credentials)
@@ -328,6 +333,8 @@ class SubmitConfig(WireModel):
     def _check_target(self) -> Self:
         if self.target is None and not self.unverified:
             raise ValueError("target: say where the result goes: there is nothing else to do with it")
+        if self.provisional and not self.unverified:
+            raise ValueError("provisional: nobody has verified the best adapter so far; set unverified")
         if self.unverified and self.base_model_path is None:
             raise ValueError("baseModelPath: a result that nobody has verified is loaded onto it; name its folder")
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
+from taskoffer.api.contract import ExitCode, Provisional, Termination
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import Assignment
 from taskoffer.api.v1alpha1.trainingjob import Attempt, AttemptOutcome, StepName, StepStatus, TrainingJobStatus
@@ -26,6 +27,13 @@ class JobDraft:
         self.run_spec = facts.job.spec.run
         # Whatever answers in the pod of a trainer that the offer has brought is not ours.
         self.report = facts.report if self.run_spec.trainer is None else None
+        # The last report stays known after its attempt, whose last words come after it.
+        known, name = self.report, facts.job.metadata.name
+        running = attempts[-1].outcome is None and known is not None and known.job_name == name
+        present = running and known is not None and known.attempt == len(attempts)
+        self._present_report = known if present else None
+        self.termination: Termination | None = None
+        """What the last attempt's container has left, where that has ended and is ours."""
         self.attempts = list(attempts)
         self.current = attempts[-1]
         self.notices: list[Notice] = []
@@ -34,6 +42,7 @@ class JobDraft:
         self.wake_at: datetime | None = None
         self.trainer_status = facts.job.status.trainer_status
         self.result = facts.job.status.result
+        self.early_end = facts.job.status.early_end
         self.steps = {step.name: step for step in facts.job.status.steps}
 
     def _wake(self, moment: datetime) -> None:
@@ -92,11 +101,24 @@ class JobDraft:
             elif needed[name]:
                 yield self.steps.get(name) or StepStatus(name=name, state="Pending")
 
+    def _best(self) -> Provisional | None:
+        """Return the best adapter so far as the trainer has told of it last; a status write is not made for it alone.
+
+        A pod that is killed says nothing at its end, so that what it said before counts.
+        """
+        before, end, report = self.facts.job.status, self.termination, self._present_report
+        if self.attempts[-1].outcome is AttemptOutcome.SUCCEEDED:
+            return None
+        if end is not None and (end.provisional is not None or end.exit_code == ExitCode.VERIFY_FAILED):
+            return end.provisional
+        written = self.trainer_status != before.trainer_status or self.attempts[-1].outcome is not None
+        return report.provisional if report is not None and written else before.provisional
+
     def _plan(self, train: str, *, move: MoveRequest | None = None) -> JobPlan:
         before = self.facts.job.status
         if self.trainer_status is not None and train == "Succeeded":
             self.trainer_status = at_its_end(self.trainer_status)
-        clamps = clamps_of(before.clamps, self.run_spec.clamps, self.report)
+        clamps = clamps_of(before.clamps, self.run_spec.clamps, self._present_report, self.termination)
         self.notices.extend(notice_of(before.clamps, clamps))
         status = TrainingJobStatus(
             observed_generation=self.facts.job.metadata.generation,
@@ -105,6 +127,8 @@ class JobDraft:
             steps=tuple(self._steps(train)),
             trainer_status=self.trainer_status,
             clamps=clamps,
+            provisional=self._best(),
+            early_end=self.early_end,
             result=self.result,
         )
         return JobPlan(

@@ -116,7 +116,7 @@ class EnsureAttempt:
     attempt: Attempt
     number: int
     seconds: int | None = None
-    """What a trainer that the offer has brought has left; None for ours, which knows its deadline."""
+    """What the attempt has left when its Job is made; None for our trainer before its clock has started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,8 @@ class EnsureStep:
     """Until when the job keeps its files in the cache."""
     repeats: int = 0
     """How often it was begun before."""
+    provisional: bool = False
+    """Whether it hands over the best adapter so far, of a training that has ended early."""
 
 
 @dataclass(frozen=True, slots=True)

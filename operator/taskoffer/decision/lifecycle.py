@@ -27,6 +27,7 @@ from taskoffer.decision.abandoned import (
 )
 from taskoffer.decision.attempts import asked_again_at, end_of_offer, first_attempt, move_request, need_of, says_refused
 from taskoffer.decision.conditions import condition_of, is_true
+from taskoffer.decision.early_end_draft import EarlyEndDraft
 from taskoffer.decision.job_facts import (
     DeleteJob,
     JobFacts,
@@ -39,7 +40,6 @@ from taskoffer.decision.job_facts import (
 )
 from taskoffer.decision.measured import with_measured
 from taskoffer.decision.moments import later
-from taskoffer.decision.own_trainer_draft import OwnTrainerDraft
 from taskoffer.decision.placed_jobs import MoveRequest
 from taskoffer.decision.trainer_words import last_words, result_of
 
@@ -71,7 +71,7 @@ def _step(facts: JobFacts) -> JobPlan:
     return _Pass(facts, attempts).run()
 
 
-class _Pass(OwnTrainerDraft):
+class _Pass(EarlyEndDraft):
     """One look at an unfinished job. Methods return the plan."""
 
     def __init__(self, facts: JobFacts, attempts: tuple[Attempt, ...]) -> None:
@@ -80,10 +80,13 @@ class _Pass(OwnTrainerDraft):
         self.job = facts.jobs.get(self.current.job_name)
         own = [p for p in facts.pods if p.job_name == self.current.job_name]
         self.pod = max(own, key=lambda p: (not p.terminal, p.created, p.name), default=None)
+        self.termination = self._said(self.pod) if self.pod is not None and self.pod.terminal else None
 
     def run(self) -> JobPlan:
         if self._cancelled():
             return self._stop(Reason.CANCELLED, "the offer was cancelled")
+        if self.early_end is not None:
+            return self._hand_over_best(self.early_end)
         if self.current.outcome is AttemptOutcome.SUCCEEDED:
             return self._submitted()
         if self.current.outcome is not None:
@@ -92,12 +95,12 @@ class _Pass(OwnTrainerDraft):
             return self._ended(self.pod)
         if self.pod is None and self.job is not None and self.job.finished:
             return self._ended_without_pod(self.job)
-        over = self._time_is_up()
+        over = self._time_is_up() or self._stop_to_hand_over()
         if over is not None:
             return over
         deadline = self.current.deadline
         if deadline is not None and self.facts.now >= deadline:
-            return self._stop(Reason.DEADLINE_EXCEEDED, f"the deadline {deadline:%Y-%m-%dT%H:%M:%SZ} has passed")
+            return self._stop(Reason.DEADLINE_EXCEEDED, self._lateness(deadline))
         if deadline is not None:
             self._wake(deadline)
         lost = self._lost_node()
@@ -219,7 +222,7 @@ class _Pass(OwnTrainerDraft):
         return self.facts.now
 
     def _ended(self, pod: PodView) -> JobPlan:
-        report = self._said(pod)
+        report = self.termination
         finished = self._by_own_clock(pod.finished_at or self.facts.now)
         if not pod.succeeded and self._was_stopped_by_clock(finished):
             return self._trained_by_clock(finished, pod.exit_code)
@@ -241,7 +244,8 @@ class _Pass(OwnTrainerDraft):
         )
         summary = f"attempt {len(self.attempts)} ended with exit code {code}: {message or 'no message'}"
         if code in self._permanent:
-            return self._fail(Reason.FAILED, summary)
+            kept = self._kept()
+            return self._fail(Reason.FAILED, f"{summary}; {kept}" if kept else summary)
         return self._retry_or_fail(summary)
 
     def _ended_without_pod(self, job: JobView) -> JobPlan:
@@ -277,12 +281,10 @@ class _Pass(OwnTrainerDraft):
 
     def _retry_or_fail(self, summary: str) -> JobPlan:
         if self._due is not None and self.facts.now >= self._due:
-            return self._fail(Reason.DEADLINE_EXCEEDED, f"the deadline has passed; {summary}")
+            return self._end_early(Reason.DEADLINE_EXCEEDED, f"{self._lateness(self._due)}; {summary}")
         if self._tried >= self.limits.max_attempts:
-            return self._fail(
-                Reason.ATTEMPTS_EXHAUSTED,
-                f"{summary} (attempt {self._tried} of {self.limits.max_attempts})",
-            )
+            counted = f"{summary} (attempt {self._tried} of {self.limits.max_attempts})"
+            return self._end_early(Reason.ATTEMPTS_EXHAUSTED, counted)
         self.notices.append(Notice(Reason.ATTEMPT_FAILED, summary, warning=True))
         self._condition("Running", False, Reason.ATTEMPT_FAILED, summary)
         self._wake(self.facts.now)
@@ -294,7 +296,7 @@ class _Pass(OwnTrainerDraft):
         if self.job is not None:
             self.actions.append(DeleteJob(self.job.name, self.job.uid))
         if self._tried >= self.limits.max_attempts:
-            return self._fail(Reason.ATTEMPTS_EXHAUSTED, f"attempt {len(self.attempts)}: {message}")
+            return self._end_early(Reason.ATTEMPTS_EXHAUSTED, f"attempt {len(self.attempts)}: {message}")
         self.notices.append(Notice(reason, f"attempt {len(self.attempts)}: {message}", warning=True))
         self._condition("Running", None if reason is Reason.NODE_LOST else False, reason, message)
         self._wake(self.facts.now)
@@ -304,7 +306,7 @@ class _Pass(OwnTrainerDraft):
         """The last attempt is over: place the next one, on the same GPUs where that is possible."""
         last, due = self.current, self._due
         if due is not None and self.facts.now >= due:
-            return self._stop(Reason.DEADLINE_EXCEEDED, f"the deadline {due:%Y-%m-%dT%H:%M:%SZ} has passed")
+            return self._stop(Reason.DEADLINE_EXCEEDED, self._lateness(due))
         if due is not None:
             self._wake(due)
         if last.outcome is AttemptOutcome.PREEMPTED:
@@ -314,9 +316,8 @@ class _Pass(OwnTrainerDraft):
         if move_away and self.job is not None and not self.job.finished:
             self.actions.append(DeleteJob(self.job.name, self.job.uid))
         if self._tried >= self.limits.max_attempts:
-            return self._fail(
-                Reason.ATTEMPTS_EXHAUSTED, f"attempt {len(self.attempts)}: {last.message or last.outcome}"
-            )
+            why = f"attempt {len(self.attempts)}: {last.message or last.outcome}"
+            return self._end_early(Reason.ATTEMPTS_EXHAUSTED, why)
         ready_at = later(last.finished_at or self.facts.now, self.limits.backoff_seconds)
         if self.facts.now < ready_at:
             self._wake(ready_at)
@@ -368,7 +369,7 @@ class _Pass(OwnTrainerDraft):
             return self._plan("Running")
         if self.current.outcome is None:
             self._amend(outcome=AttemptOutcome.STOPPED, finished_at=self.facts.now, message=why)
-        return self._fail(reason, why)
+        return self._end_early(reason, why) if reason is Reason.DEADLINE_EXCEEDED else self._fail(reason, why)
 
     def _complete(self, report: Termination | None) -> JobPlan:
         self._take_report(final=True)

@@ -86,7 +86,7 @@ def _training(status: TrainingJobStatus, report: Termination | None, container: 
 
 def _share(status: TrainingJobStatus, report: Termination | None) -> str | None:
     if report is None or not report.total_steps:
-        return "1" if is_true(status.conditions, "Complete") else None
+        return "1" if is_true(status.conditions, "Complete") and status.early_end is None else None
     trained = report.step - (report.resumed_from_step or 0)
     if not 0 < trained <= report.total_steps:
         return None

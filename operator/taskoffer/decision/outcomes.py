@@ -171,7 +171,8 @@ def outcome_of(job: TrainingJob) -> Outcome | None:
     ended = condition_of(status.conditions, kind)
     if ended is None or run.size_class is None or run.trainer is not None:
         return None
-    success = True if ended.type == "Complete" else None
+    # The best so far of a training that ended early was handed over, and yet its settings did not do what they should.
+    success = True if ended.type == "Complete" and status.early_end is None else None
     if ended.type == "Failed" and is_failure(ended.reason, status.attempts):
         success = False
     measured, predicted = status.measured, run.predicted

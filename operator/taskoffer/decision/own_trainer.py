@@ -176,14 +176,19 @@ def training_ends(run: Run, attempt: Attempt) -> datetime | None:
     """
     if run.trainer is None or attempt.deadline is None:
         return None
-    return max(attempt.created_at, later(attempt.deadline, -_submit_seconds(run)))
+    return max(attempt.created_at, later(attempt.deadline, -submit_seconds(run)))
 
 
 def training_seconds(run: Run, attempt: Attempt, now: datetime) -> int | None:
-    """Return the seconds that an offer's own trainer has when it starts now; None for ours."""
+    """Return the seconds that an attempt has whose Job is made now.
+
+    Kubernetes counts a Job's time from its creation, which can come long after the admission: what was fetched
+    meanwhile, or who was asked to make room, is off the same clock. Our trainer has until its deadline, and None
+    before a Training clock has started; one that an offer has brought has a time of its own even then.
+    """
     if run.trainer is None:
-        return None
-    limit, ends = run.time_limit_seconds - _submit_seconds(run), training_ends(run, attempt)
+        return None if attempt.deadline is None else max(1, int((attempt.deadline - now).total_seconds()))
+    limit, ends = run.time_limit_seconds - submit_seconds(run), training_ends(run, attempt)
     left = limit if ends is None else min(limit, int((ends - now).total_seconds()))
     return max(1, left)
 
@@ -193,5 +198,6 @@ def starts_its_clock(run: Run, attempt: Attempt) -> bool:
     return run.clock_mode is ClockMode.TRAINING and attempt.deadline is None
 
 
-def _submit_seconds(run: Run) -> int:
+def submit_seconds(run: Run) -> int:
+    """Return the seconds before a deadline that a policy keeps for handing a result over."""
     return run.steps.submit_seconds if run.steps is not None else 0

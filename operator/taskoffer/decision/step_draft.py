@@ -41,7 +41,7 @@ class StepDraft(JobDraft):
                 return None
             repeats = (before.repeats or 0) + 1
             self.steps[name] = StepStatus(name=name, state="Pending", started_at=self.facts.now, repeats=repeats)
-        train = "Pending" if name is StepName.PREPARE else "Succeeded"
+        train = "Pending" if name is StepName.PREPARE else "Succeeded" if self.early_end is None else "Failed"
         view = self.facts.steps.get(name)
         if view is None or view.job.name != self._name(name):
             return self._begin_step(name, train)
@@ -109,7 +109,7 @@ class StepDraft(JobDraft):
         if name is StepName.PREPARE:
             # The first one counts: the configuration that carries it is written once.
             self.steps[name] = step.model_copy(update={"lease_until": until})
-        return EnsureStep(name, seconds, deadline, until, step.repeats or 0)
+        return EnsureStep(name, seconds, deadline, until, step.repeats or 0, self.early_end is not None)
 
     def _step_runs(self, name: StepName, view: StepView, train: str) -> JobPlan:
         running, _, what = _SAYS[name]
@@ -159,6 +159,8 @@ class StepDraft(JobDraft):
         handed: dict[str, str | None] = {}
         if has_target(self.run_spec):
             handed = {"submitted_to": report.published.to, "submitted_revision": report.published.revision}
-        # Of a trainer that the offer has brought, this step is the first one that anybody believes.
-        found = self.result if self.run_spec.trainer is None else result_of(report)
+        # Of a trainer that the offer has brought, or of the best adapter so far, this step is the first one that
+        # anybody believes.
+        ours = self.run_spec.trainer is None and self.early_end is None
+        found = self.result if ours else result_of(report)
         self.result = (found or Result()).model_copy(update=handed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from taskoffer.api.contract import Clamp, ProgressReport
+from taskoffer.api.contract import Clamp, ProgressReport, Termination
 from taskoffer.api.reasons import Reason
 from taskoffer.decision.job_facts import Notice
 
@@ -15,12 +15,26 @@ _LONGEST_EVENT = 1024
 
 
 def clamps_of(
-    before: tuple[Clamp, ...], decided: tuple[Clamp, ...], report: ProgressReport | None
+    before: tuple[Clamp, ...],
+    decided: tuple[Clamp, ...],
+    report: ProgressReport | None,
+    termination: Termination | None = None,
 ) -> tuple[Clamp, ...]:
-    """Return what was clamped: by the decision, and by the trainer once it has said so."""
-    if report is not None and report.clamps:
-        return (*decided, *report.clamps)[:_MOST]
-    return before or decided
+    """Return what was clamped: by the decision, and by the trainer once it has said so.
+
+    Args:
+        before: What the status has.
+        decided: What the decision has clamped.
+        report: What the running attempt's trainer says; all of its clamps at that moment.
+        termination: What it has left at its end. That may lack some for want of room, but what it says of a setting
+            is the last word on it.
+    """
+    told = (*decided, *report.clamps) if report is not None and report.clamps else before or decided
+    if termination is not None and termination.clamps:
+        settled = {clamp.field for clamp in termination.clamps}
+        kept = tuple(clamp for clamp in told if clamp in decided or clamp.field not in settled)
+        told = (*kept, *(clamp for clamp in termination.clamps if clamp not in kept))
+    return told[:_MOST]
 
 
 def notice_of(before: tuple[Clamp, ...], now: tuple[Clamp, ...]) -> Iterator[Notice]:

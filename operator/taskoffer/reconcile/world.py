@@ -355,14 +355,15 @@ class World:
         """Return where an admitted offer's booking is now: the last attempt's place, else the admission's.
 
         A job that was stopped for another has given its GPUs back, and has none until it goes on. One that has been
-        trained needs none to hand its result over.
+        trained needs none to hand its result over, nor one that has ended early to hand over the best so far.
         """
         job = self.jobs_by_key.get(entry.job_key)
         if job is None or job.job is None or job.offer_uid != entry.uid or not job.job.status.attempts:
             return entry.booked
         last = job.job.status.attempts[-1]
         given_back = (AttemptOutcome.PREEMPTED, AttemptOutcome.SUCCEEDED)
-        return () if last.outcome in given_back else last.assignments
+        over = last.outcome in given_back or job.job.status.early_end is not None
+        return () if over else last.assignments
 
 
 def _keep_health(before: NodeEntry | None, after: NodeEntry | None) -> None:

@@ -91,7 +91,8 @@ def attempt_job(job: TrainingJob, attempt: Attempt, number: int, seconds: int | 
         job: The TrainingJob.
         attempt: The attempt.
         number: Its number, from 1.
-        seconds: What a trainer that the offer has brought has left; None for ours, which knows its deadline.
+        seconds: What the attempt has left when its Job is made; None where only the operator counts, from the start of
+            the container.
     """
     spec: Manifest = {
         "parallelism": 1,
@@ -122,12 +123,10 @@ def attempt_job(job: TrainingJob, attempt: Attempt, number: int, seconds: int | 
 
 def _seconds_left(run: Run, attempt: Attempt, seconds: int | None) -> int | None:
     """Return how long an attempt may take; None where only the operator counts, from the start of the container."""
-    if seconds is not None:
-        # Nothing inside of that pod ends it when the operator is away.
-        return seconds + (run.limits.start_timeout_seconds if starts_its_clock(run, attempt) else 0)
-    if attempt.deadline is None:
-        return None
-    return max(1, int((attempt.deadline - attempt.created_at).total_seconds()))
+    if seconds is None or run.trainer is None:
+        return seconds
+    # Nothing inside of that pod ends it when the operator is away.
+    return seconds + (run.limits.start_timeout_seconds if starts_its_clock(run, attempt) else 0)
 
 
 def owner_of(job: TrainingJob) -> Manifest:

@@ -7,6 +7,7 @@ from typing import Any
 
 from taskoffer.api.contract import (
     PREPARE_CONFIG_PATH,
+    PROVISIONAL_FOLDER,
     SUBMIT_CONFIG_PATH,
     CacheSettings,
     Credentials,
@@ -148,11 +149,13 @@ def _submit(job: TrainingJob, action: EnsureStep) -> SubmitConfig:
     return SubmitConfig(
         job_name=name,
         task_id=run.task_id,
-        adapter_dir=f"{output_path(job, name)}/adapter",
+        # Which of the folders in there is the best one, the trainer may have decided anew since it said so.
+        adapter_dir=f"{output_path(job, name)}/{PROVISIONAL_FOLDER if action.provisional else 'adapter'}",
         base_model=run.model.name,
         base_model_path=inside(MODEL_DIR, claim) if claim is not None else cached(name, model_item(run.model, steps)),
         target=target_of(run.output, steps.private_repositories) if run.output is not None else None,
-        unverified=run.trainer is not None,
+        unverified=run.trainer is not None or action.provisional,
+        provisional=action.provisional,
         cache=_cache(steps),
         deadline=action.deadline,
         credentials=_credentials(steps),

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from taskoffer.api.base import Time, WireModel
-from taskoffer.api.contract import Clamp, LoraSettings, Metric, TrainSettings
+from taskoffer.api.contract import Clamp, LoraSettings, Metric, Provisional, TrainSettings
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.learning import ClassName, Measured, Predicted
 from taskoffer.api.v1alpha1.meta import (
@@ -247,6 +247,13 @@ class Result(WireModel):
     )
 
 
+class EarlyEnd(WireModel):
+    """Why a training has ended without a verified result, while its best adapter so far is handed over instead."""
+
+    reason: Literal["DeadlineExceeded", "AttemptsExhausted"] = Field(description="What has run out.")
+    message: Annotated[str, StringConstraints(max_length=1024)] = Field(description="The same in a sentence.")
+
+
 class TrainingJobStatus(WireModel):
     """Where the work is. The operator is its only writer."""
 
@@ -261,6 +268,12 @@ class TrainingJobStatus(WireModel):
     trainer_status: TrainerStatus | None = Field(None, description="Progress as the trainer reports it.")
     clamps: Annotated[tuple[Clamp, ...], Field(max_length=64)] = Field(
         (), description="Settings that could not be taken literally.", json_schema_extra=ATOMIC_LIST
+    )
+    provisional: Provisional | None = Field(
+        None, description="The best adapter so far, as the training has left it; absent once it has verified one."
+    )
+    early_end: EarlyEnd | None = Field(
+        None, description="Why the training has ended early; set where its best adapter so far is handed over instead."
     )
     result: Result | None = Field(None, description="What came out.")
     measured: Measured | None = Field(None, description="What a finished job took.")
