@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 
-from taskoffer.api.contract import DRAWN_PER_TRAINED, SHARDING_SERVED, Clamp, LayerRank, LoraSettings, TrainSettings
+from taskoffer.api.contract import SHARDING_SERVED, Clamp, LayerRank, LoraSettings, TrainSettings
 from taskoffer.api.quantity import whole
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
@@ -255,7 +255,6 @@ class _Fitting:
             checkpointing=train.gradient_checkpointing,
             bf16=train.bf16,
             average=train.ema_decay is not None,
-            drawn_at_once=DRAWN_PER_TRAINED if subject.task is TaskType.GRPO and train.grpo is not None else None,
         )
         if shape is None:
             image = IMAGE_MODELS[subject.architecture or Architecture.SDXL]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from taskoffer.api.contract import DRAWN_PER_TRAINED
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.decision.architecture import ModelShape
@@ -60,9 +61,6 @@ class Load:
     bf16: bool = True
     average: bool = False
     """Whether a moving average of the adapter is kept beside it."""
-    drawn_at_once: int | None = None
-    """Completions that are drawn at once for each row that is trained at once, where a policy sets how they are drawn;
-    None plans with one whose keys and values are kept beside the activations."""
 
     @property
     def adapter_bytes(self) -> int:
@@ -130,7 +128,7 @@ def text_need(shape: ModelShape, parameters: int, load: Load, layout: Layout, ma
     cache = 4 * shape.key_value * shape.layers * load.max_length if load.task is TaskType.GRPO else 0
     trained = stored + layer * (1 if load.checkpointing else shape.layers) + head
     # A step is drawn before any of it is trained, so the larger of both counts.
-    per_row = trained + cache if load.drawn_at_once is None else max(trained, load.drawn_at_once * cache)
+    per_row = max(trained, DRAWN_PER_TRAINED * cache)
     buffers = 0.0
     if layout.sharded:
         buffers = 4.0 * parameters / shape.layers
