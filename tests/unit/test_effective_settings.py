@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from taskoffer.api.contract import LoraSettings, TrainSettings
+from taskoffer.api.contract import LoraSettings, RunConfig, TrainSettings
 from taskoffer.api.quantity import cores
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
@@ -16,8 +18,11 @@ from taskoffer.decision import fit as fit_module
 from taskoffer.decision.architecture import structure_of
 from taskoffer.decision.effective import effective_settings, most_evaluated_rows
 from taskoffer.decision.fit import Fit, Subject, fit
+from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.volume import checkpoints_that_fit
 
 LLAMA_8B = Subject("meta-llama/Meta-Llama-3-8B", None, 8_030_000_000, TaskType.INSTRUCT_TEXT)
+UNKNOWN_8B = Subject("someone/anonymous", None, 8_030_000_000, TaskType.INSTRUCT_TEXT)
 LLAMA_13B = Subject("meta-llama/Llama-2-13b-hf", None, 13_016_000_000, TaskType.INSTRUCT_TEXT)
 H100 = Estimation(gpu_memory="80G", memory_fraction="0.93")
 
@@ -100,7 +105,7 @@ def test_ranks_of_layers_give_way_with_the_rank_for_all() -> None:
         # Of an 8B at rank 256 each takes 10.7 GB; one more is being written.
         ("97G", 8),
         ("96G", 7),
-        ("22G", 1),
+        ("33G", 2),
     ],
 )
 def test_as_many_checkpoints_are_kept_as_the_volume_holds(volume: str, kept: int) -> None:
@@ -111,13 +116,40 @@ def test_as_many_checkpoints_are_kept_as_the_volume_holds(volume: str, kept: int
     assert [reason for _, _, reason in told(found)] == ([] if kept == 8 else [str(kept)])
 
 
-def test_where_two_checkpoints_have_no_room_the_rank_gives_way() -> None:
+@pytest.mark.parametrize(("model", "grown"), [(LLAMA_8B, 1.0), (UNKNOWN_8B, 1.12)], ids=["known", "estimated"])
+def test_the_rank_that_a_volume_takes_is_one_that_the_trainer_takes(model: Subject, grown: float, tmp_path: Path) -> None:
+    settings = asked(lora={"r": 256, "lora_alpha": 512}, save_total_limit=8)
+    volume = 20 * 10**9
+    found = fit(model, settings, H100.model_copy(update={"checkpoint_volume": "20G"}), 1)
+    assert found.effective.lora.r < 256
+    wire = {"jobName": "j", "taskID": "t", "taskType": "InstructText", "gpus": 1, "outputDir": "/o"}
+    wire |= {"model": {"name": "m", "path": "/m"}, "data": {"path": "/d"}, "checkpointDir": str(tmp_path)}
+    run = RunConfig.model_validate(wire | {"lora": found.effective.lora, "train": found.effective.train})
+    shape = model.shape
+    assert shape is not None
+    # Of a shape that is only estimated the layers may turn out larger, by the policy's margin.
+    trained = math.floor(grown * shape.adapter_parameters(found.effective.lora.r))
+    assert checkpoints_that_fit(run, trained, volume) == (2, ())
+    with pytest.raises(TrainerError, match="3 checkpoints"):
+        checkpoints_that_fit(run, math.ceil(grown * shape.adapter_parameters(found.effective.lora.r + 1)), volume)
+
+
+@pytest.mark.parametrize("volume", [None, "500G"])
+def test_the_best_and_the_newest_checkpoint_are_kept_whatever_is_asked_for(volume: str | None) -> None:
+    found = fit(LLAMA_8B, asked(save_total_limit=1), H100.model_copy(update={"checkpoint_volume": volume}), 1)
+    assert found.effective.train.save_total_limit == 2
+    assert told(found) == [("train.saveTotalLimit", "1", "2")]
+    assert found.clamps[0].message == "the best and the newest checkpoint are kept in any case"
+    assert found.checkpoint_bytes == 3 * 16 * 167_772_160
+
+
+def test_where_the_fewest_checkpoints_have_no_room_the_rank_gives_way() -> None:
     settings = asked(lora={"r": 256, "lora_alpha": 512})
     found = fit(LLAMA_8B, settings, H100.model_copy(update={"checkpoint_volume": "10G"}), 1)
     assert found.fits
     assert found.checkpoint_bytes <= 10**10
     assert found.clamps[0].reason == "RankClamped"
-    assert "not even one checkpoint and another one being written fit 10 GB" in found.clamps[0].message
+    assert "the best checkpoint, the newest and one being written take 32 GB of 10" in found.clamps[0].message
     more = asked(lora={"r": found.effective.lora.r + 1, "lora_alpha": 512})
     assert fit(LLAMA_8B, more, H100.model_copy(update={"checkpoint_volume": "10G"}), 1).effective.lora.r < more.lora.r
 

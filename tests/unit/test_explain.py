@@ -171,7 +171,7 @@ CASES: dict[str, tuple[Reason, OfferView, dict[str, Any], str]] = {
     "room for checkpoints": (
         Reason.INSUFFICIENT_STORAGE,
         offer(**TASK),
-        {"policies": [policy(estimation={**HOURLY, "checkpointVolume": "500M"}, size_classes=[ALL])]},
+        {"policies": [policy(estimation={**HOURLY, "checkpointVolume": "840M"}, size_classes=[ALL])]},
         "with a model of at most 4.72B parameters",
     ),
     "time": (

@@ -71,7 +71,7 @@ class Reason(StrEnum):
     INSUFFICIENT_MEMORY = "InsufficientMemory", "Not even one row at a time fits the memory of the GPUs."
     INSUFFICIENT_STORAGE = (
         "InsufficientStorage",
-        "Not even two checkpoints fit the space that the policy gives to the checkpoints of a job.",
+        "Not even three checkpoints, the best, the newest and one being written, fit the space that the policy gives them.",
     )
     CANNOT_FINISH_IN_TIME = "CannotFinishInTime", "The task is predicted to take longer than the offer gives."
     PRIORITY_NOT_ALLOWED = (
@@ -150,7 +150,10 @@ class Reason(StrEnum):
         "ShardingNotServed",
         "The trainer of this version cannot share out a model's parameters over its GPUs, so that each holds a copy.",
     )
-    CHECKPOINTS_CLAMPED = "CheckpointsClamped", "Fewer checkpoints are kept, so that they fit the space they have."
+    CHECKPOINTS_CLAMPED = (
+        "CheckpointsClamped",
+        "Fewer checkpoints are kept, so that they fit the space they have; the best and the newest always are.",
+    )
     EVALUATION_CLAMPED = (
         "EvaluationClamped",
         "Fewer rows are held out, so that evaluations take a tenth of the training's time at most.",

@@ -14,7 +14,16 @@ from dataclasses import dataclass, field, replace
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 
-from taskoffer.api.contract import SHARDING_SERVED, Clamp, LayerRank, LoraSettings, TrainSettings
+from taskoffer.api.contract import (
+    CHECKPOINT_BYTES,
+    FEWEST_CHECKPOINTS,
+    SHARDING_SERVED,
+    Clamp,
+    LayerRank,
+    LoraSettings,
+    TrainSettings,
+    checkpoint_bytes,
+)
 from taskoffer.api.quantity import whole
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
@@ -32,7 +41,7 @@ from taskoffer.decision.clamping import (
     targets_clamp,
     tokens_clamp,
 )
-from taskoffer.decision.memory import GIB, IMAGE_MODELS, Layout, Load, Need, checkpoint_bytes, image_need, text_need
+from taskoffer.decision.memory import GIB, IMAGE_MODELS, Layout, Load, Need, image_need, text_need
 
 _LEAST_RANK = 8
 """Below this an adapter is not what anybody has asked for, so the offer is refused instead."""
@@ -193,7 +202,7 @@ class _Fitting:
             limit=self.limit,
             largest_rows=rows if fits else 0,
             known=self.known,
-            checkpoint_bytes=checkpoint_bytes(adapter, train.save_total_limit),
+            checkpoint_bytes=checkpoint_bytes(self._stored(adapter), train.save_total_limit),
             lacks_storage=lacks_storage,
         )
 
@@ -213,8 +222,16 @@ class _Fitting:
         return self._need(rank).largest_rows(self.limit) > 0 and self._has_room(rank)
 
     def _has_room(self, rank: int) -> bool:
-        """Tell whether one checkpoint, and another one while it is written, fit their volume."""
-        return self.volume is None or checkpoint_bytes(self._adapter(rank), 1) <= self.volume
+        """Tell whether the fewest checkpoints, and another one while it is written, fit their volume."""
+        return self.volume is None or self._fewest(rank) <= self.volume
+
+    def _fewest(self, rank: int) -> int:
+        """Return the space of the fewest checkpoints that are kept, and of one that is written."""
+        return checkpoint_bytes(self._stored(self._adapter(rank)), FEWEST_CHECKPOINTS)
+
+    def _stored(self, adapter: int) -> int:
+        """Return the parameters that checkpoints are sized for: more where the layers are only estimated."""
+        return math.ceil(adapter * (1 + self.margin))
 
     def _pattern(self, rank: int) -> Ranks:
         """Return the ranks that are asked for single layers; they give way in proportion to the one for all."""
@@ -284,9 +301,11 @@ class _Fitting:
                 changes |= _batch(asked, largest)
         if asked.per_device_eval_batch_size is not None:
             changes["per_device_eval_batch_size"] = min(asked.per_device_eval_batch_size, largest)
+        kept = max(FEWEST_CHECKPOINTS, asked.save_total_limit)
         if self.volume is not None:
-            room = self.volume // checkpoint_bytes(adapter, 0) - 1
-            changes["save_total_limit"] = max(1, min(asked.save_total_limit, room))
+            room = self.volume // (CHECKPOINT_BYTES * self._stored(adapter)) - 1
+            kept = max(FEWEST_CHECKPOINTS, min(kept, room))
+        changes["save_total_limit"] = kept
         changed = {name: value for name, value in changes.items() if getattr(asked, name) != value}
         return asked.model_copy(update=changed) if changed else asked
 
@@ -307,7 +326,7 @@ class _Fitting:
             sharding_clamp(asked.train, train, self.layout.gpus, self._copy() if train.fsdp else ""),
             targets_clamp(asked.lora, lora, subject.structure.experts),
             dropout_clamp(asked.lora, lora),
-            checkpoints_clamp(asked.train, train, adapter, self.volume or 0),
+            checkpoints_clamp(asked.train, train, self._stored(adapter), self.volume or 0),
             evaluation_batch_clamp(asked.train, train),
         )
         return tuple(clamp for clamp in told if clamp is not None)
@@ -317,7 +336,8 @@ class _Fitting:
         if self._need(self.useful).largest_rows(self.limit) == 0:
             return f"not even one row at a time fits {self.limit / GIB:.1f} GiB"
         volume = (self.volume or 0) / 1e9
-        return f"not even one checkpoint and another one being written fit {volume:.0f} GB"
+        fewest = self._fewest(self.useful) / 1e9
+        return f"the best checkpoint, the newest and one being written take {fewest:.0f} GB of {volume:.0f}"
 
     def _copy(self) -> str:
         """Say why a copy of the model on each GPU does not do."""

@@ -23,9 +23,6 @@ _ADAPTER_BYTES = 16
 """Per adapter parameter: float32 weight and gradient, two moments of Adam."""
 _AVERAGE_BYTES = 4
 """Per adapter parameter: the moving average of the weight, where one is kept."""
-_CHECKPOINT_BYTES = 16
-"""Per adapter parameter in a checkpoint: 4.1 of weights and 8.7 of Adam's state were measured, 3.2 are left for an
-average and the rest."""
 _FRAGMENTATION = 1.05
 _CUDA_BYTES = 1.5 * GIB
 _NCCL_BYTES = 1.0 * GIB
@@ -95,11 +92,6 @@ class Need:
         """Return the largest micro-batch whose peak stays within the limit; 0 when not even one row fits."""
         room = (limit - self.fixed) / _FRAGMENTATION - self.weights - self.adapter - self.buffers
         return max(0, int(room / self.per_row))
-
-
-def checkpoint_bytes(adapter_parameters: int, kept: int) -> int:
-    """Return the space that checkpoints take: those that are kept, and one more while it is being written."""
-    return (kept + 1) * _CHECKPOINT_BYTES * adapter_parameters
 
 
 def text_need(shape: ModelShape, parameters: int, load: Load, layout: Layout, margin: float = 0.0) -> Need:
