@@ -13,6 +13,7 @@ from taskoffer.api.contract import LoraSettings, RunConfig, TrainSettings
 from taskoffer.api.quantity import cores
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
+from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.api.v1alpha1.trainingjob import PodSettings, Settings
 from taskoffer.decision import fit as fit_module
 from taskoffer.decision.architecture import structure_of
@@ -209,6 +210,12 @@ NAMES = [
     ("deepseek-ai/deepseek-llm-7b-base", False, False),
     ("microsoft/phi-4", False, True),
     ("microsoft/Phi-3.5-MoE-instruct", True, True),
+    ("openai-community/gpt2-xl", False, True),
+    ("EleutherAI/gpt-j-6b", False, True),
+    ("EleutherAI/gpt-neo-2.7B", False, True),
+    ("facebook/opt-6.7b", False, True),
+    ("bigcode/starcoder2-7b", False, True),
+    ("someone/adopt-7b", False, False),
     ("cognitive/dolphin-7b", False, False),
     ("Phind/Phind-CodeLlama-34B-v2", False, False),
     ("moebius/llama-8b", False, False),
@@ -240,6 +247,30 @@ def test_listed_layers_that_a_model_lacks_become_all_of_them(
     found = fit(subject, asked(lora={"target_modules": targets}), H100, 1)
     assert found.effective.lora.target_modules == used
     assert [c.reason for c in found.clamps] == ([] if targets == used else ["TargetsClamped"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "used"),
+    [("q_proj,v_proj", "all-linear"), ("to_q,up_proj", "all-linear"), ("to_q,to_v", "to_q,to_v")],
+)
+@pytest.mark.parametrize("architecture", Architecture)
+def test_the_layers_of_a_text_model_become_all_of_a_picture_models(
+    architecture: Architecture, targets: str, used: str
+) -> None:
+    subject = Subject("someone/pictures", architecture, 2_600_000_000, TaskType.IMAGE)
+    found = fit(subject, asked(lora={"target_modules": targets}), H100, 1)
+    assert found.effective.lora.target_modules == used
+    assert [(c.field, c.reason) for c in found.clamps] == (
+        [] if targets == used else [("lora.targetModules", "TargetsClamped")]
+    )
+
+
+def test_memory_is_planned_for_all_layers_where_nobody_knows_whether_the_listed_ones_are_there() -> None:
+    some, every = (
+        fit(UNKNOWN_8B, asked(lora={"target_modules": targets}), H100, 1) for targets in ("q_proj", "all-linear")
+    )
+    assert (some.peak, some.checkpoint_bytes) == (every.peak, every.checkpoint_bytes)
+    assert some.effective.lora.target_modules == "q_proj"
 
 
 # Loaders and evaluations

@@ -29,7 +29,7 @@ from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.model_and_data import Architecture, Model
 from taskoffer.api.v1alpha1.trainingjob import Settings
-from taskoffer.decision.architecture import ALL_LINEAR, ModelShape, Ranks, Structure, shape_of, structure_of
+from taskoffer.decision.architecture import ALL_LINEAR, TEXT_LAYERS, ModelShape, Ranks, Structure, shape_of, structure_of
 from taskoffer.decision.clamping import (
     batch_clamp,
     checkpoints_clamp,
@@ -240,7 +240,9 @@ class _Fitting:
     def _adapter(self, rank: int) -> int:
         shape = self.subject.shape
         if shape is not None:
-            return shape.adapter_parameters(rank, self.lora.target_modules, pattern=self._pattern(rank))
+            # The trainer adapts all layers where it misses one of the listed names, which nobody knows of yet.
+            targets = self.lora.target_modules if self.known else ALL_LINEAR
+            return shape.adapter_parameters(rank, targets, pattern=self._pattern(rank))
         return rank * IMAGE_MODELS[self.subject.architecture or Architecture.SDXL].adapter_parameters_per_rank
 
     def _lora(self, rank: int) -> LoraSettings:
@@ -354,9 +356,12 @@ def _for_structure(subject: Subject, lora: LoraSettings) -> LoraSettings:
     changes: dict[str, object] = {}
     if subject.structure.experts and lora.lora_dropout > 0:
         changes["lora_dropout"] = 0.0
-    if lora.target_modules != ALL_LINEAR and subject.shape is not None:
-        own = {name for name, _, _ in subject.shape.linears}
-        lacking = subject.shape.known and not own.issuperset(n.strip() for n in lora.target_modules.split(","))
+    if lora.target_modules != ALL_LINEAR:
+        listed = {name.strip() for name in lora.target_modules.split(",")}
+        if subject.shape is None:
+            lacking = not listed.isdisjoint(TEXT_LAYERS)
+        else:
+            lacking = subject.shape.known and not listed.issubset(name for name, _, _ in subject.shape.linears)
         if lacking or subject.structure.experts or subject.structure.other_layers:
             changes["target_modules"] = ALL_LINEAR
     return lora.model_copy(update=changes) if changes else lora
