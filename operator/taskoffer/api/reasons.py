@@ -60,7 +60,7 @@ class Reason(StrEnum):
         "ModelFamilyNotAccepted",
         "The model belongs to no family that the policy accepts.",
     )
-    PARAMETERS_UNKNOWN = "ParametersUnknown", "The model's size is neither given nor readable from its name."
+    PARAMETERS_UNKNOWN = "ParametersUnknown", "The model's size is neither given nor known by its name or architecture."
     MODEL_SIZE_NOT_ACCEPTED = (
         "ModelSizeNotAccepted",
         "No size class of the policy takes a model of this size.",
