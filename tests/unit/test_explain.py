@@ -106,6 +106,12 @@ CASES: dict[str, tuple[Reason, OfferView, dict[str, Any], str]] = {
         {},
         "with dataset.chat.chatTemplate chatml",
     ),
+    "a format": (
+        Reason.FEATURE_NOT_SERVED,
+        offer(spec={"dataset": {"fileFormat": "zip"}}),
+        {},
+        "with no dataset.fileFormat",
+    ),
     "the rest of the features": (
         Reason.FEATURE_NOT_SERVED,
         offer(
