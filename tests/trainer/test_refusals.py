@@ -159,7 +159,8 @@ def test_where_the_model_lacks_a_listed_layer_all_of_them_are_adapted_and_it_is_
     (told,) = [clamp for clamp in outcome.termination["clamps"] if clamp["field"] == "lora.targetModules"]
     assert (told["requested"], told["effective"], told["reason"]) == ("q_proj,w_proj", "all-linear", "TargetsClamped")
     assert told["message"] == (
-        "No linear layer is called w_proj; this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj."
+        "No linear layer is called w_proj; this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, "
+        "v_proj."
     )
     assert "28 adapter tensors" in outcome.log
 

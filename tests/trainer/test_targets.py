@@ -40,7 +40,9 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 # What PEFT and transformers say of each other.
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning", "ignore:fan_in_fan_out is set:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning", "ignore:fan_in_fan_out is set:UserWarning"
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_model_whose_layers_are_called_otherwise_is_adapted_in_all_of_them(kind: str) -> None:
     widths, layers = MODELS[kind]
@@ -78,7 +80,9 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 def test_a_network_of_pictures_gets_its_own_layers_in_place_of_a_text_models() -> None:
-    settings, clamps = lora_config(tiny_unet(), LoraSettings(r=4, lora_alpha=4, target_modules=SEVEN), SDXL.target_modules)
+    settings, clamps = lora_config(
+        tiny_unet(), LoraSettings(r=4, lora_alpha=4, target_modules=SEVEN), SDXL.target_modules
+    )
     assert settings.target_modules == SDXL.target_modules
     assert [(clamp.field, clamp.effective) for clamp in clamps] == [("lora.targetModules", "all-linear")]
 

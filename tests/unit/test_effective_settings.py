@@ -118,7 +118,9 @@ def test_as_many_checkpoints_are_kept_as_the_volume_holds(volume: str, kept: int
 
 
 @pytest.mark.parametrize(("model", "grown"), [(LLAMA_8B, 1.0), (UNKNOWN_8B, 1.12)], ids=["known", "estimated"])
-def test_the_rank_that_a_volume_takes_is_one_that_the_trainer_takes(model: Subject, grown: float, tmp_path: Path) -> None:
+def test_the_rank_that_a_volume_takes_is_one_that_the_trainer_takes(
+    model: Subject, grown: float, tmp_path: Path
+) -> None:
     settings = asked(lora={"r": 256, "lora_alpha": 512}, save_total_limit=8)
     volume = 20 * 10**9
     found = fit(model, settings, H100.model_copy(update={"checkpoint_volume": "20G"}), 1)

@@ -156,7 +156,12 @@ def test_what_is_not_served_yet_is_refused_by_the_fields_name(offer: dict[str, A
 
 @pytest.mark.parametrize(
     ("task", "kind"),
-    [("Image", "zip"), ("Image", None), ("InstructText", None), *(("Chat", k) for k in "json jsonl csv parquet hf".split())],
+    [
+        ("Image", "zip"),
+        ("Image", None),
+        ("InstructText", None),
+        *(("Chat", k) for k in ["json", "jsonl", "csv", "parquet", "hf"]),
+    ],
 )
 def test_a_format_that_the_trainer_reads_is_no_obstacle(task: str, kind: str | None) -> None:
     refusals = evaluated({"task_type": task, "spec": {"dataset": {"fileFormat": kind}}}, {"preset": "sound"}).refusals

@@ -71,7 +71,7 @@ class Reason(StrEnum):
     INSUFFICIENT_MEMORY = "InsufficientMemory", "Not even one row at a time fits the memory of the GPUs."
     INSUFFICIENT_STORAGE = (
         "InsufficientStorage",
-        "Not even three checkpoints, the best, the newest and one being written, fit the space that the policy gives them.",
+        "Not even three checkpoints (the best, the newest, one being written) fit the space that the policy gives them.",
     )
     CANNOT_FINISH_IN_TIME = "CannotFinishInTime", "The task is predicted to take longer than the offer gives."
     PRIORITY_NOT_ALLOWED = (
@@ -157,6 +157,14 @@ class Reason(StrEnum):
     EVALUATION_CLAMPED = (
         "EvaluationClamped",
         "Fewer rows are held out, so that evaluations take a tenth of the training's time at most.",
+    )
+    AVERAGE_WARMED_UP = (
+        "AverageWarmedUp",
+        "The average of the weights begins with a small decay, which rises to the one that was asked for.",
+    )
+    LEARNING_RATE_BOUNDED = (
+        "LearningRateBounded",
+        "The factor with which the learning rate follows the held-out loss stays within bounds.",
     )
     LOADERS_CLAMPED = "LoadersClamped", "Fewer processes load data, or prepare less of it ahead, than was asked for."
     SETTINGS_CLAMPED = "SettingsClamped", "Settings were not taken literally; each with its reason is in status.clamps."

@@ -135,7 +135,7 @@ class Structure(NamedTuple):
 
 
 TEXT_LAYERS = frozenset(
-    "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv_proj gate_up_proj".split(),
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"],
 )
 """Names of the layers of a block, as Llama's and Phi's code has them; a model of pictures has none of them."""
 

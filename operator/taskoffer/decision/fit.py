@@ -29,7 +29,15 @@ from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.model_and_data import Architecture, Model
 from taskoffer.api.v1alpha1.trainingjob import Settings
-from taskoffer.decision.architecture import ALL_LINEAR, TEXT_LAYERS, ModelShape, Ranks, Structure, shape_of, structure_of
+from taskoffer.decision.architecture import (
+    ALL_LINEAR,
+    TEXT_LAYERS,
+    ModelShape,
+    Ranks,
+    Structure,
+    shape_of,
+    structure_of,
+)
 from taskoffer.decision.clamping import (
     batch_clamp,
     checkpoints_clamp,
