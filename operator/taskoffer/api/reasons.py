@@ -71,7 +71,7 @@ class Reason(StrEnum):
     INSUFFICIENT_MEMORY = "InsufficientMemory", "Not even one row at a time fits the memory of the GPUs."
     INSUFFICIENT_STORAGE = (
         "InsufficientStorage",
-        "Not even three checkpoints (the best, the newest, one being written) fit the space that the policy gives them.",
+        "Not even three checkpoints (best, newest, one being written) fit the space that the policy gives them.",
     )
     CANNOT_FINISH_IN_TIME = "CannotFinishInTime", "The task is predicted to take longer than the offer gives."
     PRIORITY_NOT_ALLOWED = (
