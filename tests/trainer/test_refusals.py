@@ -153,11 +153,16 @@ def test_a_model_with_missing_weights_is_refused_instead_of_filled_with_random_n
     assert "1 weights are missing, the first is model.layers.1.mlp.up_proj.weight" in outcome.termination["message"]
 
 
-def test_a_target_module_that_the_model_lacks_is_refused_with_those_that_it_has(slow: dict[str, Outcome]) -> None:
+def test_where_the_model_lacks_a_listed_layer_all_of_them_are_adapted_and_it_is_said(slow: dict[str, Outcome]) -> None:
     outcome = slow["names"]
-    assert (outcome.code, outcome.termination["reason"]) == (64, "TargetModuleMissing"), outcome.log
-    assert "'w_proj'" in outcome.termination["message"]
-    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in outcome.termination["message"]
+    assert outcome.code == 0, outcome.log
+    (told,) = [clamp for clamp in outcome.termination["clamps"] if clamp["field"] == "lora.targetModules"]
+    assert (told["requested"], told["effective"], told["reason"]) == ("q_proj,w_proj", "all-linear", "TargetsClamped")
+    assert told["message"] == (
+        "No linear layer is called w_proj; this model has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, "
+        "v_proj."
+    )
+    assert "28 adapter tensors" in outcome.log
 
 
 def test_steps_with_gradients_that_are_not_finite_are_left_out(slow: dict[str, Outcome]) -> None:

@@ -206,7 +206,7 @@ VERDICTS: list[tuple[str, OfferView, dict[str, Any], Verdict, Reason, str]] = [
         {"policies": [policy(estimation={**H100, "checkpointVolume": "600M"})]},
         Verdict.REJECT,
         Reason.INSUFFICIENT_STORAGE,
-        "take 0.671 GB, with LoRA rank 8, and the policy's estimation.checkpointVolume is 600M",
+        "take 1.01 GB, with LoRA rank 8, and the policy's estimation.checkpointVolume is 600M",
     ),
     (
         "it cannot end in time",

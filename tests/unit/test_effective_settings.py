@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from taskoffer.api.contract import LoraSettings, TrainSettings
+from taskoffer.api.contract import LoraSettings, RunConfig, TrainSettings
 from taskoffer.api.quantity import cores
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
+from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.api.v1alpha1.trainingjob import PodSettings, Settings
 from taskoffer.decision import fit as fit_module
 from taskoffer.decision.architecture import structure_of
 from taskoffer.decision.effective import effective_settings, most_evaluated_rows
 from taskoffer.decision.fit import Fit, Subject, fit
+from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.volume import checkpoints_that_fit
 
 LLAMA_8B = Subject("meta-llama/Meta-Llama-3-8B", None, 8_030_000_000, TaskType.INSTRUCT_TEXT)
+UNKNOWN_8B = Subject("someone/anonymous", None, 8_030_000_000, TaskType.INSTRUCT_TEXT)
 LLAMA_13B = Subject("meta-llama/Llama-2-13b-hf", None, 13_016_000_000, TaskType.INSTRUCT_TEXT)
 H100 = Estimation(gpu_memory="80G", memory_fraction="0.93")
 
@@ -100,7 +106,7 @@ def test_ranks_of_layers_give_way_with_the_rank_for_all() -> None:
         # Of an 8B at rank 256 each takes 10.7 GB; one more is being written.
         ("97G", 8),
         ("96G", 7),
-        ("22G", 1),
+        ("33G", 2),
     ],
 )
 def test_as_many_checkpoints_are_kept_as_the_volume_holds(volume: str, kept: int) -> None:
@@ -111,13 +117,42 @@ def test_as_many_checkpoints_are_kept_as_the_volume_holds(volume: str, kept: int
     assert [reason for _, _, reason in told(found)] == ([] if kept == 8 else [str(kept)])
 
 
-def test_where_two_checkpoints_have_no_room_the_rank_gives_way() -> None:
+@pytest.mark.parametrize(("model", "grown"), [(LLAMA_8B, 1.0), (UNKNOWN_8B, 1.12)], ids=["known", "estimated"])
+def test_the_rank_that_a_volume_takes_is_one_that_the_trainer_takes(
+    model: Subject, grown: float, tmp_path: Path
+) -> None:
+    settings = asked(lora={"r": 256, "lora_alpha": 512}, save_total_limit=8)
+    volume = 20 * 10**9
+    found = fit(model, settings, H100.model_copy(update={"checkpoint_volume": "20G"}), 1)
+    assert found.effective.lora.r < 256
+    wire = {"jobName": "j", "taskID": "t", "taskType": "InstructText", "gpus": 1, "outputDir": "/o"}
+    wire |= {"model": {"name": "m", "path": "/m"}, "data": {"path": "/d"}, "checkpointDir": str(tmp_path)}
+    run = RunConfig.model_validate(wire | {"lora": found.effective.lora, "train": found.effective.train})
+    shape = model.shape
+    assert shape is not None
+    # Of a shape that is only estimated the layers may turn out larger, by the policy's margin.
+    trained = math.floor(grown * shape.adapter_parameters(found.effective.lora.r))
+    assert checkpoints_that_fit(run, trained, volume) == (2, ())
+    with pytest.raises(TrainerError, match="3 checkpoints"):
+        checkpoints_that_fit(run, math.ceil(grown * shape.adapter_parameters(found.effective.lora.r + 1)), volume)
+
+
+@pytest.mark.parametrize("volume", [None, "500G"])
+def test_the_best_and_the_newest_checkpoint_are_kept_whatever_is_asked_for(volume: str | None) -> None:
+    found = fit(LLAMA_8B, asked(save_total_limit=1), H100.model_copy(update={"checkpoint_volume": volume}), 1)
+    assert found.effective.train.save_total_limit == 2
+    assert told(found) == [("train.saveTotalLimit", "1", "2")]
+    assert found.clamps[0].message == "the best and the newest checkpoint are kept in any case"
+    assert found.checkpoint_bytes == 3 * 16 * 167_772_160
+
+
+def test_where_the_fewest_checkpoints_have_no_room_the_rank_gives_way() -> None:
     settings = asked(lora={"r": 256, "lora_alpha": 512})
     found = fit(LLAMA_8B, settings, H100.model_copy(update={"checkpoint_volume": "10G"}), 1)
     assert found.fits
     assert found.checkpoint_bytes <= 10**10
     assert found.clamps[0].reason == "RankClamped"
-    assert "not even one checkpoint and another one being written fit 10 GB" in found.clamps[0].message
+    assert "the best checkpoint, the newest and one being written take 32 GB of 10" in found.clamps[0].message
     more = asked(lora={"r": found.effective.lora.r + 1, "lora_alpha": 512})
     assert fit(LLAMA_8B, more, H100.model_copy(update={"checkpoint_volume": "10G"}), 1).effective.lora.r < more.lora.r
 
@@ -177,6 +212,12 @@ NAMES = [
     ("deepseek-ai/deepseek-llm-7b-base", False, False),
     ("microsoft/phi-4", False, True),
     ("microsoft/Phi-3.5-MoE-instruct", True, True),
+    ("openai-community/gpt2-xl", False, True),
+    ("EleutherAI/gpt-j-6b", False, True),
+    ("EleutherAI/gpt-neo-2.7B", False, True),
+    ("facebook/opt-6.7b", False, True),
+    ("bigcode/starcoder2-7b", False, True),
+    ("someone/adopt-7b", False, False),
     ("cognitive/dolphin-7b", False, False),
     ("Phind/Phind-CodeLlama-34B-v2", False, False),
     ("moebius/llama-8b", False, False),
@@ -208,6 +249,30 @@ def test_listed_layers_that_a_model_lacks_become_all_of_them(
     found = fit(subject, asked(lora={"target_modules": targets}), H100, 1)
     assert found.effective.lora.target_modules == used
     assert [c.reason for c in found.clamps] == ([] if targets == used else ["TargetsClamped"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "used"),
+    [("q_proj,v_proj", "all-linear"), ("to_q,up_proj", "all-linear"), ("to_q,to_v", "to_q,to_v")],
+)
+@pytest.mark.parametrize("architecture", Architecture)
+def test_the_layers_of_a_text_model_become_all_of_a_picture_models(
+    architecture: Architecture, targets: str, used: str
+) -> None:
+    subject = Subject("someone/pictures", architecture, 2_600_000_000, TaskType.IMAGE)
+    found = fit(subject, asked(lora={"target_modules": targets}), H100, 1)
+    assert found.effective.lora.target_modules == used
+    assert [(c.field, c.reason) for c in found.clamps] == (
+        [] if targets == used else [("lora.targetModules", "TargetsClamped")]
+    )
+
+
+def test_memory_is_planned_for_all_layers_where_nobody_knows_whether_the_listed_ones_are_there() -> None:
+    some, every = (
+        fit(UNKNOWN_8B, asked(lora={"target_modules": targets}), H100, 1) for targets in ("q_proj", "all-linear")
+    )
+    assert (some.peak, some.checkpoint_bytes) == (every.peak, every.checkpoint_bytes)
+    assert some.effective.lora.target_modules == "q_proj"
 
 
 # Loaders and evaluations

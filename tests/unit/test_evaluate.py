@@ -138,6 +138,9 @@ FEATURES: list[tuple[dict[str, Any], str]] = [
     ({"output": {"repository": "me/out"}}, "output"),
     ({"spec": {"output": {"repository": "me/out"}}}, "output.repository"),
     ({"task_type": "Chat", "spec": {"dataset": {"chat": {"chatTemplate": "klingon"}}}}, "dataset.chat.chatTemplate"),
+    ({"task_type": "Image", "spec": {"dataset": {"fileFormat": "jsonl"}}}, "dataset.fileFormat"),
+    ({"spec": {"dataset": {"fileFormat": "zip"}}}, "dataset.fileFormat"),
+    ({"task_type": "Chat", "spec": {"dataset": {"fileFormat": "zip"}}}, "dataset.fileFormat"),
     ({"spec": {"klCoefficient": "0.1"}}, "klCoefficient"),
     ({"spec": {"extraDatasets": [{"name": "x/y"}]}}, "extraDatasets"),
     ({"spec": {"model": {"yarnFactor": 2}}}, "model.yarnFactor"),
@@ -149,6 +152,20 @@ FEATURES: list[tuple[dict[str, Any], str]] = [
 def test_what_is_not_served_yet_is_refused_by_the_fields_name(offer: dict[str, Any], field: str) -> None:
     refusals = [r for r in evaluated(offer).refusals if r.reason is Reason.FEATURE_NOT_SERVED]
     assert any(r.message.startswith(f"spec.{field} is not served") and r.counterfactual for r in refusals), refusals
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("Image", "zip"),
+        ("Image", None),
+        ("InstructText", None),
+        *(("Chat", k) for k in ["json", "jsonl", "csv", "parquet", "hf"]),
+    ],
+)
+def test_a_format_that_the_trainer_reads_is_no_obstacle(task: str, kind: str | None) -> None:
+    refusals = evaluated({"task_type": task, "spec": {"dataset": {"fileFormat": kind}}}, {"preset": "sound"}).refusals
+    assert Reason.FEATURE_NOT_SERVED not in {r.reason for r in refusals}
 
 
 def test_tracking_that_is_switched_off_is_no_obstacle() -> None:

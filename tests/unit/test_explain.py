@@ -106,6 +106,12 @@ CASES: dict[str, tuple[Reason, OfferView, dict[str, Any], str]] = {
         {},
         "with dataset.chat.chatTemplate chatml",
     ),
+    "a format": (
+        Reason.FEATURE_NOT_SERVED,
+        offer(spec={"dataset": {"fileFormat": "zip"}}),
+        {},
+        "with no dataset.fileFormat",
+    ),
     "the rest of the features": (
         Reason.FEATURE_NOT_SERVED,
         offer(
@@ -171,7 +177,7 @@ CASES: dict[str, tuple[Reason, OfferView, dict[str, Any], str]] = {
     "room for checkpoints": (
         Reason.INSUFFICIENT_STORAGE,
         offer(**TASK),
-        {"policies": [policy(estimation={**HOURLY, "checkpointVolume": "500M"}, size_classes=[ALL])]},
+        {"policies": [policy(estimation={**HOURLY, "checkpointVolume": "840M"}, size_classes=[ALL])]},
         "with a model of at most 4.72B parameters",
     ),
     "time": (

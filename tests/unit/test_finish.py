@@ -66,8 +66,10 @@ def test_start_evaluation_and_reserve_count_as_well() -> None:
 @pytest.mark.parametrize(
     ("changes", "rows", "length", "generated", "rounds", "compared", "basis"),
     [
-        # Nothing is said: a row of 400 + 256 tokens, drawn in micro-batches of 4.
-        (None, 1000, 656, 256, 250, False, "of 400 tokens and 256 generated ones, MFU"),
+        # Nothing is said, so the trainer's defaults count: 4 completions of each prompt, of 400 + 256 tokens, compared
+        # with the base model; the 8 rows of a step are drawn at once.
+        (None, 4000, 656, 256, 500, True, "of 400 tokens and 256 generated ones, 4 times, MFU"),
+        ({}, 4000, 656, 256, 500, True, "of 400 tokens and 256 generated ones, 4 times, MFU"),
         # 8 completions of each prompt; 8 rows of a step are drawn at once, since up to 4 x 4 may be.
         ({"numGenerations": 8}, 8000, 656, 256, 1000, True, "and 256 generated ones, 8 times, MFU"),
         ({"numGenerations": 8, "beta": 0}, 8000, 656, 256, 1000, False, "and 256 generated ones, 8 times, MFU"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal
 from typing import Any
 
@@ -86,14 +87,24 @@ def training_alone(spec: TaskOfferSpec, policy: CapacityPolicySpec, fits: Fit, g
     else:
         shape = Subject.of(spec.model, parameters, spec.task_type, None).shape
         assert shape is not None
+        tokens, generated, together = min(duration.tokens_per_row, train.max_length), 0, 1.0
+        if spec.task_type is TaskType.GRPO:
+            # The trainer's defaults: 4 completions of at most 256 tokens; a step is drawn 4 times as fast as trained.
+            assert train.grpo is None
+            rows *= 4
+            tokens, generated = max(1, min(tokens, train.max_length - 256)), min(256, duration.generated_tokens_per_row)
+            at_once = train.per_device_train_batch_size * gpus
+            step = math.ceil(at_once * train.gradient_accumulation_steps / 4) * 4
+            together = step / math.ceil(step / (4 * at_once))
         work = Work(
             task=spec.task_type,
             rows=rows,
-            tokens_per_row=min(duration.tokens_per_row, train.max_length),
+            tokens_per_row=tokens,
             adapter_parameters=shape.adapter_parameters(lora.r, lora.target_modules),
             checkpointing=train.gradient_checkpointing,
-            generated_tokens_per_row=duration.generated_tokens_per_row if spec.task_type is TaskType.GRPO else 0,
-            rows_per_generation=train.per_device_train_batch_size * gpus,
+            generated_tokens_per_row=generated,
+            rows_per_generation=together,
+            compared=spec.task_type is TaskType.GRPO,
         )
         seconds = text_seconds(shape, parameters, work, speed, gpus)
     return seconds * (1 + float(duration.evaluation_share))

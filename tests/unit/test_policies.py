@@ -134,7 +134,7 @@ _ASKED_TOO_MUCH = [
         "Warning",
         "models above about 43.5B do not fit 2 GPU(s) with InstructText and are refused",
     ),
-    ("sizeClasses[Large].gpus", "Warning", "models above about 40.83B do not fit 2 GPU(s) with GRPO and are refused"),
+    ("sizeClasses[Large].gpus", "Warning", "models above about 43.5B do not fit 2 GPU(s) with GRPO and are refused"),
     (
         "sizeClasses[XLarge].lora.r",
         "Warning",

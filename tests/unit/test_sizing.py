@@ -67,6 +67,21 @@ def test_a_given_size_counts_before_the_name_and_the_name_before_the_policys_gue
     assert parameters_of(Model(name=name, parameters=given), unknown) == size
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture", "given", "size"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl", None, 2_567_463_684),
+        ("black-forest-labs/FLUX.1-dev", "flux", None, 11_901_408_320),
+        ("someone/flux-8b", "flux", None, 8_000_000_000),
+        ("someone/tiny", "sdxl", 7, 7),
+    ],
+)
+def test_the_architecture_says_the_size_that_neither_offer_nor_name_do(
+    name: str, architecture: str, given: int | None, size: int
+) -> None:
+    assert parameters_of(Model(name=name, parameters=given, architecture=architecture), 9) == size
+
+
 FAMILIES = [
     ("meta-llama/Llama-3.1-8B", "Llama"),
     ("codellama/CodeLlama-7b-hf", "CodeLlama"),

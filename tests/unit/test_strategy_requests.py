@@ -23,7 +23,7 @@ from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.prediction import estimates_of
 from taskoffer.decision.recipe import requested_settings
 from taskoffer.decision.sizing import size_class_of
-from taskoffer.decision.told_clamps import notice_of
+from taskoffer.decision.told_clamps import clamps_of, notice_of
 from taskoffer.render.trainingjob import run_config, training_job
 
 UID = "0123abcd-0000-4000-8000-000000000000"
@@ -148,6 +148,8 @@ LLAMA_8B = {"model": "meta-llama/Meta-Llama-3-8B", "parameters": 8_030_000_000}
 LLAMA_70B = {"model": "meta-llama/Meta-Llama-3-70B", "parameters": 70_554_000_000}
 QWEN_32B = {"model": "Qwen/Qwen2.5-32B", "parameters": 32_764_000_000}
 PHI_14B = {"model": "microsoft/phi-4", "parameters": 14_660_000_000}
+SDXL = {"task_type": "Image", "model": "stabilityai/stable-diffusion-xl-base-1.0", "parameters": None}
+SDXL |= {"architecture": "sdxl"}
 EXPERTS = {"model": "someone/Qwen-MoE-A2.7B", "parameters": 7_000_000_000}
 WHOLE_GPU = {"gpuMemory": "288G"}
 
@@ -276,7 +278,38 @@ IMPOSSIBLE: list[tuple[str, Any, str, str, str, str, str]] = [
         "TargetsClamped",
         "the model calls its layers otherwise",
     ),
+    (
+        "seven target names, for pictures",
+        (ACCURACY, 4, SDXL, {}),
+        "lora.targetModules",
+        SEVEN,
+        "all-linear",
+        "TargetsClamped",
+        "the model calls its layers otherwise",
+    ),
+    (
+        "EMA .9999 every 5 steps",
+        (H100, 2, LLAMA_1B, {}),
+        "train.emaDecay",
+        "0.9999",
+        "(1 + n) / (10 + n), at most 0.9999",
+        "AverageWarmedUp",
+        "with n updates it is that, and 0.9999 after 89,990. The average is exported where it is better",
+    ),
+    (
+        "LR x1.05 whenever the loss falls, x0.8 on a plateau",
+        (H100, 2, LLAMA_1B, {}),
+        "train.adaptiveLr",
+        "x1.05, x0.8",
+        "x1.05, x0.8, within x0.05 to x1.5",
+        "LearningRateBounded",
+        "after 40 evaluations that improved, x1.05 without a bound would be x7.04; it follows the held-out loss, x0.8 "
+        "after 2 evaluations without an improvement",
+    ),
 ]
+
+IN_WORDS = {"lora.r", "train.emaDecay", "train.adaptiveLr"}
+"""Fields whose effective setting the clamp puts in words."""
 
 
 @pytest.mark.parametrize(
@@ -302,8 +335,9 @@ def test_what_cannot_be_taken_literally_is_changed_and_told(
     if field == "train.evalRowsMax":
         assert within(run.effective.to_wire(), field) == int(effective)
         return
-    assert str(within(run.requested.to_wire(), field)) == requested
-    if field != "lora.r":
+    if field != "train.adaptiveLr":
+        assert str(within(run.requested.to_wire(), field)) == requested
+    if field not in IN_WORDS:
         assert spelled(within(run.effective.to_wire(), field)) == effective
 
 
@@ -406,7 +440,8 @@ def test_an_average_of_the_weights_costs_four_bytes_for_each_of_them() -> None:
 
 
 TRAINERS = [
-    # Rows whose effect is the trainer's alone, and the setting that carries them; its tests show the effect.
+    # Rows whose effect is the trainer's, and the setting that carries them; test_requests_to_the_trainer.py has what
+    # becomes of them there.
     ("EMA .9999 every 5 steps: warm-up, chosen by evaluation", "emaDecay", 0.9999),
     ("EMA .9999 every 5 steps: warm-up, chosen by evaluation", "emaUpdateEvery", 5),
     ("LR x1.05 whenever the loss falls: bounded, on held-out loss", "adaptiveLr.max", 1.5),
@@ -434,10 +469,6 @@ def test_what_only_the_trainer_can_do_reaches_it_as_it_is(row: str, setting: str
     assert config["data"]["evalRowsMax"] == made.spec.run.effective.train.eval_rows_max
 
 
-# The batch of -10 % and +20 %, the efficiency below 80 % and what telemetry triggers change running jobs: they are no
-# part of a recipe. "Tensor parallelism" and the promised accuracies have no field, so that nothing claims them.
-
-
 def test_one_event_lists_all_that_was_changed() -> None:
     run = job(H100, 2, **LLAMA_8B)
     (told,) = notice_of((), run.clamps)
@@ -446,6 +477,13 @@ def test_one_event_lists_all_that_was_changed() -> None:
     assert all(clamp.field in told.message for clamp in run.clamps)
     assert not told.warning
     assert list(notice_of(run.clamps, run.clamps)) == []
+
+
+def test_what_the_recipe_changed_stands_in_the_status_with_the_first_pass_and_stays() -> None:
+    run = job(H100, 2, **LLAMA_1B)
+    stated = clamps_of((), run.clamps, None)
+    assert {clamp.reason for clamp in stated} >= {"RankClamped", "AverageWarmedUp", "LearningRateBounded"}
+    assert clamps_of(stated, run.clamps, None) == stated == run.clamps
 
 
 def test_an_event_tells_only_what_is_new_and_stays_within_its_bounds() -> None:

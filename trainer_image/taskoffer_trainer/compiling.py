@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from taskoffer.api.contract import ExitCode
+from taskoffer.api.contract import Clamp, ExitCode
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fallback import COMPILE_FAILED
 
@@ -34,6 +34,15 @@ class Compiling:
             self.changes += 1
         self._size = rows_at_once
         return getattr(model, "_orig_mod", model) if self.given_up else model
+
+    def clamp(self) -> Clamp | None:
+        """Say that the model is no longer compiled, where that is so."""
+        if not self.given_up:
+            return None
+        message = f"The rows at once have changed {self.changes} times; each change may compile it again."
+        return Clamp(
+            field="train.torchCompile", requested="true", effective="false", reason="CompileOff", message=message
+        )
 
 
 def compile_failed(error: Exception) -> TrainerError | None:

@@ -11,7 +11,18 @@ from typing import Any
 from taskoffer.api.contract import Clamp, ExitCode, LoraSettings, rank_cap
 from taskoffer_trainer.failures import TrainerError
 
-__all__ = ["LinearShape", "RankPlan", "expert_shapes", "linear_shapes", "lora_config", "plan_ranks"]
+__all__ = [
+    "LinearShape",
+    "RankPlan",
+    "expert_shapes",
+    "linear_shapes",
+    "lora_config",
+    "plan_ranks",
+    "with_targets_of",
+]
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the output layer."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +77,69 @@ def linear_shapes(model: Any, target_modules: str, everything: str | None = None
         everything: a pattern of the layers that ``all-linear`` means where it is not all but the output layer.
 
     Raises:
-        TrainerError: ``BAD_CONFIG`` when a name fits no layer, with the names that exist.
+        TrainerError: ``BAD_CONFIG`` when there is no such layer.
     """
+    shapes = _layers(model, everything)
+    if target_modules == ALL_LINEAR:
+        chosen = [one for one in shapes if everything is None or re.fullmatch(everything, one.name)]
+    else:
+        chosen = [one for wanted in _names(target_modules) for one in shapes if _called(one, wanted)]
+    if not chosen:
+        raise TrainerError(
+            ExitCode.BAD_CONFIG,
+            "TargetModuleMissing",
+            f"lora.targetModules: the model has no linear layers that {target_modules} means",
+        )
+    return chosen
+
+
+def _layers(model: Any, everything: str | None) -> list[LinearShape]:
+    """List the linear layers that PEFT can adapt; the output layer of a language model is none of them."""
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings() if everything is None else None
-    shapes = [
-        LinearShape(name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    ]
-    if target_modules == "all-linear":
-        return [one for one in shapes if everything is None or re.fullmatch(everything, one.name)]
-    chosen = []
-    for wanted in _names(target_modules):
-        matching = [one for one in shapes if one.name == wanted or one.name.endswith(f".{wanted}")]
-        if not matching:
-            there = ", ".join(sorted({one.suffix for one in shapes}))
-            raise TrainerError(
-                ExitCode.BAD_CONFIG,
-                "TargetModuleMissing",
-                f"lora.targetModules: no linear layer is called {wanted!r}; this model has {there}",
-            )
-        chosen += matching
-    return chosen
+    shapes = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            shapes.append(LinearShape(name, module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            shapes.append(LinearShape(name, module.nx, module.nf))
+    return shapes
+
+
+def _called(layer: LinearShape, wanted: str) -> bool:
+    return layer.name == wanted or layer.name.endswith(f".{wanted}")
+
+
+def with_targets_of(
+    model: Any, lora: LoraSettings, everything: str | None = None
+) -> tuple[LoraSettings, tuple[Clamp, ...]]:
+    """Return the settings with ``all-linear`` where the model lacks a layer of a listed name, and say so.
+
+    A list is always a policy's, which means it for models of all kinds; no offer can name layers. The operator knows
+    the layers of some models by their names alone.
+
+    Args:
+        model: the base model.
+        lora: what is asked for.
+        everything: for a model that is no language model, a pattern of the layers that ``all-linear`` means.
+    """
+    if lora.target_modules == ALL_LINEAR:
+        return lora, ()
+    shapes, names = _layers(model, everything), _names(lora.target_modules)
+    missing = [wanted for wanted in names if not any(_called(one, wanted) for one in shapes)]
+    if names and not missing:
+        return lora, ()
+    there = ", ".join(sorted({one.suffix for one in shapes}))
+    clamp = Clamp(
+        field="lora.targetModules",
+        requested=lora.target_modules[:256],
+        effective=ALL_LINEAR,
+        reason="TargetsClamped",
+        message=f"No linear layer is called {', '.join(missing) or 'so'}; this model has {there}."[:512],
+    )
+    return lora.model_copy(update={"target_modules": ALL_LINEAR}), (clamp,)
 
 
 def _names(target_modules: str) -> list[str]:
@@ -190,15 +240,16 @@ def lora_config(model: Any, lora: LoraSettings, everything: str | None = None) -
         everything: for a model that is no language model, a pattern of the layers that ``all-linear`` means.
 
     Raises:
-        TrainerError: ``BAD_CONFIG`` when a target module does not exist.
+        TrainerError: ``BAD_CONFIG`` when the model has no layer to adapt.
     """
     from peft import LoraConfig, TaskType
 
+    lora, clamps = with_targets_of(model, lora, everything)
     shapes = linear_shapes(model, lora.target_modules, everything)
-    if lora.target_modules == "all-linear" and everything is None:
+    if lora.target_modules == ALL_LINEAR and everything is None:
         shapes += expert_shapes(model)
     plan = plan_ranks(shapes, lora)
-    clamps = plan.clamps
+    clamps += plan.clamps
     dropout = lora.lora_dropout
     if dropout and everything is None and _experts(model.config) > 1:
         clamps += (
@@ -211,14 +262,14 @@ def lora_config(model: Any, lora: LoraSettings, everything: str | None = None) -
             ),
         )
         dropout = 0.0
-    all_linear = lora.target_modules == "all-linear"
+    all_linear = lora.target_modules == ALL_LINEAR
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if everything is None else None,
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=dropout,
         use_rslora=lora.use_rslora,
-        target_modules=(everything or "all-linear") if all_linear else _names(lora.target_modules),
+        target_modules=(everything or ALL_LINEAR) if all_linear else _names(lora.target_modules),
         rank_pattern=plan.rank_pattern,
         alpha_pattern=plan.alpha_pattern,
     )

@@ -98,8 +98,9 @@ class CourseTrainer(StepTrainer):
             return super().training_step(model, rows, num_items_in_batch)
         before = self.compiling.given_up
         model = self.compiling.choose(model, self.steps.micro_batch.size)
-        if self.compiling.given_up and not before:
-            self._report_plain()
+        clamp = self.compiling.clamp()
+        if clamp is not None and not before:
+            self._report_plain(clamp)
         try:
             return super().training_step(model, rows, num_items_in_batch)
         except Exception as error:
@@ -108,16 +109,12 @@ class CourseTrainer(StepTrainer):
                 raise
             raise failure from error
 
-    def _report_plain(self) -> None:
+    def _report_plain(self, clamp: Clamp) -> None:
         """Say that the model is no longer compiled."""
-        message = f"The rows at once have changed {self.compiling.changes} times; each change may compile it again."
-        clamp = Clamp(
-            field="train.torchCompile", requested="true", effective="false", reason="CompileOff", message=message
-        )
         progress = self.course.progress
         progress.clamps = (*progress.clamps, clamp)
         progress.in_force["torchCompile"] = "off"
-        print(f"clamp: train.torchCompile true -> false (CompileOff) {message}", flush=True)
+        print(f"clamp: train.torchCompile true -> false (CompileOff) {clamp.message}", flush=True)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the held-out rows over all ranks; called by the training loop."""

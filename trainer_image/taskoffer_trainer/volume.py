@@ -5,15 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from taskoffer.api.contract import Clamp, ExitCode, RunConfig
+from taskoffer.api.contract import CHECKPOINT_BYTES, FEWEST_CHECKPOINTS, Clamp, ExitCode, RunConfig
 from taskoffer_trainer.failures import TrainerError
 
-__all__ = ["BYTES_PER_PARAMETER", "checkpoints_that_fit"]
-
-BYTES_PER_PARAMETER = 16
-"""Of a checkpoint, for each trained parameter: the weight, Adam's two moments and the average, 4 bytes each."""
-_FEWEST = 2
-"""The best and the newest checkpoint are kept whatever is asked for."""
+__all__ = ["checkpoints_that_fit"]
 
 
 def checkpoints_that_fit(config: RunConfig, parameters: int, free: int | None = None) -> tuple[int, tuple[Clamp, ...]]:
@@ -30,17 +25,17 @@ def checkpoints_that_fit(config: RunConfig, parameters: int, free: int | None = 
         TrainerError: ``BAD_CONFIG`` when there is not even room for the best, the newest and one that is written.
     """
     folder = Path(config.checkpoint_dir)
-    each = BYTES_PER_PARAMETER * parameters
+    each = CHECKPOINT_BYTES * parameters
     if free is None:
         free = shutil.disk_usage(folder).free + _held(folder)
-    asked = max(_FEWEST, config.train.save_total_limit)
+    asked = max(FEWEST_CHECKPOINTS, config.train.save_total_limit)
     room = free // each - 1
-    if room < _FEWEST:
+    if room < FEWEST_CHECKPOINTS:
         raise TrainerError(
             ExitCode.BAD_CONFIG,
             "CheckpointVolumeTooSmall",
-            f"checkpointDir: {folder} has {_gib(free)} free, and {_FEWEST + 1} checkpoints of {_gib(each)} each must "
-            "have room; give it a larger volume, or choose a smaller lora.r",
+            f"checkpointDir: {folder} has {_gib(free)} free, and {FEWEST_CHECKPOINTS + 1} checkpoints of {_gib(each)} "
+            "each must have room; give it a larger volume, or choose a smaller lora.r",
         )
     if room >= asked:
         return config.train.save_total_limit, ()

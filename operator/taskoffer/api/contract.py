@@ -16,7 +16,16 @@ from pydantic import Field, StringConstraints, model_validator
 from taskoffer.api.addresses import SIGNATURE_PREFIXES, expiry
 from taskoffer.api.base import Time, WireModel
 from taskoffer.api.grpo import DRAWN_PER_TRAINED, GRPOSettings
-from taskoffer.api.limits import EVAL_FRACTION, EVAL_ROWS_MAX, MIN_ROWS, evaluated_rows_cap, rank_cap
+from taskoffer.api.limits import (
+    CHECKPOINT_BYTES,
+    EVAL_FRACTION,
+    EVAL_ROWS_MAX,
+    FEWEST_CHECKPOINTS,
+    MIN_ROWS,
+    checkpoint_bytes,
+    evaluated_rows_cap,
+    rank_cap,
+)
 from taskoffer.api.report import AttemptEnd, FigureChange, HistoryPoint, Report, ReportedChange
 from taskoffer.api.reports import (
     PROVISIONAL_FOLDER,
@@ -72,11 +81,13 @@ from taskoffer.api.tuning import TUNING_PATH, AppliedTuning, Tuning
 
 __all__ = [
     "CHAT_TEMPLATES",
+    "CHECKPOINT_BYTES",
     "COMPARING_BUILTINS",
     "CONFIG_PATH",
     "DRAWN_PER_TRAINED",
     "EVAL_FRACTION",
     "EVAL_ROWS_MAX",
+    "FEWEST_CHECKPOINTS",
     "MAX_TERMINATION_BYTES",
     "MIN_ROWS",
     "POD_UID_VARIABLE",
@@ -144,6 +155,7 @@ __all__ = [
     "Tuning",
     "WebFile",
     "chat_template_of",
+    "checkpoint_bytes",
     "evaluated_rows_cap",
     "expiry",
     "item_path",

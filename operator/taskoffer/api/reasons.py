@@ -60,7 +60,7 @@ class Reason(StrEnum):
         "ModelFamilyNotAccepted",
         "The model belongs to no family that the policy accepts.",
     )
-    PARAMETERS_UNKNOWN = "ParametersUnknown", "The model's size is neither given nor readable from its name."
+    PARAMETERS_UNKNOWN = "ParametersUnknown", "The model's size is neither given nor known by its name or architecture."
     MODEL_SIZE_NOT_ACCEPTED = (
         "ModelSizeNotAccepted",
         "No size class of the policy takes a model of this size.",
@@ -71,7 +71,7 @@ class Reason(StrEnum):
     INSUFFICIENT_MEMORY = "InsufficientMemory", "Not even one row at a time fits the memory of the GPUs."
     INSUFFICIENT_STORAGE = (
         "InsufficientStorage",
-        "Not even two checkpoints fit the space that the policy gives to the checkpoints of a job.",
+        "Not even three checkpoints (best, newest, one being written) fit the space that the policy gives them.",
     )
     CANNOT_FINISH_IN_TIME = "CannotFinishInTime", "The task is predicted to take longer than the offer gives."
     PRIORITY_NOT_ALLOWED = (
@@ -150,10 +150,21 @@ class Reason(StrEnum):
         "ShardingNotServed",
         "The trainer of this version cannot share out a model's parameters over its GPUs, so that each holds a copy.",
     )
-    CHECKPOINTS_CLAMPED = "CheckpointsClamped", "Fewer checkpoints are kept, so that they fit the space they have."
+    CHECKPOINTS_CLAMPED = (
+        "CheckpointsClamped",
+        "Fewer checkpoints are kept, so that they fit the space they have; the best and the newest always are.",
+    )
     EVALUATION_CLAMPED = (
         "EvaluationClamped",
         "Fewer rows are held out, so that evaluations take a tenth of the training's time at most.",
+    )
+    AVERAGE_WARMED_UP = (
+        "AverageWarmedUp",
+        "The average of the weights begins with a small decay, which rises to the one that was asked for.",
+    )
+    LEARNING_RATE_BOUNDED = (
+        "LearningRateBounded",
+        "The factor with which the learning rate follows the held-out loss stays within bounds.",
     )
     LOADERS_CLAMPED = "LoadersClamped", "Fewer processes load data, or prepare less of it ahead, than was asked for."
     SETTINGS_CLAMPED = "SettingsClamped", "Settings were not taken literally; each with its reason is in status.clamps."

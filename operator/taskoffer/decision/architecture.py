@@ -134,12 +134,20 @@ class Structure(NamedTuple):
     """Whether its linear layers are not called as Llama's: query, key and value in one, other words, or factors."""
 
 
+TEXT_LAYERS = frozenset(
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"],
+)
+"""Names of the layers of a block, as Llama's and Phi's code has them; a model of pictures has none of them."""
+
 _DEEPSEEK = r"deepseek-(?:v[23]|r1(?!.*distill))"
 _EXPERTS = re.compile(
     rf"(?<![a-z0-9.])\d+x\d|mixtral|(?<![a-z])moe(?![a-z])|(?<![a-z0-9])a\d+(?:\.\d+)?[bm](?![a-z0-9])|{_DEEPSEEK}|gpt-oss"
 )
 """How names say that a model has experts: 8x7B, Mixtral, Qwen1.5-MoE, 30B-A3B, DeepSeek from its second version on."""
-_OTHER_LAYERS = re.compile(rf"(?<![a-z])phi(?![a-z])|{_DEEPSEEK}|falcon|bloom|pythia|gpt-neox|gpt-oss|internlm2")
+_OTHER_LAYERS = re.compile(
+    rf"(?<![a-z])phi(?![a-z])|{_DEEPSEEK}|falcon|bloom|pythia|gpt-neo|gpt-?j|gpt-?2"
+    r"|gpt-oss|internlm2|starcoder|codegen|(?<![a-z])(?:opt|mpt)-\d"
+)
 
 
 def structure_of(model_name: str) -> Structure:

@@ -17,6 +17,7 @@ from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, TaskOfferSpec
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.finish import duration_text
+from taskoffer.decision.items import other_format
 from taskoffer.decision.moments import later
 from taskoffer.decision.outcomes import NOTHING, Learned
 from taskoffer.decision.sizing import billions, family_of, parameters_of
@@ -278,6 +279,9 @@ def _features(case: Case) -> Iterator[Change]:
             for name, part in change.items():
                 patch[name] = {**patch.get(name, {}), **part}
             says.append(words)
+    if other_format(spec) is not None:
+        patch["dataset"] = {**patch.get("dataset", {}), "fileFormat": None}
+        says.append("no dataset.fileFormat")
     if spec.model.yarn_factor is not None:
         patch["model"] = {**patch.get("model", {}), "yarnFactor": None}
         says.append("no model.yarnFactor")

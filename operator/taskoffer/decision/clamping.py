@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from taskoffer.api.contract import Clamp, LoraSettings, TrainSettings
+from taskoffer.api.contract import Clamp, LoraSettings, TrainSettings, checkpoint_bytes
 from taskoffer.api.reasons import Reason
 from taskoffer.decision.architecture import ModelShape, by_layer
-from taskoffer.decision.memory import GIB, checkpoint_bytes
+from taskoffer.decision.memory import GIB
 from taskoffer.decision.sizing import billions
 
 _SCALE_TOLERANCE = 0.05
@@ -137,7 +137,7 @@ def evaluation_batch_clamp(asked: TrainSettings, train: TrainSettings) -> Clamp 
 
 
 def checkpoints_clamp(asked: TrainSettings, train: TrainSettings, adapter: int, volume: int) -> Clamp | None:
-    """Say that fewer checkpoints are kept.
+    """Say that fewer checkpoints are kept, or that one would not be enough.
 
     Args:
         asked: The settings that were asked for.
@@ -149,7 +149,9 @@ def checkpoints_clamp(asked: TrainSettings, train: TrainSettings, adapter: int, 
     if before == kept:
         return None
     message = (
-        f"{before} checkpoints and one being written take {checkpoint_bytes(adapter, before) / 1e9:.0f} GB of "
+        "the best and the newest checkpoint are kept in any case"
+        if before < kept
+        else f"{before} checkpoints and one being written take {checkpoint_bytes(adapter, before) / 1e9:.0f} GB of "
         f"{volume / 1e9:.0f}; {kept} and one take {checkpoint_bytes(adapter, kept) / 1e9:.0f} GB"
     )
     return clamp_of("train.saveTotalLimit", before, kept, Reason.CHECKPOINTS_CLAMPED, message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from taskoffer.api.contract import EVAL_FRACTION, EVAL_ROWS_MAX, Clamp, TrainSettings, evaluated_rows_cap
+from taskoffer.api.contract import EVAL_FRACTION, EVAL_ROWS_MAX, AdaptiveLR, Clamp, TrainSettings, evaluated_rows_cap
 from taskoffer.api.quantity import cores
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.trainingjob import PodSettings, Settings
@@ -20,6 +20,9 @@ _MOST_LOADERS = 16
 """Processes per GPU beyond which loading does not get faster; the first strategy document asks for 16."""
 _MOST_PREFETCH = 4
 """Batches ahead of each process. 16 processes with 8 batches each would hold 128 batches in shared memory."""
+
+_GOOD_EVALUATIONS = 40
+"""Evaluations after which it is said what an unbounded factor would come to: 1,000 steps with one every 25."""
 
 
 class Effective(NamedTuple):
@@ -43,7 +46,8 @@ def effective_settings(asked: Settings, found: Fit | None, pod: PodSettings, gpu
     told = found.clamps if found is not None else ()
     train, loaders = _loaders(settings.train, pod)
     train, evaluation = _evaluation(train, gpus, rows)
-    return Effective(settings.model_copy(update={"train": train}), (*told, *loaders, *evaluation))
+    clamps = (*told, *loaders, *evaluation, *_average(train), *_adaptive(train))
+    return Effective(settings.model_copy(update={"train": train}), clamps)
 
 
 def _loaders(train: TrainSettings, pod: PodSettings) -> tuple[TrainSettings, list[Clamp]]:
@@ -67,6 +71,41 @@ def _loaders(train: TrainSettings, pod: PodSettings) -> tuple[TrainSettings, lis
         )
     changes = {"dataloader_num_workers": workers, "dataloader_prefetch_factor": prefetch}
     return (train.model_copy(update=changes) if clamps else train), clamps
+
+
+def _average(train: TrainSettings) -> list[Clamp]:
+    """Say that the decay of an average of the weights is a ceiling, where its warm-up is longer than an update."""
+    decay = train.ema_decay
+    if decay is None:
+        return []
+    # (1 + n) / (10 + n), the trainer's warm-up, reaches the decay after so many updates.
+    updates = math.ceil(round((10 * decay - 1) / (1 - decay), 6))
+    if updates <= 1:
+        return []
+    message = (
+        "a constant decay would keep most of the adapter as it was at the beginning; with n updates it is that, and "
+        f"{decay:g} after {updates:,}. The average is exported where it is better on held-out data"
+    )
+    effective = f"(1 + n) / (10 + n), at most {decay:g}"
+    return [clamp_of("train.emaDecay", f"{decay:g}", effective, Reason.AVERAGE_WARMED_UP, message)]
+
+
+_USUAL_BOUNDS = (AdaptiveLR().min, AdaptiveLR().max)
+
+
+def _adaptive(train: TrainSettings) -> list[Clamp]:
+    """Say within what a learning rate follows the held-out loss, where the policy leaves that to the defaults."""
+    rule = train.adaptive_lr
+    if rule is None or (rule.min, rule.max) != _USUAL_BOUNDS:
+        return []
+    asked = f"x{rule.increase:g}, x{rule.decrease:g}"
+    message = (
+        f"after {_GOOD_EVALUATIONS} evaluations that improved, x{rule.increase:g} without a bound would be "
+        f"x{rule.increase**_GOOD_EVALUATIONS:.3g}; it follows the held-out loss, x{rule.decrease:g} after "
+        f"{rule.patience} evaluations without an improvement"
+    )
+    effective = f"{asked}, within x{rule.min:g} to x{rule.max:g}"
+    return [clamp_of("train.adaptiveLr", asked, effective, Reason.LEARNING_RATE_BOUNDED, message)]
 
 
 def most_evaluated_rows(train: TrainSettings, gpus: int) -> int:

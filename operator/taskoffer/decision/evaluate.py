@@ -19,7 +19,7 @@ from taskoffer.api.v1alpha1.taskoffer import ExplanationItem, TaskOfferSpec
 from taskoffer.decision.facts import Facts, gather
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.identity import Itself
-from taskoffer.decision.items import misnamed
+from taskoffer.decision.items import misnamed, other_format
 from taskoffer.decision.outcomes import NOTHING, Group, Learned
 from taskoffer.decision.own_trainer import check_trainer
 from taskoffer.decision.prediction import NOT_ESTIMATED, Prediction, estimates_of, refusals_of
@@ -236,6 +236,9 @@ def _unserved(spec: TaskOfferSpec) -> Iterator[tuple[str, str]]:
     chat = spec.dataset.chat
     if chat is not None and chat_template_of(chat.chat_template) is None:
         yield "dataset.chat.chatTemplate", f"set it to one of {', '.join(CHAT_TEMPLATES)}"
+    format_remedy = other_format(spec)
+    if format_remedy is not None:
+        yield "dataset.fileFormat", format_remedy
     if spec.kl_coefficient is not None:
         yield "klCoefficient", "remove it"
     if spec.extra_datasets:

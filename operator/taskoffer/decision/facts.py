@@ -18,7 +18,7 @@ from taskoffer.decision.footing import Footings, footings_under
 from taskoffer.decision.identity import Itself
 from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Group, Learned
 from taskoffer.decision.prediction import Outlook, Prediction
-from taskoffer.decision.sizing import family_of, parameters_in_name, size_class_of
+from taskoffer.decision.sizing import family_of, size_class_of, size_of
 from taskoffer.decision.value import Stakes, most_valuable
 
 
@@ -56,7 +56,7 @@ def _traits(
     resolution: int | None,
 ) -> Traits:
     policy = under.value
-    parameters = stated or parameters_in_name(name) or policy.filters.unknown_parameters
+    parameters = size_of(stated, name, architecture) or policy.filters.unknown_parameters
     family = family_of(name, policy.families)
     size = size_class_of(parameters, policy.size_classes) if parameters is not None else None
     lane, lane_rule = _lane_of(task_type, architecture, size, policy)

@@ -178,8 +178,8 @@ def pacing_of(subject: Subject, settings: Settings, duration: DurationEstimation
 
 
 def _drawing(subject: Subject, train: TrainSettings) -> GRPOSettings | None:
-    """Return how completions are drawn, where the policy says it."""
-    return train.grpo if subject.task is TaskType.GRPO else None
+    """Return how completions are drawn: as the policy says, else with the trainer's defaults."""
+    return (train.grpo or GRPOSettings()) if subject.task is TaskType.GRPO else None
 
 
 def _rows_per_step(train: TrainSettings, drawing: GRPOSettings | None, gpus: int) -> int:
@@ -202,15 +202,14 @@ def _text_pace(
     lora, train = settings.lora, settings.train
     drawing = _drawing(subject, train)
     tokens = min(duration.tokens_per_row, train.max_length)
-    generated = duration.generated_tokens_per_row if subject.task is TaskType.GRPO else 0
-    # Without the policy's word one micro-batch of each process is generated at a time.
-    together: float = train.per_device_train_batch_size * gpus
+    generated, together = 0, 1.0
     if drawing is not None:
-        generated = min(generated, drawing.max_completion_length)
+        generated = min(duration.generated_tokens_per_row, drawing.max_completion_length)
         tokens = max(1, min(tokens, train.max_length - drawing.max_completion_length))
         # A step is drawn in as few rounds as the trainer's rows at once allow.
         rows = _rows_per_step(train, drawing, gpus)
-        together = rows / math.ceil(rows / (DRAWN_PER_TRAINED * together))
+        at_once = DRAWN_PER_TRAINED * train.per_device_train_batch_size * gpus
+        together = rows / math.ceil(rows / at_once)
     work = Work(
         task=subject.task,
         rows=0,

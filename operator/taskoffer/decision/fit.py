@@ -14,13 +14,30 @@ from dataclasses import dataclass, field, replace
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 
-from taskoffer.api.contract import DRAWN_PER_TRAINED, SHARDING_SERVED, Clamp, LayerRank, LoraSettings, TrainSettings
+from taskoffer.api.contract import (
+    CHECKPOINT_BYTES,
+    FEWEST_CHECKPOINTS,
+    SHARDING_SERVED,
+    Clamp,
+    LayerRank,
+    LoraSettings,
+    TrainSettings,
+    checkpoint_bytes,
+)
 from taskoffer.api.quantity import whole
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.model_and_data import Architecture, Model
 from taskoffer.api.v1alpha1.trainingjob import Settings
-from taskoffer.decision.architecture import ALL_LINEAR, ModelShape, Ranks, Structure, shape_of, structure_of
+from taskoffer.decision.architecture import (
+    ALL_LINEAR,
+    TEXT_LAYERS,
+    ModelShape,
+    Ranks,
+    Structure,
+    shape_of,
+    structure_of,
+)
 from taskoffer.decision.clamping import (
     batch_clamp,
     checkpoints_clamp,
@@ -32,7 +49,7 @@ from taskoffer.decision.clamping import (
     targets_clamp,
     tokens_clamp,
 )
-from taskoffer.decision.memory import GIB, IMAGE_MODELS, Layout, Load, Need, checkpoint_bytes, image_need, text_need
+from taskoffer.decision.memory import GIB, IMAGE_MODELS, Layout, Load, Need, image_need, text_need
 
 _LEAST_RANK = 8
 """Below this an adapter is not what anybody has asked for, so the offer is refused instead."""
@@ -193,7 +210,7 @@ class _Fitting:
             limit=self.limit,
             largest_rows=rows if fits else 0,
             known=self.known,
-            checkpoint_bytes=checkpoint_bytes(adapter, train.save_total_limit),
+            checkpoint_bytes=checkpoint_bytes(self._stored(adapter), train.save_total_limit),
             lacks_storage=lacks_storage,
         )
 
@@ -213,8 +230,16 @@ class _Fitting:
         return self._need(rank).largest_rows(self.limit) > 0 and self._has_room(rank)
 
     def _has_room(self, rank: int) -> bool:
-        """Tell whether one checkpoint, and another one while it is written, fit their volume."""
-        return self.volume is None or checkpoint_bytes(self._adapter(rank), 1) <= self.volume
+        """Tell whether the fewest checkpoints, and another one while it is written, fit their volume."""
+        return self.volume is None or self._fewest(rank) <= self.volume
+
+    def _fewest(self, rank: int) -> int:
+        """Return the space of the fewest checkpoints that are kept, and of one that is written."""
+        return checkpoint_bytes(self._stored(self._adapter(rank)), FEWEST_CHECKPOINTS)
+
+    def _stored(self, adapter: int) -> int:
+        """Return the parameters that checkpoints are sized for: more where the layers are only estimated."""
+        return math.ceil(adapter * (1 + self.margin))
 
     def _pattern(self, rank: int) -> Ranks:
         """Return the ranks that are asked for single layers; they give way in proportion to the one for all."""
@@ -223,7 +248,9 @@ class _Fitting:
     def _adapter(self, rank: int) -> int:
         shape = self.subject.shape
         if shape is not None:
-            return shape.adapter_parameters(rank, self.lora.target_modules, pattern=self._pattern(rank))
+            # The trainer adapts all layers where it misses one of the listed names, which nobody knows of yet.
+            targets = self.lora.target_modules if self.known else ALL_LINEAR
+            return shape.adapter_parameters(rank, targets, pattern=self._pattern(rank))
         return rank * IMAGE_MODELS[self.subject.architecture or Architecture.SDXL].adapter_parameters_per_rank
 
     def _lora(self, rank: int) -> LoraSettings:
@@ -255,7 +282,6 @@ class _Fitting:
             checkpointing=train.gradient_checkpointing,
             bf16=train.bf16,
             average=train.ema_decay is not None,
-            drawn_at_once=DRAWN_PER_TRAINED if subject.task is TaskType.GRPO and train.grpo is not None else None,
         )
         if shape is None:
             image = IMAGE_MODELS[subject.architecture or Architecture.SDXL]
@@ -285,9 +311,11 @@ class _Fitting:
                 changes |= _batch(asked, largest)
         if asked.per_device_eval_batch_size is not None:
             changes["per_device_eval_batch_size"] = min(asked.per_device_eval_batch_size, largest)
+        kept = max(FEWEST_CHECKPOINTS, asked.save_total_limit)
         if self.volume is not None:
-            room = self.volume // checkpoint_bytes(adapter, 0) - 1
-            changes["save_total_limit"] = max(1, min(asked.save_total_limit, room))
+            room = self.volume // (CHECKPOINT_BYTES * self._stored(adapter)) - 1
+            kept = max(FEWEST_CHECKPOINTS, min(kept, room))
+        changes["save_total_limit"] = kept
         changed = {name: value for name, value in changes.items() if getattr(asked, name) != value}
         return asked.model_copy(update=changed) if changed else asked
 
@@ -308,7 +336,7 @@ class _Fitting:
             sharding_clamp(asked.train, train, self.layout.gpus, self._copy() if train.fsdp else ""),
             targets_clamp(asked.lora, lora, subject.structure.experts),
             dropout_clamp(asked.lora, lora),
-            checkpoints_clamp(asked.train, train, adapter, self.volume or 0),
+            checkpoints_clamp(asked.train, train, self._stored(adapter), self.volume or 0),
             evaluation_batch_clamp(asked.train, train),
         )
         return tuple(clamp for clamp in told if clamp is not None)
@@ -318,7 +346,8 @@ class _Fitting:
         if self._need(self.useful).largest_rows(self.limit) == 0:
             return f"not even one row at a time fits {self.limit / GIB:.1f} GiB"
         volume = (self.volume or 0) / 1e9
-        return f"not even one checkpoint and another one being written fit {volume:.0f} GB"
+        fewest = self._fewest(self.useful) / 1e9
+        return f"the best checkpoint, the newest and one being written take {fewest:.0f} GB of {volume:.0f}"
 
     def _copy(self) -> str:
         """Say why a copy of the model on each GPU does not do."""
@@ -335,9 +364,12 @@ def _for_structure(subject: Subject, lora: LoraSettings) -> LoraSettings:
     changes: dict[str, object] = {}
     if subject.structure.experts and lora.lora_dropout > 0:
         changes["lora_dropout"] = 0.0
-    if lora.target_modules != ALL_LINEAR and subject.shape is not None:
-        own = {name for name, _, _ in subject.shape.linears}
-        lacking = subject.shape.known and not own.issuperset(n.strip() for n in lora.target_modules.split(","))
+    if lora.target_modules != ALL_LINEAR:
+        listed = {name.strip() for name in lora.target_modules.split(",")}
+        if subject.shape is None:
+            lacking = not listed.isdisjoint(TEXT_LAYERS)
+        else:
+            lacking = subject.shape.known and not listed.issubset(name for name, _, _ in subject.shape.linears)
         if lacking or subject.structure.experts or subject.structure.other_layers:
             changes["target_modules"] = ALL_LINEAR
     return lora.model_copy(update=changes) if changes else lora

@@ -37,6 +37,17 @@ def format_of(dataset: Dataset) -> FileFormat:
     return FileFormat.PARQUET if source is not None and source.hub is not None else FileFormat.JSONL
 
 
+def other_format(spec: TaskOfferSpec) -> str | None:
+    """Say which format the trainer reads in place of the offer's, or None where it reads that."""
+    given, pictures = spec.dataset.file_format, spec.dataset.type is DatasetType.IMAGE
+    if spec.trainer is not None or given is None or (given is FileFormat.ZIP) == pictures:
+        return None
+    if pictures:
+        return "set it to zip: pictures with captions come as an archive, or as a folder of the same files"
+    others = ", ".join(form.value for form in FileFormat if form is not FileFormat.ZIP)
+    return f"set it to one of {others}: zip holds pictures"
+
+
 def model_item(model: Model, steps: Steps) -> FetchItem:
     """Return how the base model is fetched: from its bucket, else from the hub by its name.
 

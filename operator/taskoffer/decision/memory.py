@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from taskoffer.api.contract import DRAWN_PER_TRAINED
 from taskoffer.api.tasks import TaskType
 from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.decision.architecture import ModelShape
@@ -22,9 +23,6 @@ _ADAPTER_BYTES = 16
 """Per adapter parameter: float32 weight and gradient, two moments of Adam."""
 _AVERAGE_BYTES = 4
 """Per adapter parameter: the moving average of the weight, where one is kept."""
-_CHECKPOINT_BYTES = 16
-"""Per adapter parameter in a checkpoint: 4.1 of weights and 8.7 of Adam's state were measured, 3.2 are left for an
-average and the rest."""
 _FRAGMENTATION = 1.05
 _CUDA_BYTES = 1.5 * GIB
 _NCCL_BYTES = 1.0 * GIB
@@ -60,9 +58,6 @@ class Load:
     bf16: bool = True
     average: bool = False
     """Whether a moving average of the adapter is kept beside it."""
-    drawn_at_once: int | None = None
-    """Completions that are drawn at once for each row that is trained at once, where a policy sets how they are drawn;
-    None plans with one whose keys and values are kept beside the activations."""
 
     @property
     def adapter_bytes(self) -> int:
@@ -99,11 +94,6 @@ class Need:
         return max(0, int(room / self.per_row))
 
 
-def checkpoint_bytes(adapter_parameters: int, kept: int) -> int:
-    """Return the space that checkpoints take: those that are kept, and one more while it is being written."""
-    return (kept + 1) * _CHECKPOINT_BYTES * adapter_parameters
-
-
 def text_need(shape: ModelShape, parameters: int, load: Load, layout: Layout, margin: float = 0.0) -> Need:
     """Return what a language model's training needs on each GPU.
 
@@ -130,7 +120,7 @@ def text_need(shape: ModelShape, parameters: int, load: Load, layout: Layout, ma
     cache = 4 * shape.key_value * shape.layers * load.max_length if load.task is TaskType.GRPO else 0
     trained = stored + layer * (1 if load.checkpointing else shape.layers) + head
     # A step is drawn before any of it is trained, so the larger of both counts.
-    per_row = trained + cache if load.drawn_at_once is None else max(trained, load.drawn_at_once * cache)
+    per_row = max(trained, DRAWN_PER_TRAINED * cache)
     buffers = 0.0
     if layout.sharded:
         buffers = 4.0 * parameters / shape.layers

@@ -216,8 +216,9 @@ def _lacks_storage(fit: Fit, spec: TaskOfferSpec, policy: CapacityPolicySpec) ->
     volume = policy.estimation.checkpoint_volume if policy.estimation is not None else None
     return Refusal(
         Reason.INSUFFICIENT_STORAGE,
-        f"a checkpoint of {spec.model.name} and another one being written take {fit.checkpoint_bytes / 1e9:.3g} GB, "
-        f"with LoRA rank {fit.effective.lora.r}, and the policy's estimation.checkpointVolume is {volume}",
+        f"the best checkpoint of {spec.model.name}, the newest and one being written take "
+        f"{fit.checkpoint_bytes / 1e9:.3g} GB, with LoRA rank {fit.effective.lora.r}, and the policy's "
+        f"estimation.checkpointVolume is {volume}",
         "accepted with a smaller model, or once estimation.checkpointVolume is raised",
     )
 

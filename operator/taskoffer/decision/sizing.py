@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
 
-from taskoffer.api.v1alpha1.model_and_data import Model
+from taskoffer.api.v1alpha1.model_and_data import Architecture, Model
 from taskoffer.api.v1alpha1.profiles import FamilyRule, SizeClass
+from taskoffer.decision.memory import IMAGE_MODELS
 
 # 8x7B before 7B, so that a mixture of experts is not read as one expert. The number must not continue a word or a
 # version (the 3.1 of Llama-3.1-8B carries no unit and so does not match).
@@ -50,8 +51,14 @@ def _parameters_in(name: str) -> int | None:
 
 
 def parameters_of(model: Model, unknown: int | None) -> int | None:
-    """Return the model's size: what the offer says, else what the name says, else ``unknown``."""
-    return model.parameters or parameters_in_name(model.name) or unknown
+    """Return the model's size: what the offer says, else its name, else its architecture, else ``unknown``."""
+    return size_of(model.parameters, model.name, model.architecture) or unknown
+
+
+def size_of(stated: int | None, name: str, architecture: Architecture | None) -> int | None:
+    """Return the size that is stated, else the one in the name, else that of the architecture, else None."""
+    of_architecture = IMAGE_MODELS[architecture].parameters if architecture is not None else None
+    return stated or parameters_in_name(name) or of_architecture
 
 
 def size_class_of(parameters: int, classes: Sequence[SizeClass]) -> SizeClass | None:

@@ -61,7 +61,9 @@ class Model(WireModel):
         None, description="Branch, tag or commit of the base model."
     )
     parameters: Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None = Field(
-        None, description="Number of parameters. When absent it is read from the name (1.5B, 8x7B, 135M)."
+        None,
+        description="Number of parameters. When absent it is read from the name (1.5B, 8x7B, 135M), else it is the "
+        "architecture's.",
     )
     architecture: Architecture | None = Field(None, description="sdxl or flux; only for the task type Image.")
     yarn_factor: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8, 16, 32]})] | None = Field(
