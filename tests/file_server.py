@@ -133,7 +133,8 @@ class StoreHandler(BaseHTTPRequestHandler):
         return self.on_get_file(name)
 
     def on_get_redirect(self, name: str) -> None:
-        self.answer(302, headers={"Location": self.entry.query["to"][0]})
+        """Lead to where the query says, and without one to the same address again."""
+        self.answer(302, headers={"Location": self.entry.query.get("to", [f"/redirect/{name}"])[0]})
 
     # --- The object store, addressed by path.
 

@@ -17,6 +17,7 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from taskoffer.api.contract import ExitCode, ItemKind, NetworkSettings
+from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS
 from taskoffer_trainer.cache import BLOCK
 from taskoffer_trainer.checkpoints import write_json
 from taskoffer_trainer.failures import TrainerError
@@ -120,6 +121,8 @@ class Fetching:
             before = run.size
             try:
                 return run.once()
+            except httpx2.TooManyRedirects as error:
+                raise missing(remote.kind, "RedirectLoop", f"{remote.label}: {TOO_MANY_REDIRECTS}") from error
             except (httpx2.TransportError, httpx2.StreamError, _AgainError) as error:
                 why = str(error) or type(error).__name__
                 wait = error.wait if isinstance(error, _AgainError) else None

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import httpx2
 
 from taskoffer.api.contract import ExitCode, FileFormat, HubFiles, ItemKind, NetworkSettings, RepoType
-from taskoffer_trainer.addresses import make_client
+from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS, make_client
 from taskoffer_trainer.cache import CachedFile, key_of
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fetch import Fetched, Fetching, Remote, Speaker, missing
@@ -65,6 +65,8 @@ def ask_hub(
         interrupt.check()
         try:
             return ask()
+        except httpx2.TooManyRedirects as error:
+            raise _gone(kind, f"{what}: {TOO_MANY_REDIRECTS}") from error
         except (errors.HfHubHTTPError, httpx2.TransportError) as error:
             why = _passing_fault(what, kind, error)
         except RuntimeError as error:

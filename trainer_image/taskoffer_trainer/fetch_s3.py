@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx2
 
 from taskoffer.api.contract import ExitCode
-from taskoffer_trainer.addresses import check_address
+from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS, check_address
 from taskoffer_trainer.buckets import Bucket, Listed, read_keys
 from taskoffer_trainer.cache import CachedFile, key_of
 from taskoffer_trainer.failures import TrainerError
@@ -94,6 +94,8 @@ def _ask(context: Context, ask: Callable[[], list[Listed]], url: str) -> list[Li
             why = f"the store answered {status}"
         except ValueError as error:
             raise missing(item.kind, "Refused", f"{item.name}: {url}: {error}") from error
+        except httpx2.TooManyRedirects as error:
+            raise missing(item.kind, "RedirectLoop", f"{item.name}: {url}: {TOO_MANY_REDIRECTS}") from error
         except httpx2.TransportError as error:
             why = str(error) or type(error).__name__
         if number < network.tries:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import httpx2
 
 from taskoffer.api.contract import BucketFiles, ExitCode, Published, SubmitConfig
-from taskoffer_trainer.addresses import check_address, make_client
+from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS, check_address, make_client
 from taskoffer_trainer.buckets import Bucket, read_keys
 from taskoffer_trainer.cache import BLOCK
 from taskoffer_trainer.failures import TrainerError
@@ -169,6 +169,8 @@ class _BucketUpload:
                 if status < 500 and status not in (408, 429):
                     raise failed("SubmitRefused", f"{name}: the store answered {status}") from error
                 why = f"the store answered {status}"
+            except httpx2.TooManyRedirects as error:
+                raise failed("SubmitRefused", f"{name}: {TOO_MANY_REDIRECTS}") from error
             except httpx2.TransportError as error:
                 why = str(error) or type(error).__name__
             if number < network.tries:
