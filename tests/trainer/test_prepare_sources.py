@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ import pytest
 from file_server import WebFile, sha256
 from taskoffer.api.contract import ExitCode, expiry
 from taskoffer_trainer.addresses import shown, without_signature
+from taskoffer_trainer.model_files import choose_model_files
 
 from .conftest import merge
 from .step_runs import Place, contents, dataset, model, web
@@ -42,6 +44,76 @@ def test_a_model_of_the_hub_comes_without_pickles_code_and_copies(place: Place) 
     assert item.fetched_bytes == item.bytes
 
 
+UNET, ENCODER = "unet/diffusion_pytorch_model", "text_encoder/model"
+TWICE: dict[str, tuple[list[str], list[str]]] = {
+    "Mistral's own file beside parts with an index": (
+        ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "params.json"],
+        ["consolidated.safetensors", "consolidated.safetensors.index.json", "consolidated-00001-of-00003.safetensors"],
+    ),
+    "half precision in parts beside other parts": (
+        ["model_index.json", f"{UNET}-00001-of-00003.safetensors", f"{UNET}.safetensors.index.json"],
+        [f"{UNET}.fp16-00001-of-00002.safetensors", f"{UNET}.safetensors.index.fp16.json"],
+    ),
+    "variants in one file": (
+        ["model_index.json", f"{UNET}.safetensors", f"{ENCODER}.safetensors"],
+        [f"{UNET}.non_ema.safetensors", f"{ENCODER}.fp16.safetensors", f"{UNET}.fp16-00001-of-00002.safetensors"],
+    ),
+    "half precision alone": (
+        ["model_index.json", f"{UNET}.fp16-00001-of-00002.safetensors", f"{UNET}.safetensors.index.fp16.json"], [],
+    ),
+    "an adapter's and other names": (["config.json", "adapter_model.safetensors", "model.safetensors"], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("wanted", "again"), TWICE.values(), ids=TWICE.keys())
+def test_of_weights_that_are_there_twice_those_come_that_training_reads(wanted: list[str], again: list[str]) -> None:
+    assert sorted(choose_model_files(sorted(wanted + again))) == sorted(wanted)
+
+
+PARTS = {f"model-0000{n}-of-00002.safetensors": b"w%d" % n for n in (1, 2)}
+INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
+SDXL = json.dumps({"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]})
+CONFIG = {"config.json": b"{}"}
+NOT_READY: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
+    "pickles": (
+        {**CONFIG, "pytorch_model-00001-of-00002.bin": b"p", "tokenizer.json": b"{}"},
+        "PicklesOnly",
+        ["acme/model@main", "pytorch_model-00001-of-00002.bin", "convert them to safetensors"],
+    ),
+    "no weights": ({**CONFIG, "model.gguf": b"g"}, "ModelIncomplete", ["no weights beside config.json", "safetensors"]),
+    "Mistral's file alone": ({**CONFIG, "consolidated.safetensors": b"c"}, "ModelIncomplete", ["no weights beside"]),
+    "a part": (
+        {**CONFIG, "model.safetensors.index.json": INDEX.encode(), "model-00001-of-00002.safetensors": b"w"},
+        "ModelIncomplete",
+        ["1 of the files that its index names", "model-00002-of-00002.safetensors"],
+    ),
+    "a component": (
+        {"model_index.json": SDXL.encode(), f"{UNET}.safetensors": b"u", "vae/diffusion_pytorch_model.bin": b"p"},
+        "ModelIncomplete",
+        ["no weights (*.safetensors) of vae"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "reason", "words"), NOT_READY.values(), ids=NOT_READY.keys())
+def test_a_model_that_training_could_not_load_is_not_ready(
+    files: dict[str, bytes], reason: str, words: list[str], place: Place
+) -> None:
+    place.hub.add("acme/model", files)
+    error = place.refusal(model())
+    assert (error.code, error.reason) == (ExitCode.NO_MODEL, reason), error.message
+    for word in words:
+        assert word in error.message
+    assert not place.item("model").exists()
+
+
+def test_a_model_in_parts_is_ready_with_all_that_its_index_names(place: Place) -> None:
+    files = {**CONFIG, **PARTS, "model.safetensors.index.json": INDEX.encode()}
+    place.hub.add("acme/model", files)
+    place.prepare(model())
+    assert contents(place.item("model")) == files
+
+
 def test_a_pipeline_of_the_hub_comes_once_and_in_full_precision(place: Place) -> None:
     wanted = {
         "model_index.json": b"{}",
@@ -58,9 +130,9 @@ def test_a_pipeline_of_the_hub_comes_once_and_in_full_precision(place: Place) ->
 
 def test_patterns_take_the_place_of_the_choice(place: Place) -> None:
     place.hub.add("acme/model", {**MODEL, **NOT_READ})
-    patterns = {"allowPatterns": ["*.json", "onnx/"], "ignorePatterns": ["tokenizer*"]}
+    patterns = {"allowPatterns": ["*.json", "*.bin", "onnx/"], "ignorePatterns": ["tokenizer*"]}
     place.prepare(model(source={"hub": patterns}))
-    assert contents(place.item("model")).keys() == {"config.json", "onnx/model.onnx"}
+    assert contents(place.item("model")).keys() == {"config.json", "pytorch_model.bin", "onnx/model.onnx"}
 
 
 CARD = b"""---
