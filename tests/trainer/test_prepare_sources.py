@@ -327,28 +327,6 @@ def test_a_folder_of_the_pod_is_copied_and_no_link_leads_out_of_it(place: Place,
     assert (missing.reason, "/nowhere/rows" in missing.message) == ("NotFound", True)
 
 
-def bucket_item(place: Place, key: str, **changes: Any) -> dict[str, Any]:
-    source = {"s3": {"url": f"s3://rows/{key}", "endpoint": f"{place.hub.url}/s3"}}
-    return merge({"name": "data", "kind": "data", "source": source}, changes)
-
-
-def test_an_object_and_a_prefix_of_a_bucket_come_signed(place: Place) -> None:
-    rows = {f"set-one/part-{n}.jsonl": b"row %d\n" % n for n in range(7)}
-    place.hub.buckets["rows"] = {**rows, "set-one/readme+.md": b"no", "set-two/x.jsonl": b"x"}
-    keys = "[default]\naws_access_key_id = AKIDEXAMPLE\naws_secret_access_key = secret\n"
-    signed = {"credentials": {"s3CredentialsFile": place.secret("aws", keys)}}
-    place.prepare(bucket_item(place, "set-one/", fileFormat="jsonl"), **signed)
-    assert contents(place.item()) == {f"part-{n}.jsonl": b"row %d\n" % n for n in range(7)}
-    place.prepare(bucket_item(place, "set-one/readme+.md"), jobName="other", **signed)
-    assert contents(place.item(job="other")) == {"data": b"no"}
-    denied = place.refusal(bucket_item(place, "set-one/"), jobName="third")
-    assert (denied.code, denied.reason) == (ExitCode.NO_ACCESS, "AccessDenied")
-    nothing = place.refusal(bucket_item(place, "set-nine/"), jobName="third", **signed)
-    assert (nothing.code, nothing.reason) == (ExitCode.BAD_DATA, "NothingToFetch")
-    gone = place.refusal(bucket_item(place, "set-one/gone.jsonl"), jobName="third", **signed)
-    assert (gone.code, gone.reason, "NoSuchKey" in gone.message) == (ExitCode.BAD_DATA, "NotFound", True)
-
-
 EXPIRIES = [
     ("https://b.example/k?X-Amz-Date=20260102T030405Z&X-Amz-Expires=3600&X-Amz-Signature=s", (2026, 1, 2, 4, 4, 5)),
     ("https://g.example/k?X-Goog-Date=20260102T030405Z&X-Goog-Expires=60&X-Goog-Signature=s", (2026, 1, 2, 3, 5, 5)),

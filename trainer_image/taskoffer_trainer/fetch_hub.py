@@ -23,8 +23,9 @@ from taskoffer_trainer.cache import CachedFile, key_of
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fetch import Fetched, Fetching, Remote, Speaker, missing
 from taskoffer_trainer.interrupt import Interrupt
-from taskoffer_trainer.listing import Context, Listing, Wanted, check_path, formats_of, secret
+from taskoffer_trainer.listing import Context, Listing, Wanted, check_path, secret
 from taskoffer_trainer.model_files import choose_model_files, pickles_alone
+from taskoffer_trainer.row_files import formats_of
 
 __all__ = ["ask_hub", "choose_split", "connect", "fixed_key", "list_hub"]
 

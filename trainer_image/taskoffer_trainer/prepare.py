@@ -28,8 +28,9 @@ from taskoffer_trainer.clock import now
 from taskoffer_trainer.failures import COMPLETED, TrainerError
 from taskoffer_trainer.fetch import Speaker, missing
 from taskoffer_trainer.interrupt import Interrupt
-from taskoffer_trainer.listing import Context, Listing, Wanted, formats_of, git_key, secret
+from taskoffer_trainer.listing import Context, Listing, Wanted, git_key, secret
 from taskoffer_trainer.model_files import what_is_lacking
+from taskoffer_trainer.row_files import formats_of
 from taskoffer_trainer.step_command import run_step
 
 __all__ = ["main", "prepare"]

@@ -23,6 +23,13 @@ Endpoint = Annotated[
 ]
 
 
+Region = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=63),
+    spelled(r"^[a-z0-9-]+$", "must be a region as eu-central-1: use lower-case letters, digits and '-'"),
+]
+
+
 class SecretKey(WireModel):
     """A key of a Secret in the offer's namespace."""
 
@@ -59,6 +66,12 @@ class Steps(WireModel):
     )
     s3_credentials: SecretKey | None = Field(
         None, description="Credentials file of S3 in a Secret of the offer's namespace; its section [default] counts."
+    )
+    s3_endpoint: Endpoint | None = Field(
+        None, description="Address of an S3 store other than AWS, which is addressed by path; absent means AWS."
+    )
+    s3_region: Region | None = Field(
+        None, description="Region of the buckets, which requests are signed for; absent means us-east-1."
     )
     network: NetworkSettings = Field(default_factory=NetworkSettings, description="What addresses are allowed.")
     item_size_limit: QuantityString | None = Field(None, description="Most that a model or a data set may have.")
