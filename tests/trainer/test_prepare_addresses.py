@@ -80,6 +80,27 @@ def test_a_proxy_is_trusted_with_what_goes_through_it_alone(
         check_address(url, NetworkSettings())
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (socket.EAI_NONAME, ExitCode.BAD_CONFIG),
+        (socket.EAI_NODATA, ExitCode.BAD_CONFIG),
+        (socket.EAI_AGAIN, ExitCode.RESTART),
+        (socket.EAI_FAIL, ExitCode.RESTART),
+    ],
+)
+def test_a_name_that_does_not_exist_is_not_waited_for(
+    number: int, code: ExitCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look_up(*_arguments: Any, **_options: Any) -> Any:
+        raise socket.gaierror(number, "said by the resolver")
+
+    monkeypatch.setattr(addresses.socket, "getaddrinfo", look_up)
+    with pytest.raises(TrainerError, match=r"nowhere\.test: said by the resolver") as caught:
+        check_address("https://nowhere.test/x", NetworkSettings())
+    assert (caught.value.code, caught.value.reason) == (code, "HostUnknown")
+
+
 def _resolved_to(address: str, names: tuple[str, ...]) -> Callable[..., Any]:
     """A resolver that knows names of the tests; addresses in digits mean what they always mean."""
     real = socket.getaddrinfo

@@ -92,7 +92,10 @@ def _addresses(url: str, host: str, port: int | None, scheme: str) -> list[_Addr
     try:
         return _looked_up(host, port, 0)
     except OSError as error:
-        raise TrainerError(ExitCode.RESTART, "HostUnknown", f"{shown(url)}: {host}: {error.strerror}") from error
+        # A name that does not exist is none later either; a name server that does not answer may do so.
+        known = isinstance(error, socket.gaierror) and error.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
+        code = ExitCode.BAD_CONFIG if known else ExitCode.RESTART
+        raise TrainerError(code, "HostUnknown", f"{shown(url)}: {host}: {error.strerror}") from error
 
 
 def _looked_up(host: str, port: int | None, flags: int) -> list[_Address]:
