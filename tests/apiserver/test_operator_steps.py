@@ -66,7 +66,7 @@ def test_a_step_that_asks_to_be_started_again_is_begun_anew_after_a_pause_and_th
 
 def test_an_end_that_would_come_again_fails_the_task_at_once(bench: Bench) -> None:
     bench.node()
-    bench.policy(steps={"cache": {"claimName": "models"}})
+    bench.policy(steps={"cache": {"claimName": "models"}, "backoffLimit": 0})
     offer = bench.admitted("denied", spec=FETCHED)
     pod = pod_of(bench, f"{offer['status']['admission']['jobName']}-prepare")
     bench.kubelet.start(bench.namespace, pod)
