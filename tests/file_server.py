@@ -133,7 +133,8 @@ class StoreHandler(BaseHTTPRequestHandler):
         return self.on_get_file(name)
 
     def on_get_redirect(self, name: str) -> None:
-        self.answer(302, headers={"Location": self.entry.query["to"][0]})
+        """Lead to where the query says, and without one to the same address again."""
+        self.answer(302, headers={"Location": self.entry.query.get("to", [f"/redirect/{name}"])[0]})
 
     # --- The object store, addressed by path.
 
@@ -152,9 +153,19 @@ class StoreHandler(BaseHTTPRequestHandler):
     def _signed(self) -> bool:
         said = self.headers.get("Authorization", "")
         stated = self.headers.get("x-amz-content-sha256")
+        if self.hub.region and f"/{self.hub.region}/s3/aws4_request" not in said:
+            return self._of_another_region()
         if "Credential=AKIDEXAMPLE/" in said and stated in ("UNSIGNED-PAYLOAD", sha256(self.body)):
             return True
         self.answer(403, b"<Error><Code>SignatureDoesNotMatch</Code><Message>wrong key</Message></Error>")
+        return False
+
+    def _of_another_region(self) -> bool:
+        """Answer as AWS does for a bucket of another region, in the way that ``hub.region_answer`` names."""
+        status, code = self.hub.region_answer
+        said = f"<Error><Code>{code}</Code><Message>wrong; expecting '{self.hub.region}'</Message></Error>"
+        headers = {"x-amz-bucket-region": self.hub.region} if status == 301 else {}
+        self.answer(status, said.encode(), headers)
         return False
 
     def on_put_objects(self, bucket: str, key: str) -> None:

@@ -74,6 +74,8 @@ class HubServer:
         self.lfs: dict[str, bytes] = {}
         self.buckets: dict[str, dict[str, bytes]] = {}
         self.bucket_etags: dict[str, str] = {}
+        self.region = ""
+        self.region_answer = (301, "PermanentRedirect")
         self.faults = Faults()
         self.asked: list[Asked] = []
         self.lock = threading.Lock()

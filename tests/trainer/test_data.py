@@ -54,6 +54,10 @@ def test_every_format_gives_the_same_rows(file_format: str, tmp_path: Path) -> N
     assert read_rows(data, NAMES) == ROWS
     folder = DataConfig.model_validate({"path": str(tmp_path), "fileFormat": file_format})
     assert read_rows(folder, NAMES) == ROWS
+    # What prepare has chosen on a hub is called by its format, beside a card.
+    (tmp_path / "README.md").write_text("# Rows")
+    for found in (path, tmp_path):
+        assert read_rows(DataConfig.model_validate({"path": str(found)}), NAMES) == ROWS
 
 
 UNREADABLE = [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import zipfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from file_server import WebFile, sha256
-from taskoffer.api.contract import ExitCode, NetworkSettings, expiry
-from taskoffer_trainer.addresses import check_address, shown, without_signature
-from taskoffer_trainer.failures import TrainerError
+from taskoffer.api.contract import ExitCode, expiry
+from taskoffer_trainer.addresses import shown, without_signature
+from taskoffer_trainer.model_files import choose_model_files
 
 from .conftest import merge
 from .step_runs import Place, contents, dataset, model, web
@@ -44,6 +44,76 @@ def test_a_model_of_the_hub_comes_without_pickles_code_and_copies(place: Place) 
     assert item.fetched_bytes == item.bytes
 
 
+UNET, ENCODER = "unet/diffusion_pytorch_model", "text_encoder/model"
+TWICE: dict[str, tuple[list[str], list[str]]] = {
+    "Mistral's own file beside parts with an index": (
+        ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "params.json"],
+        ["consolidated.safetensors", "consolidated.safetensors.index.json", "consolidated-00001-of-00003.safetensors"],
+    ),
+    "half precision in parts beside other parts": (
+        ["model_index.json", f"{UNET}-00001-of-00003.safetensors", f"{UNET}.safetensors.index.json"],
+        [f"{UNET}.fp16-00001-of-00002.safetensors", f"{UNET}.safetensors.index.fp16.json"],
+    ),
+    "variants in one file": (
+        ["model_index.json", f"{UNET}.safetensors", f"{ENCODER}.safetensors"],
+        [f"{UNET}.non_ema.safetensors", f"{ENCODER}.fp16.safetensors", f"{UNET}.fp16-00001-of-00002.safetensors"],
+    ),
+    "half precision alone": (
+        ["model_index.json", f"{UNET}.fp16-00001-of-00002.safetensors", f"{UNET}.safetensors.index.fp16.json"], [],
+    ),
+    "an adapter's and other names": (["config.json", "adapter_model.safetensors", "model.safetensors"], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("wanted", "again"), TWICE.values(), ids=TWICE.keys())
+def test_of_weights_that_are_there_twice_those_come_that_training_reads(wanted: list[str], again: list[str]) -> None:
+    assert sorted(choose_model_files(sorted(wanted + again))) == sorted(wanted)
+
+
+PARTS = {f"model-0000{n}-of-00002.safetensors": b"w%d" % n for n in (1, 2)}
+INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
+SDXL = json.dumps({"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]})
+CONFIG = {"config.json": b"{}"}
+NOT_READY: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
+    "pickles": (
+        {**CONFIG, "pytorch_model-00001-of-00002.bin": b"p", "tokenizer.json": b"{}"},
+        "PicklesOnly",
+        ["acme/model@main", "pytorch_model-00001-of-00002.bin", "convert them to safetensors"],
+    ),
+    "no weights": ({**CONFIG, "model.gguf": b"g"}, "ModelIncomplete", ["no weights beside config.json", "safetensors"]),
+    "Mistral's file alone": ({**CONFIG, "consolidated.safetensors": b"c"}, "ModelIncomplete", ["no weights beside"]),
+    "a part": (
+        {**CONFIG, "model.safetensors.index.json": INDEX.encode(), "model-00001-of-00002.safetensors": b"w"},
+        "ModelIncomplete",
+        ["1 of the files that its index names", "model-00002-of-00002.safetensors"],
+    ),
+    "a component": (
+        {"model_index.json": SDXL.encode(), f"{UNET}.safetensors": b"u", "vae/diffusion_pytorch_model.bin": b"p"},
+        "ModelIncomplete",
+        ["no weights (*.safetensors) of vae"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "reason", "words"), NOT_READY.values(), ids=NOT_READY.keys())
+def test_a_model_that_training_could_not_load_is_not_ready(
+    files: dict[str, bytes], reason: str, words: list[str], place: Place
+) -> None:
+    place.hub.add("acme/model", files)
+    error = place.refusal(model())
+    assert (error.code, error.reason) == (ExitCode.NO_MODEL, reason), error.message
+    for word in words:
+        assert word in error.message
+    assert not place.item("model").exists()
+
+
+def test_a_model_in_parts_is_ready_with_all_that_its_index_names(place: Place) -> None:
+    files = {**CONFIG, **PARTS, "model.safetensors.index.json": INDEX.encode()}
+    place.hub.add("acme/model", files)
+    place.prepare(model())
+    assert contents(place.item("model")) == files
+
+
 def test_a_pipeline_of_the_hub_comes_once_and_in_full_precision(place: Place) -> None:
     wanted = {
         "model_index.json": b"{}",
@@ -60,9 +130,9 @@ def test_a_pipeline_of_the_hub_comes_once_and_in_full_precision(place: Place) ->
 
 def test_patterns_take_the_place_of_the_choice(place: Place) -> None:
     place.hub.add("acme/model", {**MODEL, **NOT_READ})
-    patterns = {"allowPatterns": ["*.json", "onnx/"], "ignorePatterns": ["tokenizer*"]}
+    patterns = {"allowPatterns": ["*.json", "*.bin", "onnx/"], "ignorePatterns": ["tokenizer*"]}
     place.prepare(model(source={"hub": patterns}))
-    assert contents(place.item("model")).keys() == {"config.json", "onnx/model.onnx"}
+    assert contents(place.item("model")).keys() == {"config.json", "pytorch_model.bin", "onnx/model.onnx"}
 
 
 CARD = b"""---
@@ -255,58 +325,6 @@ def test_a_folder_of_the_pod_is_copied_and_no_link_leads_out_of_it(place: Place,
     assert (error.code, error.reason) == (ExitCode.BAD_DATA, "NameRefused")
     missing = place.refusal(merge(item, {"source": {"path": "/nowhere/rows"}}), jobName="third")
     assert (missing.reason, "/nowhere/rows" in missing.message) == ("NotFound", True)
-
-
-def bucket_item(place: Place, key: str, **changes: Any) -> dict[str, Any]:
-    source = {"s3": {"url": f"s3://rows/{key}", "endpoint": f"{place.hub.url}/s3"}}
-    return merge({"name": "data", "kind": "data", "source": source}, changes)
-
-
-def test_an_object_and_a_prefix_of_a_bucket_come_signed(place: Place) -> None:
-    rows = {f"set-one/part-{n}.jsonl": b"row %d\n" % n for n in range(7)}
-    place.hub.buckets["rows"] = {**rows, "set-one/readme+.md": b"no", "set-two/x.jsonl": b"x"}
-    keys = "[default]\naws_access_key_id = AKIDEXAMPLE\naws_secret_access_key = secret\n"
-    signed = {"credentials": {"s3CredentialsFile": place.secret("aws", keys)}}
-    place.prepare(bucket_item(place, "set-one/", fileFormat="jsonl"), **signed)
-    assert contents(place.item()) == {f"part-{n}.jsonl": b"row %d\n" % n for n in range(7)}
-    place.prepare(bucket_item(place, "set-one/readme+.md"), jobName="other", **signed)
-    assert contents(place.item(job="other")) == {"data": b"no"}
-    denied = place.refusal(bucket_item(place, "set-one/"), jobName="third")
-    assert (denied.code, denied.reason) == (ExitCode.NO_ACCESS, "AccessDenied")
-    nothing = place.refusal(bucket_item(place, "set-nine/"), jobName="third", **signed)
-    assert (nothing.code, nothing.reason) == (ExitCode.BAD_DATA, "NothingToFetch")
-    gone = place.refusal(bucket_item(place, "set-one/gone.jsonl"), jobName="third", **signed)
-    assert (gone.code, gone.reason, "NoSuchKey" in gone.message) == (ExitCode.BAD_DATA, "NotFound", True)
-
-
-ADDRESSES = [
-    ("http://example.com/x", {}, "is not https"),
-    ("http://169.254.169.254/latest/meta-data", {"allow_http": True}, "169.254.169.254, which is not public"),
-    ("https://127.0.0.1/x", {}, "not public"),
-    ("https://[::1]/x", {}, "not public"),
-    ("https://[::ffff:10.0.0.1]/x", {}, "10.0.0.1"),
-    ("https://10.96.0.1/api", {}, "not public"),
-    ("https://localhost/x", {}, "not public"),
-    ("ftp://example.com/x", {"allow_http": True}, "is not https"),
-    ("https:///x", {}, "names no host"),
-]
-
-
-@pytest.mark.parametrize(("url", "network", "words"), ADDRESSES, ids=[case[0] for case in ADDRESSES])
-def test_an_offer_cannot_make_the_step_talk_to_the_cluster(url: str, network: dict[str, Any], words: str) -> None:
-    with pytest.raises(TrainerError, match=re.escape(words)) as caught:
-        check_address(url, NetworkSettings(**network))
-    assert (caught.value.code, caught.value.reason) == (ExitCode.BAD_CONFIG, "AddressRefused")
-
-
-def test_a_redirect_into_the_cluster_is_not_followed(place: Place) -> None:
-    place.hub.files["rows"] = WebFile(b"secret", '"v1"')
-    item = web(f"{place.hub.url}/redirect/x?to=ftp://127.0.0.1/files/rows")
-    error = place.refusal(item)
-    assert error.reason in ("AddressRefused", "NetworkFailed")
-    to = f"{place.hub.url}/redirect/x?to={place.hub.url}/files/rows"
-    place.prepare(web(to))
-    assert contents(place.item()) == {"data.jsonl": b"secret"}
 
 
 EXPIRIES = [

@@ -399,6 +399,10 @@ def test_a_bucket_gets_every_file_and_is_read_back(place: Place, adapter: Path) 
     place.hub.buckets["results"].clear()
     place.hub.faults.lose_upload = 1
     assert refusal(place, what).reason == "UploadMismatch"
+    place.hub.region = "eu-central-1"
+    elsewhere = refusal(place, what)
+    assert (elsewhere.code, elsewhere.reason) == (ExitCode.BAD_CONFIG, "WrongRegion")
+    assert "s3Region of the policy to eu-central-1" in elsewhere.message
     no_keys = config(place, adapter, target)
     assert refusal(place, no_keys).reason == "SecretMissing"
 
@@ -406,7 +410,7 @@ def test_a_bucket_gets_every_file_and_is_read_back(place: Place, adapter: Path) 
 def test_what_the_job_held_in_the_cache_is_given_up_at_the_end_and_not_before(
     place: Place, adapter: Path, tmp_path: Path
 ) -> None:
-    place.hub.add("acme/model", {"config.json": b"{}"})
+    place.hub.add("acme/model", {"config.json": b"{}", "model.safetensors": b"w"})
     place.prepare({"name": "model", "kind": "model", "source": {"hub": {"repository": "acme/model"}}})
     what = config(place, adapter, {"folder": "/proc/nowhere/out"}, cache={"path": str(place.cache)})
     assert refusal(place, what).reason == "FolderNotWritable"

@@ -10,6 +10,8 @@ from __future__ import annotations
 import configparser
 import hashlib
 import hmac
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from urllib.parse import quote, urlencode, urlsplit
@@ -26,6 +28,10 @@ __all__ = ["EMPTY_SHA256", "Bucket", "Keys", "Listed", "read_keys", "sign"]
 
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 UNSIGNED = "UNSIGNED-PAYLOAD"
+_OF_REGIONS = frozenset(
+    {"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+)
+"""S3's error codes for a request that another region has to answer, or that is signed for another one."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,28 @@ class Bucket:
         if self.keys is None:
             return dict(more or {})
         return sign(method, url, more or {}, payload, self.keys, self.region, now())
+
+    def wrong_region(self, response: httpx2.Response, document: Mapping[str, str]) -> TrainerError | None:
+        """Return the error for a bucket of another region than requests are signed for; None for other answers.
+
+        AWS sends to the region's own address (301 without one, 307) or refuses the signature's region (400), and names
+        the bucket's region in a header: https://docs.aws.amazon.com/AmazonS3/latest/userguide/Redirects.html. Other
+        stores name it in the error document or in its words alone.
+        """
+        answers = [*response.history, response]
+        found = next((r for one in answers if (r := one.headers.get("x-amz-bucket-region"))), None)
+        words = re.search(r"expecting '([a-z0-9-]+)'", document.get("Message", ""))
+        found = found or document.get("Region") or (words[1] if words else None)
+        if document.get("Code") not in _OF_REGIONS and not (found and found != self.region and not response.is_success):
+            return None
+        where = f"in region {found[:63]}" if found else "in another region or at another endpoint"
+        return TrainerError(
+            ExitCode.BAD_CONFIG,
+            "WrongRegion",
+            f"bucket {self.name} is {where}, and requests are signed for {self.region} and sent to "
+            f"{urlsplit(self.base).netloc}: set steps.s3Region of the policy to {found[:63] if found else 'its region'}"
+            + ("" if found else ", or steps.s3Endpoint for a store other than AWS"),
+        )
 
     def list_objects(self, client: httpx2.Client) -> list[Listed]:
         """List all objects below the prefix (ListObjectsV2), folders' own empty objects left out.

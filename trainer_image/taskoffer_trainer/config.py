@@ -84,7 +84,7 @@ def _check_image(config: RunConfig) -> None:
             ExitCode.BAD_CONFIG,
             "ConfigInvalid",
             f"data.fileFormat: pictures come as zip (an archive, or a folder of the same files), not as "
-            f"{config.data.file_format.value}",
+            f"{config.data.file_format.value if config.data.file_format is not None else 'what is found there'}",
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from taskoffer.api.contract import DataConfig, ExitCode, FileFormat
 from taskoffer_trainer.failures import TrainerError, bad_data
 from taskoffer_trainer.hf_folder import ARROW, hf_files
+from taskoffer_trainer.row_files import formats_of
 
 __all__ = ["LeftOut", "Row", "Split", "bad_data", "cell_text", "read_rows", "split_rows"]
 
@@ -68,8 +69,18 @@ class LeftOut:
         return "; ".join(f"{self.counts[reason]} {words}" for reason, (words, _) in self._said.items())
 
 
-def _files(path: Path, file_format: FileFormat) -> tuple[list[Path], str]:
+def _format_there(path: Path) -> FileFormat:
+    """Return the format that the files are called by; a data set of a hub comes in a single one."""
+    names = [path.name] if path.is_file() else [child.relative_to(path).as_posix() for child in path.rglob("*")]
+    found = next((one for one in formats_of(names) if one is not FileFormat.ZIP), FileFormat.JSONL)
+    print(f"data: {path} is read as {found.value}", flush=True)
+    return found
+
+
+def _files(path: Path, file_format: FileFormat | None) -> tuple[list[Path], str]:
     """Return the files to read and what they hold, as a file name's suffix."""
+    if file_format is None:
+        file_format = _format_there(path)
     if file_format is FileFormat.HF:
         found_in = hf_files(path)
         of = f"split {found_in.split}" if found_in.split else "the only split"

@@ -17,12 +17,13 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from taskoffer.api.contract import ExitCode, ItemKind, NetworkSettings
+from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS
 from taskoffer_trainer.cache import BLOCK
 from taskoffer_trainer.checkpoints import write_json
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.interrupt import Interrupt
 
-__all__ = ["Fetched", "Fetching", "Remote", "Speaker", "disk_error", "git_oid", "missing"]
+__all__ = ["Fetched", "Fetching", "Remote", "Speaker", "disk_error", "error_document", "git_oid", "missing"]
 
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 30.0
@@ -59,7 +60,8 @@ class Remote:
     """A file behind an address, and what is known of it before it comes.
 
     ``headers`` is asked anew for every try, because signatures age. ``known_etag`` is that of a copy in the cache:
-    when the server still has the same one, nothing is fetched.
+    when the server still has the same one, nothing is fetched. ``fault`` knows refusals that only this kind of server
+    gives, by the answer and its error document.
     """
 
     label: str
@@ -71,6 +73,7 @@ class Remote:
     git_oid: str | None = None
     etag: str | None = None
     known_etag: str | None = None
+    fault: Callable[[httpx2.Response, Mapping[str, str]], TrainerError | None] = lambda _response, _document: None
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ class Fetching:
             before = run.size
             try:
                 return run.once()
+            except httpx2.TooManyRedirects as error:
+                raise missing(remote.kind, "RedirectLoop", f"{remote.label}: {TOO_MANY_REDIRECTS}") from error
             except (httpx2.TransportError, httpx2.StreamError, _AgainError) as error:
                 why = str(error) or type(error).__name__
                 wait = error.wait if isinstance(error, _AgainError) else None
@@ -288,7 +293,11 @@ class _Run:
     def _refusal(self, response: httpx2.Response) -> Exception:
         """Say what an answer other than the file means."""
         status, label = response.status_code, self.remote.label
-        said = _reason_given(response)
+        document = error_document(response)
+        said = _reason_given(response, document)
+        known = self.remote.fault(response, document)
+        if known is not None:
+            return known
         if status in _RETRIED:
             after = response.headers.get("Retry-After", "")
             return _AgainError(f"the server answered {status}{said}", float(after) if after.isdecimal() else None)
@@ -323,11 +332,8 @@ def _strong_etag(response: httpx2.Response) -> str | None:
     return value if isinstance(value, str) and value.startswith('"') and value.endswith('"') else None
 
 
-def _reason_given(response: httpx2.Response) -> str:
-    """Return the code and message of an S3 error document, or the hub's error header, for a message."""
-    header = response.headers.get("X-Error-Message")
-    if header:
-        return f" ({header[:200]})"
+def error_document(response: httpx2.Response) -> dict[str, str]:
+    """Return the fields of an S3 error document by their names; nothing where the answer holds none."""
     text = b""
     with contextlib.suppress(httpx2.HTTPError):
         for block in response.iter_bytes():
@@ -335,11 +341,18 @@ def _reason_given(response: httpx2.Response) -> str:
             if len(text) > 16384:
                 break
     if not text.lstrip().startswith(b"<") or b"<!DOCTYPE" in text or b"<!ENTITY" in text:
-        return ""
+        return {}
     try:
         root = ElementTree.fromstring(text.decode("utf-8", "replace"))  # noqa: S314 - no entities, at most 16 KiB.
     except ElementTree.ParseError:
-        return ""
-    words = [found.text for name in ("Code", "Message") if (found := root.find(f"{{*}}{name}")) is not None]
-    words = words or [found.text for name in ("Code", "Message") if (found := root.find(name)) is not None]
-    return f" ({': '.join(word for word in words if word)[:200]})" if any(words) else ""
+        return {}
+    return {child.tag.rpartition("}")[2]: child.text for child in root if child.text}
+
+
+def _reason_given(response: httpx2.Response, document: Mapping[str, str]) -> str:
+    """Return the hub's error header, or the code and message of an S3 error document, for a message."""
+    header = response.headers.get("X-Error-Message")
+    if header:
+        return f" ({header[:200]})"
+    words = [document[name] for name in ("Code", "Message") if name in document]
+    return f" ({': '.join(words)[:200]})" if words else ""

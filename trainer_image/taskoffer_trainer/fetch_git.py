@@ -24,7 +24,7 @@ from dulwich.objects import S_ISGITLINK, Blob, Commit, ObjectID, ShaFile, Tree
 from dulwich.pack import Pack
 
 from taskoffer.api.contract import ExitCode, GitFiles
-from taskoffer_trainer.addresses import check_address, make_client, shown
+from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS, check_address, make_client, shown
 from taskoffer_trainer.cache import CachedFile
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fetch import Fetched, Speaker, disk_error, missing
@@ -169,6 +169,8 @@ class _Bringing:
                 return ask()
             except httpx2.HTTPStatusError as error:
                 why = self._passing(error)
+            except httpx2.TooManyRedirects as error:
+                raise self.fault("RedirectLoop", TOO_MANY_REDIRECTS) from error
             except (httpx2.TransportError, httpx2.StreamError, HangupException) as error:
                 why = str(error) or type(error).__name__
             if number < network.tries:

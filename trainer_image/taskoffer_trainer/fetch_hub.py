@@ -18,18 +18,19 @@ from typing import Any, TypeVar
 import httpx2
 
 from taskoffer.api.contract import ExitCode, FileFormat, HubFiles, ItemKind, NetworkSettings, RepoType
-from taskoffer_trainer.addresses import make_client
+from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS, make_client
 from taskoffer_trainer.cache import CachedFile, key_of
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fetch import Fetched, Fetching, Remote, Speaker, missing
 from taskoffer_trainer.interrupt import Interrupt
-from taskoffer_trainer.listing import Context, Listing, Wanted, check_path, formats_of, secret
+from taskoffer_trainer.listing import Context, Listing, Wanted, check_path, secret
+from taskoffer_trainer.model_files import choose_model_files, pickles_alone
+from taskoffer_trainer.row_files import formats_of
 
-__all__ = ["ask_hub", "choose_model_files", "choose_split", "connect", "fixed_key", "list_hub"]
+__all__ = ["ask_hub", "choose_split", "connect", "fixed_key", "list_hub"]
 
 _T = TypeVar("_T")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.tiktoken", "LICENSE*", "*.md")
 _OTHER_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _MAX_CARD = 1 << 20
 
@@ -65,6 +66,8 @@ def ask_hub(
         interrupt.check()
         try:
             return ask()
+        except httpx2.TooManyRedirects as error:
+            raise _gone(kind, f"{what}: {TOO_MANY_REDIRECTS}") from error
         except (errors.HfHubHTTPError, httpx2.TransportError) as error:
             why = _passing_fault(what, kind, error)
         except RuntimeError as error:
@@ -165,6 +168,13 @@ def list_hub(context: Context) -> Listing:
     file_format = None
     if hub.repo_type is RepoType.MODEL:
         chosen = paths if hub.allow_patterns else choose_model_files(paths)
+        if pickles := pickles_alone(paths, chosen):
+            raise missing(
+                item.kind,
+                "PicklesOnly",
+                f"{what} has its weights as pickles alone ({', '.join(pickles[:3])}), which can run code and are not "
+                "fetched; convert them to safetensors (save_pretrained writes them) or name a revision that has them",
+            )
     else:
         card = _card(fetching, wanted, files)
         chosen, file_format = choose_split(paths, hub, item.file_format, card)
@@ -190,24 +200,6 @@ def _allowed(paths: list[str], hub: HubFiles) -> list[str]:
         for path in paths
         if (not hub.allow_patterns or matches(path, hub.allow_patterns)) and not matches(path, hub.ignore_patterns)
     ]
-
-
-def choose_model_files(paths: list[str]) -> list[str]:
-    """Choose what training reads of a model: no pickles, no code, no weights in other formats, nothing twice.
-
-    A diffusers pipeline often has its weights a second time in one file at the top, and in half precision with a
-    ``.fp16`` in their names; neither is read.
-    """
-    chosen = [
-        path
-        for path in paths
-        if any(fnmatchcase(PurePosixPath(path).name, pattern) for pattern in _MODEL_FILES)
-        and not path.startswith(("original/", "onnx/", "openvino/", "."))
-    ]
-    if "model_index.json" in paths:
-        chosen = [path for path in chosen if "/" in path or not path.endswith(".safetensors")]
-    plain = {path for path in chosen if ".fp16." not in path}
-    return [path for path in chosen if path in plain or re.sub(r"\.fp16(-\d+-of-\d+)?\.", ".", path) not in plain]
 
 
 def choose_split(

@@ -9,12 +9,13 @@ from pathlib import Path
 import httpx2
 
 from taskoffer.api.contract import ExitCode
-from taskoffer_trainer.addresses import check_address
+from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS, check_address
 from taskoffer_trainer.buckets import Bucket, Listed, read_keys
 from taskoffer_trainer.cache import CachedFile, key_of
 from taskoffer_trainer.failures import TrainerError
-from taskoffer_trainer.fetch import Fetched, Fetching, Remote, Speaker, missing
-from taskoffer_trainer.listing import Context, Listing, Wanted, check_path, formats_of
+from taskoffer_trainer.fetch import Fetched, Fetching, Remote, Speaker, error_document, missing
+from taskoffer_trainer.listing import Context, Listing, Wanted, check_path
+from taskoffer_trainer.row_files import formats_of
 
 __all__ = ["list_s3"]
 
@@ -29,8 +30,11 @@ def list_s3(context: Context) -> Listing:
     if source is None:
         raise ValueError(f"item {item.name} is not in a bucket")
     bucket = Bucket.of(source, read_keys(context.credentials))
-    check_address(bucket.base, context.network)
-    fetching = context.fetching(guarded=True)
+    # A store other than AWS is the operator's choice, as the hub is.
+    guarded = source.endpoint is None
+    if guarded:
+        check_address(bucket.base, context.network)
+    fetching = context.fetching(guarded)
 
     def remote(key: str, listed: Listed | None) -> Remote:
         url = bucket.url(key)
@@ -43,13 +47,14 @@ def list_s3(context: Context) -> Listing:
             size=size,
             sha256=item.sha256,
             etag=etag,
+            fault=bucket.wrong_region,
         )
 
     if item.file_name is not None:
         wanted = Wanted(item.file_name, _getter(fetching, remote(bucket.prefix, None)), sha256=item.sha256)
         key = key_of("content", item.sha256) if item.sha256 else key_of("s3", bucket.url(bucket.prefix))
         return Listing(key, (wanted,), item.sha256 is not None, file_format=item.file_format)
-    found = _ask(context, lambda: bucket.list_objects(fetching.client), source.url)
+    found = _ask(context, bucket, fetching.client, source.url)
     names = {check_path(one.key.removeprefix(bucket.prefix), item.kind): one for one in found}
     chosen = list(names)
     if item.file_format is not None:
@@ -74,15 +79,18 @@ def _getter(fetching: Fetching, remote: Remote) -> Callable[..., Fetched]:
     return get
 
 
-def _ask(context: Context, ask: Callable[[], list[Listed]], url: str) -> list[Listed]:
+def _ask(context: Context, bucket: Bucket, client: httpx2.Client, url: str) -> list[Listed]:
     network, item = context.network, context.item
     why = "it was never asked"
     for number in range(1, network.tries + 1):
         context.interrupt.check()
         try:
-            return ask()
+            return bucket.list_objects(client)
         except httpx2.HTTPStatusError as error:
             status = error.response.status_code
+            region = bucket.wrong_region(error.response, error_document(error.response))
+            if region is not None:
+                raise region from error
             if status in (401, 403):
                 raise TrainerError(
                     ExitCode.NO_ACCESS,
@@ -94,6 +102,8 @@ def _ask(context: Context, ask: Callable[[], list[Listed]], url: str) -> list[Li
             why = f"the store answered {status}"
         except ValueError as error:
             raise missing(item.kind, "Refused", f"{item.name}: {url}: {error}") from error
+        except httpx2.TooManyRedirects as error:
+            raise missing(item.kind, "RedirectLoop", f"{item.name}: {url}: {TOO_MANY_REDIRECTS}") from error
         except httpx2.TransportError as error:
             why = str(error) or type(error).__name__
         if number < network.tries:

@@ -14,7 +14,7 @@ from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fetch import Fetched, Fetching, Speaker, missing
 from taskoffer_trainer.interrupt import Interrupt
 
-__all__ = ["Bring", "Context", "Get", "Listing", "Wanted", "check_path", "formats_of", "git_key", "secret"]
+__all__ = ["Bring", "Context", "Get", "Listing", "Wanted", "check_path", "git_key", "secret"]
 
 Get = Callable[[Path, CachedFile | None, int | None, Speaker], Fetched]
 """Puts a file at a path. It is given what the cache knows of it, and how many bytes it may have."""
@@ -103,21 +103,3 @@ def secret(field: str, path: str | None) -> str | None:
     if not text:
         raise TrainerError(ExitCode.BAD_CONFIG, "SecretUnreadable", f"credentials.{field}: {path} is empty")
     return text
-
-
-def formats_of(paths: list[str]) -> dict[FileFormat, list[str]]:
-    """Sort the files that can hold rows or pictures by their format; the best to train from comes first."""
-    order = (FileFormat.PARQUET, FileFormat.JSONL, FileFormat.JSON, FileFormat.CSV, FileFormat.ZIP)
-    about = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "dataset.json"}
-    found: dict[FileFormat, list[str]] = {}
-    for file_format in order:
-        of_it = [
-            path
-            for path in paths
-            if path.endswith(f".{file_format.value}")
-            and PurePosixPath(path).name not in about
-            and not any(part.startswith(".") for part in PurePosixPath(path).parts)
-        ]
-        if of_it:
-            found[file_format] = of_it
-    return found

@@ -28,7 +28,9 @@ from taskoffer_trainer.clock import now
 from taskoffer_trainer.failures import COMPLETED, TrainerError
 from taskoffer_trainer.fetch import Speaker, missing
 from taskoffer_trainer.interrupt import Interrupt
-from taskoffer_trainer.listing import Context, Listing, Wanted, formats_of, git_key, secret
+from taskoffer_trainer.listing import Context, Listing, Wanted, git_key, secret
+from taskoffer_trainer.model_files import what_is_lacking
+from taskoffer_trainer.row_files import formats_of
 from taskoffer_trainer.step_command import run_step
 
 __all__ = ["main", "prepare"]
@@ -45,8 +47,6 @@ access was refused or an address has expired; 70 fault in the step.
 
 Environment: HF_ENDPOINT (address of the hub), TASKOFFER_TERMINATION_LOG (termination message,
 /dev/termination-log), and the usual HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE. Secrets come as files only."""
-
-_MODEL_MARKS = ("config.json", "model_index.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -271,9 +271,15 @@ def _check_content(item: FetchItem, folder: Path, files: list[CachedFile]) -> No
     """See that an item can be what it is for; whether it can be trained on shows in training."""
     if not files or sum(file.size for file in files) == 0:
         raise missing(item.kind, "Empty", f"{item.name}: the source holds no bytes")
-    if item.kind is ItemKind.MODEL and not any((folder / name).is_file() for name in _MODEL_MARKS):
+    lacking = what_is_lacking(folder, [file.path for file in files]) if item.kind is ItemKind.MODEL else ""
+    if lacking:
         names = ", ".join(file.path for file in files[:8])
-        raise missing(item.kind, "ModelIncomplete", f"{item.name} has neither {' nor '.join(_MODEL_MARKS)} ({names})")
+        raise missing(
+            item.kind,
+            "ModelIncomplete",
+            f"{item.name}: {lacking}; what came is {names}; name a model, or a revision of it, that has its weights as "
+            "safetensors",
+        )
     git = item.source.git
     if git is not None and git.entrypoint is not None and not (folder / git.entrypoint).is_file():
         names = ", ".join(file.path for file in files if file.path.endswith(".py"))[:300] or "none"

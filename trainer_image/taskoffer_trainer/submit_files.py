@@ -12,11 +12,11 @@ from typing import TypeVar
 import httpx2
 
 from taskoffer.api.contract import BucketFiles, ExitCode, Published, SubmitConfig
-from taskoffer_trainer.addresses import check_address, make_client
+from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS, check_address, make_client
 from taskoffer_trainer.buckets import Bucket, read_keys
 from taskoffer_trainer.cache import BLOCK
 from taskoffer_trainer.failures import TrainerError
-from taskoffer_trainer.fetch import Speaker
+from taskoffer_trainer.fetch import Speaker, error_document
 from taskoffer_trainer.interrupt import Interrupt
 from taskoffer_trainer.submit_verify import Part, failed
 
@@ -101,8 +101,11 @@ def to_bucket(config: SubmitConfig, target: BucketFiles, parts: list[Part], inte
         if part.size > LARGEST_PUT:
             raise failed("TooLarge", f"{part.name} has {part.size} bytes and one request takes {LARGEST_PUT}")
     bucket = Bucket.of(target, read_keys(config.credentials))
-    check_address(bucket.base, config.network)
-    with make_client(config.network, guarded=True) as client:
+    # A store other than AWS is the operator's choice, as the hub is.
+    guarded = target.endpoint is None
+    if guarded:
+        check_address(bucket.base, config.network)
+    with make_client(config.network, guarded) as client:
         run = _BucketUpload(bucket, config, interrupt, client, sum(part.size for part in parts))
         for part in parts:
             if run.digest(part) != part.sha256:
@@ -131,6 +134,8 @@ class _BucketUpload:
             with self.client.stream("GET", url, headers=self.bucket.headers("GET", url)) as answer:
                 if answer.status_code == 404:
                     return None
+                if not answer.is_success:
+                    answer.read()
                 answer.raise_for_status()
                 for block in answer.iter_raw():
                     digest.update(block)
@@ -160,6 +165,9 @@ class _BucketUpload:
                 return ask()
             except httpx2.HTTPStatusError as error:
                 status = error.response.status_code
+                region = self.bucket.wrong_region(error.response, error_document(error.response))
+                if region is not None:
+                    raise region from error
                 if status in (401, 403):
                     raise TrainerError(
                         ExitCode.NO_ACCESS,
@@ -169,6 +177,8 @@ class _BucketUpload:
                 if status < 500 and status not in (408, 429):
                     raise failed("SubmitRefused", f"{name}: the store answered {status}") from error
                 why = f"the store answered {status}"
+            except httpx2.TooManyRedirects as error:
+                raise failed("SubmitRefused", f"{name}: {TOO_MANY_REDIRECTS}") from error
             except httpx2.TransportError as error:
                 why = str(error) or type(error).__name__
             if number < network.tries:

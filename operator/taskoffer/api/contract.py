@@ -358,7 +358,9 @@ class DataConfig(WireModel):
     """The data as the pod finds it, and how much of it is held out."""
 
     path: str = Field(description="File or folder in the pod.")
-    file_format: FileFormat = Field(FileFormat.JSONL, description="How the rows are stored.")
+    file_format: FileFormat | None = Field(
+        None, description="How the rows are stored; absent means as the files are called, and jsonl where that is mute."
+    )
     instruct: InstructColumns | None = Field(None, description="Columns of instruction data.")
     chat: ChatColumns | None = Field(None, description="Columns of conversation data.")
     dpo: DPOColumns | None = Field(None, description="Columns of preference data.")

@@ -119,6 +119,10 @@ class Reason(StrEnum):
     PENDING = "Pending", "The training container has not started yet."
     PREPARING = "Preparing", "Model and data are being fetched; the training begins once they are there."
     PREPARE_FAILED = "PrepareFailed", "Model or data could not be fetched, or are not what the offer says."
+    STEP_PAUSED = (
+        "StepPaused",
+        "A step around the training asked to be started again; it is, after a pause, until the deadline.",
+    )
     SUBMITTING = "Submitting", "The training is over and its result is being handed over; its GPUs are free."
     SUBMIT_FAILED = "SubmitFailed", "The result could not be handed over; it is still on its claim."
     ATTEMPT_FAILED = "AttemptFailed", "An attempt ended without a result; another one follows."

@@ -132,7 +132,11 @@ class BucketFiles(WireModel):
     """An object in a bucket, or all objects below a prefix that ends with a slash."""
 
     url: BucketUrl = Field(description="s3://bucket/key or s3://bucket/prefix/.")
-    endpoint: Endpoint | None = Field(None, description="Address of a store other than AWS; addressed by path.")
+    endpoint: Endpoint | None = Field(
+        None,
+        description="Address of a store other than AWS; addressed by path. It is the operator's choice, as the hub is, "
+        "so that it may be one of the cluster.",
+    )
     region: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,63}$")] = Field(
         "us-east-1", description="Region that requests are signed for."
     )
@@ -236,7 +240,7 @@ class NetworkSettings(WireModel):
     allow_http: bool = Field(False, description="Allow http:// as well as https://.")
     allow_private_addresses: bool = Field(
         False,
-        description="Allow addresses of the cluster, the node and private networks in an offer's url or endpoint.",
+        description="Allow addresses of the cluster, the node and private networks in an offer's url.",
     )
     timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
         60.0, description="Give a connection up when nothing came for so long."

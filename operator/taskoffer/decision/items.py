@@ -21,20 +21,27 @@ from taskoffer.api.contract import (
 from taskoffer.api.faults import what_is_wrong
 from taskoffer.api.quantity import whole
 from taskoffer.api.tasks import DatasetType
-from taskoffer.api.v1alpha1.model_and_data import Dataset, Model
+from taskoffer.api.v1alpha1.model_and_data import Dataset, DatasetSource, Model
 from taskoffer.api.v1alpha1.steps import Steps
 from taskoffer.api.v1alpha1.taskoffer import Output, TaskOfferSpec
 from taskoffer.decision.step_needs import data_claim, model_claim
 
 
-def format_of(dataset: Dataset) -> FileFormat:
-    """Return how the rows are stored: as the offer says, else as is usual for where they come from."""
+def format_of(dataset: Dataset) -> FileFormat | None:
+    """Return how the rows are stored: as the offer says, else as is usual for where they come from.
+
+    None where a data set on a hub has to be looked at: it comes in one format, and the training reads what has come.
+    """
     if dataset.file_format is not None:
         return dataset.file_format
     if dataset.type is DatasetType.IMAGE:
         return FileFormat.ZIP
-    source = dataset.source
-    return FileFormat.PARQUET if source is not None and source.hub is not None else FileFormat.JSONL
+    return None if dataset.source is not None and dataset.source.hub is not None else FileFormat.JSONL
+
+
+def told_format(dataset: Dataset) -> FileFormat:
+    """Return the format that a trainer of somebody else is told, which has to know it before anything was looked at."""
+    return format_of(dataset) or FileFormat.PARQUET
 
 
 def other_format(spec: TaskOfferSpec) -> str | None:
@@ -56,48 +63,69 @@ def model_item(model: Model, steps: Steps) -> FetchItem:
     """
     source = model.source
     if source is not None and source.url is not None:
-        found = FetchSource(s3=BucketFiles(url=source.url))
+        found = FetchSource(s3=_in_bucket(source.url, steps))
     else:
         found = FetchSource(hub=HubFiles(repository=model.name, revision=model.revision))
     return FetchItem(name="model", kind=ItemKind.MODEL, source=found, size_limit=_limit(steps))
 
 
-def data_item(dataset: Dataset, steps: Steps) -> FetchItem:
+def data_item(dataset: Dataset, steps: Steps, told: FileFormat | None = None) -> FetchItem:
     """Return how the data is fetched.
+
+    Args:
+        dataset: What the offer says.
+        steps: What the policy says.
+        told: The format that a trainer of somebody else is told; None for ours, which sees what has come.
 
     Raises:
         ValidationError: when the name or the address is none that can be asked for.
         ValueError: when the offer does not say where the data is.
     """
     source = dataset.source
-    if source is not None and source.hub is not None:
-        hub = source.hub
-        files = HubFiles(repository=hub.name, revision=hub.revision, repo_type=RepoType.DATASET, split=hub.split)
-        found = FetchSource(hub=files)
-    elif source is not None and source.url is not None and source.url.url.startswith("s3://"):
-        found = FetchSource(s3=BucketFiles(url=source.url.url))
-    elif source is not None and source.url is not None:
-        found = FetchSource(url=WebFile(url=source.url.url, expires_at=source.url.expires_at))
-    else:
+    if source is None or (source.hub is None and source.url is None):
         raise ValueError("dataset.source says nothing of where the data is")
     return FetchItem(
-        name="data", kind=ItemKind.DATA, source=found, size_limit=_limit(steps), file_format=format_of(dataset)
+        name="data",
+        kind=ItemKind.DATA,
+        source=_data_source(source, steps),
+        sha256=source.url.sha256 if source.url is not None else None,
+        size_limit=_limit(steps),
+        file_format=told or format_of(dataset),
     )
 
 
-def target_of(output: Output, private: bool = True) -> SubmitTarget | None:
-    """Return where a result is handed over, or None where it stays on its claim.
+def _data_source(source: DatasetSource, steps: Steps) -> FetchSource:
+    hub, url = source.hub, source.url
+    if hub is not None:
+        files = HubFiles(
+            repository=hub.name,
+            revision=hub.revision,
+            repo_type=RepoType.DATASET,
+            config_name=hub.config_name,
+            split=hub.split,
+        )
+        return FetchSource(hub=files)
+    assert url is not None  # noqa: S101 - one of the two was given.
+    if url.url.startswith("s3://"):
+        return FetchSource(s3=_in_bucket(url.url, steps))
+    return FetchSource(url=WebFile(url=url.url, expires_at=url.expires_at))
 
-    Args:
-        output: What the offer says.
-        private: Whether a repository that is created for it is private.
+
+def _in_bucket(url: str, steps: Steps) -> BucketFiles:
+    where = {"endpoint": steps.s3_endpoint, "region": steps.s3_region}
+    return BucketFiles.model_validate({"url": url, **{name: value for name, value in where.items() if value}})
+
+
+def target_of(output: Output, steps: Steps) -> SubmitTarget | None:
+    """Return where a result is handed over, or None where it stays on its claim.
 
     Raises:
         ValidationError: when the name or the address is none that can be asked for.
     """
     if output.url is not None:
-        return SubmitTarget(s3=BucketFiles(url=output.url))
+        return SubmitTarget(s3=_in_bucket(output.url, steps))
     if output.repository is not None:
+        private = steps.private_repositories
         return SubmitTarget(hub=HubTarget(repository=output.repository, private=private, subfolder=output.subfolder))
     return None
 
@@ -114,7 +142,7 @@ def misnamed(spec: TaskOfferSpec, steps: Steps | None) -> Iterator[tuple[str, st
     if spec.dataset.source is not None and data_claim(spec.dataset) is None:
         asked.append(("dataset.source", lambda: data_item(spec.dataset, steps)))
     if output is not None:
-        asked.append(("output", lambda: target_of(output)))
+        asked.append(("output", lambda: target_of(output, steps)))
     for field, make in asked:
         try:
             make()

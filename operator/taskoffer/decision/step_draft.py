@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from taskoffer.api.contract import Termination
+from taskoffer.api.base import rfc3339
+from taskoffer.api.contract import ExitCode, Termination
 from taskoffer.api.reasons import Reason
-from taskoffer.api.v1alpha1.trainingjob import Result, StepName, StepStatus
+from taskoffer.api.v1alpha1.trainingjob import MOST_REPEATS, Result, StepName, StepStatus
 from taskoffer.decision.attempts import asked_again_at
 from taskoffer.decision.job_draft import JobDraft
-from taskoffer.decision.job_facts import EnsureStep, JobPlan, Notice, StepView
+from taskoffer.decision.job_facts import DeleteJob, EnsureStep, JobPlan, Notice, StepView
 from taskoffer.decision.moments import later
 from taskoffer.decision.naming import step_name
 from taskoffer.decision.step_needs import has_target, is_prepared, is_submitted
@@ -20,7 +21,7 @@ _SAYS = {
     StepName.SUBMIT: (Reason.SUBMITTING, Reason.SUBMIT_FAILED, "the result is being handed over"),
 }
 _SHORTEST_SECONDS = 30
-"""A step gets this long at least, however near the deadline is."""
+"""A step gets this long at least, however near the deadline is; nearer than that none is begun again."""
 
 
 class StepDraft(JobDraft):
@@ -52,7 +53,7 @@ class StepDraft(JobDraft):
             self._take_step(name, report)
             self._say_step(name, "Succeeded", report.message if report else "")
             return None
-        return self._step_failed(name, view, report)
+        return self._step_failed(name, view, report, train)
 
     def _name(self, name: StepName) -> str:
         step = self.steps.get(name)
@@ -77,11 +78,15 @@ class StepDraft(JobDraft):
         running, failed, what = _SAYS[name]
         deadline, now = self.current.deadline, self.facts.now
         if deadline is not None and now >= deadline:
-            return self._step_fail(name, Reason.DEADLINE_EXCEEDED, f"{what}: the deadline has passed")
+            before = self.steps.get(name)
+            last = f"; {before.message}" if before is not None and before.failures and before.message else ""
+            return self._step_fail(name, Reason.DEADLINE_EXCEEDED, f"{what}: the deadline has passed{last}")
         assert self.run_spec.steps is not None  # noqa: S101 - what is needed says so.
         settings = self.run_spec.steps
         refusal = self.facts.refusal
         self._say_step(name, "Pending", "")
+        if (waits := self._paused(name, train)) is not None:
+            return waits
         if refusal is not None and refusal.job_name == self._name(name):
             if now >= later(refusal.since, settings.timeout_seconds):
                 return self._step_fail(name, failed, f"no Job within {settings.timeout_seconds} s: {refusal.message}")
@@ -91,6 +96,7 @@ class StepDraft(JobDraft):
                 return self._plan(train)
         else:
             self._condition("Running", False, running, what)
+        self._drop_last_try(name)
         self.actions.append(self._ensure(name, deadline))
         return self._plan(train)
 
@@ -121,13 +127,52 @@ class StepDraft(JobDraft):
         self._condition("Running", False, running, what)
         return self._plan(train)
 
-    def _step_failed(self, name: StepName, view: StepView, report: Termination | None) -> JobPlan:
+    def _step_failed(self, name: StepName, view: StepView, report: Termination | None, train: str) -> JobPlan:
         _, reason, _ = _SAYS[name]
         left = view.pod.message if view.pod is not None else ""
         code = view.pod.exit_code if view.pod is not None else None
         words = last_words(report, left, None) or "it did not end in time, or its pod was removed"
         ended = f"exit code {code}: {words}" if code is not None else words
-        return self._step_fail(name, reason, f"step {name.value} ended with {ended}")
+        message = f"step {name.value} ended with {ended}"
+        return self._pause(name, message, train) if code == ExitCode.RESTART else self._step_fail(name, reason, message)
+
+    def _pause(self, name: StepName, message: str, train: str) -> JobPlan:
+        """Begin a step again that asks for it: a hub may answer later, other jobs may end and leave room.
+
+        What stands in the status decides when, so that a restart of the operator changes nothing.
+        """
+        _, reason, _ = _SAYS[name]
+        settings, now, step = self.run_spec.steps, self.facts.now, self.steps.get(name)
+        assert settings is not None  # noqa: S101 - what is needed says so.
+        step = step or StepStatus(name=name, state="Pending", started_at=now)
+        failures, repeats = (step.failures or 0) + 1, (step.repeats or 0) + 1
+        limit = self.current.deadline or later(step.started_at or now, settings.timeout_seconds)
+        last = later(limit, -_SHORTEST_SECONDS)
+        if now >= last or repeats > MOST_REPEATS:
+            return self._step_fail(name, reason, f"{message}; try {failures} was the last before {rfc3339(limit)}")
+        pause = min(settings.backoff_max_seconds, settings.backoff_seconds * 2 ** min(failures - 1, 20))
+        again = min(later(now, pause), last)
+        changes = {"failures": failures, "repeats": repeats, "next_try_at": again, "message": message[:1024]}
+        self.steps[name] = step.model_copy(update={"state": "Pending", **changes})
+        told = f"try {failures}: {message}; it is begun again at {rfc3339(again)}"
+        self.notices.append(Notice(Reason.STEP_PAUSED, told[:1024], warning=True))
+        self._condition("Running", False, Reason.STEP_PAUSED, told)
+        self._wake(again)
+        return self._plan(train)
+
+    def _paused(self, name: StepName, train: str) -> JobPlan | None:
+        """Return what to do while a step waits to be begun again, or None when it does not."""
+        again = self.steps[name].next_try_at
+        if again is None or self.facts.now >= again:
+            return None
+        self._wake(again)
+        return self._plan(train)
+
+    def _drop_last_try(self, name: StepName) -> None:
+        """Remove the Job of the try before: its words are in the status, and one for each pause would be many."""
+        view = self.facts.steps.get(name)
+        if view is not None and view.job.finished and self.steps[name].next_try_at is not None:
+            self.actions.append(DeleteJob(view.job.name, view.job.uid))
 
     def _step_fail(self, name: StepName, reason: Reason, message: str) -> JobPlan:
         self._say_step(name, "Failed", message)
@@ -138,15 +183,15 @@ class StepDraft(JobDraft):
         if before is not None and before.state == state:
             return
         over = state in ("Succeeded", "Failed")
-        self.steps[name] = StepStatus.model_validate(
-            {
-                "name": name,
+        step = before or StepStatus(name=name, state="Pending")
+        self.steps[name] = step.model_copy(
+            update={
                 "state": state,
-                "started_at": (before.started_at if before else None) or now,
+                "started_at": step.started_at or now,
                 "finished_at": now if over else None,
-                "message": message[:1024] or None,
-                "lease_until": before.lease_until if before else None,
-                "repeats": before.repeats if before else None,
+                # What the try before has said stays while another one runs.
+                "message": message[:1024] or (step.message if step.failures and not over else None),
+                "next_try_at": step.next_try_at if state == "Pending" else None,
             }
         )
         if state == "Succeeded":

@@ -15,7 +15,7 @@ from taskoffer.api.tasks import DatasetType, GRPOColumns, RewardFunction, TaskTy
 from taskoffer.api.v1alpha1.model_and_data import Dataset
 from taskoffer.api.v1alpha1.taskoffer import Output
 from taskoffer.api.v1alpha1.trainingjob import Run
-from taskoffer.decision.items import format_of
+from taskoffer.decision.items import told_format
 
 TASK_NAMES = {
     TaskType.INSTRUCT_TEXT: "InstructTextTask",
@@ -80,7 +80,7 @@ def arguments(run: Run, job_name: str, seconds: int) -> list[str]:
             "--dataset": data,
             "--dataset-type": described(run.dataset),
             "--task-type": TASK_NAMES[run.task_type],
-            "--file-format": format_of(run.dataset).value,
+            "--file-format": told_format(run.dataset).value,
         }
     given |= {
         "--expected-repo-name": repository_name(run.output, job_name),

@@ -18,7 +18,7 @@ from taskoffer.api.contract import (
 from taskoffer.api.quantity import whole
 from taskoffer.api.v1alpha1.steps import SecretKey, Steps
 from taskoffer.api.v1alpha1.trainingjob import Run, StepName, TrainingJob
-from taskoffer.decision.items import data_item, model_item, target_of
+from taskoffer.decision.items import data_item, model_item, target_of, told_format
 from taskoffer.decision.job_facts import EnsureStep
 from taskoffer.decision.naming import step_name
 from taskoffer.decision.own_trainer import trainer_item
@@ -129,7 +129,9 @@ def _credentials(steps: Steps) -> Credentials:
 def _prepare(job: TrainingJob, action: EnsureStep) -> PrepareConfig:
     run, steps = job.spec.run, _steps(job.spec.run)
     items = [model_item(run.model, steps)] if model_claim(run.model) is None else []
-    items += [data_item(run.dataset, steps)] if data_claim(run.dataset) is None else []
+    # What a trainer of somebody else is told has to be what comes; ours looks at what has come.
+    told = told_format(run.dataset) if run.trainer is not None else None
+    items += [data_item(run.dataset, steps, told)] if data_claim(run.dataset) is None else []
     repository = run.trainer.repository if run.trainer is not None else None
     items += [trainer_item(repository, steps)] if repository is not None else []
     return PrepareConfig(
@@ -153,7 +155,7 @@ def _submit(job: TrainingJob, action: EnsureStep) -> SubmitConfig:
         adapter_dir=f"{output_path(job, name)}/{PROVISIONAL_FOLDER if action.provisional else 'adapter'}",
         base_model=run.model.name,
         base_model_path=inside(MODEL_DIR, claim) if claim is not None else cached(name, model_item(run.model, steps)),
-        target=target_of(run.output, steps.private_repositories) if run.output is not None else None,
+        target=target_of(run.output, steps) if run.output is not None else None,
         unverified=run.trainer is not None or action.provisional,
         provisional=action.provisional,
         cache=_cache(steps),

@@ -81,6 +81,14 @@ class UrlSource(WireModel):
         spelled(r"^(https|http|s3)://.+", "url must be an address: begin it with https://, http:// or s3://"),
     ] = Field(description="https, http or s3 address.")
     expires_at: Time | None = Field(None, description="When the address stops to work.")
+    sha256: (
+        Annotated[
+            str,
+            StringConstraints(min_length=64, max_length=64),
+            spelled(r"^[0-9a-f]{64}$", "sha256 must be 64 lower-case hexadecimal digits, as sha256sum prints them"),
+        ]
+        | None
+    ) = Field(None, description="SHA-256 that the file must have; of a single file, not of a prefix in a bucket.")
 
     @property
     def ends(self) -> datetime | None:
@@ -98,6 +106,9 @@ class HubSource(WireModel):
     name: Annotated[str, StringConstraints(min_length=1, max_length=253)] = Field(description="Name on the hub.")
     revision: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
         None, description="Branch, tag or commit."
+    )
+    config_name: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = Field(
+        None, description="Subset of the data set, as its card names it."
     )
     split: Annotated[str, StringConstraints(min_length=1, max_length=63)] | None = Field(
         None, description="Split to read."
@@ -151,7 +162,11 @@ class Dataset(WireModel):
     size_bytes: Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None = Field(
         None, description="Size of the data in bytes, where it is known."
     )
-    file_format: FileFormat | None = Field(None, description="How the rows are stored; default jsonl, pictures zip.")
+    file_format: FileFormat | None = Field(
+        None,
+        description="How the rows are stored; absent means what a data set on a hub is found to hold, else jsonl, and "
+        "zip of pictures.",
+    )
     source: DatasetSource | None = Field(None, description="Where the data lies.")
     min_rows: Annotated[int, Field(ge=2, le=10**12, json_schema_extra={"format": "int64"})] | None = Field(
         None, description=f"Fewest usable rows or picture pairs to train on; absent means {MIN_ROWS}."

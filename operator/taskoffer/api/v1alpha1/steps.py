@@ -23,6 +23,13 @@ Endpoint = Annotated[
 ]
 
 
+Region = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=63),
+    spelled(r"^[a-z0-9-]+$", "must be a region as eu-central-1: use lower-case letters, digits and '-'"),
+]
+
+
 class SecretKey(WireModel):
     """A key of a Secret in the offer's namespace."""
 
@@ -60,14 +67,30 @@ class Steps(WireModel):
     s3_credentials: SecretKey | None = Field(
         None, description="Credentials file of S3 in a Secret of the offer's namespace; its section [default] counts."
     )
+    s3_endpoint: Endpoint | None = Field(
+        None, description="Address of an S3 store other than AWS, which is addressed by path; absent means AWS."
+    )
+    s3_region: Region | None = Field(
+        None, description="Region of the buckets, which requests are signed for; absent means us-east-1."
+    )
     network: NetworkSettings = Field(default_factory=NetworkSettings, description="What addresses are allowed.")
     item_size_limit: QuantityString | None = Field(None, description="Most that a model or a data set may have.")
     cpu: QuantityString | None = Field(None, description="CPU request of a step.")
     memory: QuantityString | None = Field(None, description="Memory request and limit of a step.")
     timeout_seconds: Annotated[int, Field(ge=60, le=604_800)] = Field(
-        21_600, description="Seconds after which a step is ended that has not ended by itself."
+        21_600,
+        description="Seconds after which a step is ended that has not ended by itself, and within which it is begun "
+        "again where the task has no deadline.",
     )
-    backoff_limit: Annotated[int, Field(ge=0, le=20)] = Field(3, description="Times that a failed step is tried again.")
+    backoff_limit: Annotated[int, Field(ge=0, le=20)] = Field(
+        3, description="Times that a failed step is tried again at once, by Kubernetes."
+    )
+    backoff_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(
+        30,
+        description="Pause before a step that asks to be started again (exit code 138) is begun anew; doubled each "
+        "time, until the deadline.",
+    )
+    backoff_max_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(600, description="The longest of these pauses.")
     lease_seconds: Annotated[int, Field(ge=3600, le=31_536_000)] = Field(
         604_800, description="Seconds that a job without a deadline keeps its files in the cache."
     )

@@ -34,6 +34,9 @@ from taskoffer.api.v1alpha1.trainers import OwnTrainer
 MOST_ATTEMPTS = 30
 """Tries that may fail, and those that may be preempted."""
 
+MOST_REPEATS = 9999
+"""Times that a step may be begun again; the number is part of its Job's name."""
+
 
 class OfferRef(WireModel):
     """The offer that the job was made from."""
@@ -200,9 +203,15 @@ class StepStatus(WireModel):
         None, description="What it said at its end."
     )
     lease_until: Time | None = Field(None, description="Until when the job keeps what was fetched; only for Prepare.")
-    repeats: Annotated[int, Field(ge=0, le=9999)] | None = Field(
-        None, description="How often it was begun again, because what was fetched was not kept for long enough."
+    repeats: Annotated[int, Field(ge=0, le=MOST_REPEATS)] | None = Field(
+        None,
+        description="How often it was begun again: because it asked for it, or because what was fetched was not kept "
+        "for long enough.",
     )
+    failures: Annotated[int, Field(ge=0, le=MOST_REPEATS)] | None = Field(
+        None, description="How often it has ended asking to be started again; message says why the last time."
+    )
+    next_try_at: Time | None = Field(None, description="When it is begun again; absent while it runs.")
 
 
 class TrainerStatus(WireModel):
