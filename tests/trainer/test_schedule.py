@@ -64,6 +64,16 @@ def test_after_the_warm_up_the_rate_is_that_of_transformers(kind: str) -> None:
     assert [ours(step) for step in range(10)] == pytest.approx([(step + 1) / 11 for step in range(10)])
 
 
+def test_without_a_warm_up_which_the_benchmark_leaves_out_every_rate_is_that_of_transformers() -> None:
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=80).lr_lambdas[0]
+    ours = rate(80, lrSchedulerType="cosine", warmupSteps=0)
+    assert [ours(step) for step in range(80)] == pytest.approx([theirs(step) for step in range(80)])
+
+
 def test_the_factor_rises_while_the_loss_falls_and_stays_within_its_bound() -> None:
     found = rate(**ADAPTIVE)
     factors = [found.observe(1 / number) for number in range(1, 13)]

@@ -107,6 +107,8 @@ class Course(ABC):
     def measure(self, model: Any, shared: bool, between: Callable[[], None]) -> dict[str, float]:
         """Measure a model on the held-out rows; ``eval_loss`` is what is to become smaller.
 
+        It may be left out where it cannot be measured this time, but not for the base model.
+
         Args:
             model: the model, with or without its adapter in force.
             shared: the ranks share the work; all of them call it.
