@@ -71,7 +71,8 @@ def plain(given: dict[str, Any]) -> dict[str, Any]:
             per_device_train_batch_size=given["batch"],
             learning_rate=given["learning_rate"],
             lr_scheduler_type="cosine",
-            warmup_steps=0.03,
+            # No warm-up on either side: ours begins above a rate of 0, theirs with it.
+            warmup_steps=0,
             max_length=given["max_length"],
             gradient_checkpointing=False,
             bf16=False,
@@ -117,6 +118,8 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
             "perDeviceTrainBatchSize": given["batch"],
             "maxSteps": given["steps"],
             "learningRate": given["learning_rate"],
+            "lrSchedulerType": "cosine",
+            "warmupSteps": 0,
             "maxLength": given["max_length"],
             "evalSteps": 10 * given["steps"],
             "saveSteps": 10 * given["steps"],

@@ -211,6 +211,8 @@ def scales(found: Probe) -> Any:
 
 @probe
 def experts(found: Probe) -> Any:
+    from taskoffer_trainer.checkpoints import Checkpoint
+
     folder = tiny_mixture(Path(found.base["model"]["path"]), found.folder / "moe")
     changes = {
         "model": {"name": "acme/tiny-moe", "path": str(folder)},
@@ -224,7 +226,8 @@ def experts(found: Probe) -> Any:
         if one.requires_grad and ".layers.0.mlp." in name
     }
     measured = history(course, "eval_loss")[-1]
-    verified = course.verify(Path(course.config.checkpoint_dir) / "checkpoint-16", measured)
+    kept = Path(course.config.checkpoint_dir) / "checkpoint-16"
+    verified = course.verify(kept, Checkpoint(kept, 16, measured))
     return {
         "clamps": clamps(course),
         "adapters": wrapped,

@@ -32,21 +32,44 @@ def clock_of(seconds: float | None) -> Clock:
     return Clock(now(), None if seconds is None else now() + timedelta(seconds=seconds))
 
 
-def planned(made: InTime, steps: int, first: int = 0, every: int = 10) -> tuple[list[int], list[int]]:
+class Adapter:
+    """A model whose adapter learns nothing before a step; a step of 0 is a trained one."""
+
+    def __init__(self, learns_at: int = 0) -> None:
+        import torch
+
+        self.learns_at, self.weight = learns_at, torch.zeros(2, 2)
+        self.at(0)
+
+    def at(self, step: int) -> None:
+        if step >= self.learns_at:
+            self.weight[0, 0] = 1e-6
+
+    def named_parameters(self) -> list[tuple[str, Any]]:
+        import torch
+
+        return [("layer.lora_A.default.weight", torch.ones(2, 2)), ("layer.lora_B.default.weight", self.weight)]
+
+
+def planned(
+    made: InTime, steps: int, first: int = 0, every: int = 10, model: Adapter | None = None
+) -> tuple[list[int], list[int]]:
     """Go through steps as transformers does, and return those that are saved and those that are evaluated."""
+    model = model or Adapter()
     saved, evaluated = [], []
     state = SimpleNamespace(global_step=first, max_steps=steps)
-    made.on_train_begin(None, state, None)
+    made.on_train_begin(None, state, None, model=model)
     for step in range(first + 1, steps + 1):
         state.global_step = step
+        model.at(step)
         last = step == steps
         due = step % every == 0 or last
         control = SimpleNamespace(should_save=due, should_evaluate=due, should_training_stop=last)
-        made.on_step_end(None, state, control)
+        made.on_step_end(None, state, control, model=model)
         if control.should_evaluate:
             evaluated.append(step)
         if control.should_save:
-            made.on_save(None, state, control)
+            made.on_save(None, state, control, model=model)
             saved.append(step)
     return saved, evaluated
 
@@ -68,6 +91,21 @@ def test_with_slow_steps_the_first_checkpoint_comes_after_two_minutes(
 
 def test_a_run_that_goes_on_has_a_checkpoint_already(config: RunConfig) -> None:
     assert planned(InTime(config, clock_of(None), Timings(), World()), 30, first=11)[0] == [20, 30]
+
+
+EARLY = [
+    ("while nothing is learned there is nothing to save early", 8, 0, [8, 10, 20]),
+    ("a checkpoint of nothing is none", 12, 0, [10, 12, 20]),
+    ("a run that goes on from such a checkpoint", 13, 11, [13, 20]),
+]
+
+
+@pytest.mark.parametrize(("learns", "first", "saved"), [one[1:] for one in EARLY], ids=[one[0] for one in EARLY])
+def test_the_early_checkpoint_is_one_that_has_learned_something(
+    learns: int, first: int, saved: list[int], config: RunConfig
+) -> None:
+    made = InTime(config, clock_of(None), Timings(), World())
+    assert planned(made, 20, first=first, model=Adapter(learns))[0] == saved
 
 
 def test_the_ranks_save_together_when_one_of_them_finds_it_late(config: RunConfig) -> None:

@@ -51,7 +51,7 @@ TRAINING = {
     "its last checkpoint is not mirrored": Moment("taskoffer_trainer.callbacks:mirror_best"),
     "it has trained": Moment("taskoffer_trainer.course:chosen"),
 }
-PUBLISHED = Moment("taskoffer_trainer.course:mark_finished")
+PUBLISHED = Moment("taskoffer_trainer.concluding:mark_finished")
 # Each of these is tried on its own, on what the kill of a training that has trained has left.
 END = {
     "half of the weights are copied": [Moment("shutil:copyfile", "adapter_model.safetensors", cut=True)],
@@ -93,7 +93,7 @@ TWO_RANKS = {
 }
 RANK = {
     "verifies": Moment(PROGRESS, "Verifying", after=True, alone=True),
-    "has noted its end": Moment("taskoffer_trainer.course:remove_provisional", alone=True),
+    "has noted its end": Moment("taskoffer_trainer.concluding:remove_provisional", alone=True),
 }
 
 

@@ -25,7 +25,7 @@ def config(base_config: dict[str, Any], tmp_path: Path) -> RunConfig:
     return RunConfig.model_validate({**base_config, **place})
 
 
-def checkpoint(config: RunConfig, step: int, loss: float | None, weights: bytes = b"") -> Path:
+def checkpoint(config: RunConfig, step: int, loss: float | None, weights: bytes = b"", learned: bool = True) -> Path:
     """Lay down what a complete checkpoint has of what is copied."""
     folder = Path(config.checkpoint_dir) / f"checkpoint-{step}"
     folder.mkdir(parents=True)
@@ -33,7 +33,7 @@ def checkpoint(config: RunConfig, step: int, loss: float | None, weights: bytes 
     (folder / "adapter_model.safetensors").write_bytes(data)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/data/model", "r": 8}))
     files = {"adapter_model.safetensors": [len(data), hashlib.sha256(data).hexdigest()]}
-    (folder / "COMPLETE").write_text(json.dumps({"step": step, "eval_loss": loss, "files": files}))
+    (folder / "COMPLETE").write_text(json.dumps({"step": step, "eval_loss": loss, "learned": learned, "files": files}))
     return folder
 
 
@@ -46,6 +46,17 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 def test_without_a_checkpoint_there_is_nothing_to_keep(config: RunConfig) -> None:
     assert mirror_best(config) is None
     assert provisional_adapter(config) is None
+
+
+def test_what_has_learned_nothing_is_not_kept_whatever_its_loss_is(config: RunConfig) -> None:
+    checkpoint(config, 5, 0.1, learned=False)
+    assert mirror_best(config) is None
+    checkpoint(config, 8, 0.3)
+    folder = mirror_best(config)
+    assert folder is not None
+    assert manifest_of(folder)["step"] == 8
+    checkpoint(config, 16, 0.2, learned=False)
+    assert mirror_best(config) == folder
 
 
 def test_what_is_kept_is_whole_says_that_it_is_provisional_and_names_the_public_base_model(config: RunConfig) -> None:

@@ -222,6 +222,22 @@ def test_a_failed_call_gives_no_reward_and_several_in_a_row_end_the_run(capsys: 
 
 
 @needs_sandbox
+def test_in_an_evaluation_a_failed_call_is_made_once_more() -> None:
+    text = (
+        "calls = []\ndef reward(completions):\n    calls.append(1)\n"
+        "    if len(calls) in (1, 3, 4): raise ValueError\n    return [float(len(calls))]"
+    )
+    builtin = {"name": "same", "builtin": {"name": "LengthTarget", "words": 1}}
+    asked = Asked(["p"], ["c"], [None])
+    with RewardSet(columns(source(text), builtin), SETTINGS) as rewards:
+        assert rewards.measured(asked) == {"mine": [2.0], "same": [1.0]}
+        assert rewards.measured(asked) == {"mine": None, "same": [1.0]}
+        assert rewards.measured(asked, without={"mine"}) == {"same": [1.0]}
+        assert rewards.measured(asked) == {"mine": [5.0], "same": [1.0]}
+        assert rewards.report()["functions"][0]["failedCalls"] == 3
+
+
+@needs_sandbox
 @pytest.mark.parametrize(
     ("text", "said"),
     [

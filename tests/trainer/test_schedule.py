@@ -28,19 +28,50 @@ def rate(total: int = 100, **settings: Any) -> LearningRate:
     ("settings", "expected"),
     [
         ({"lrSchedulerType": "constant"}, {0: 1, 50: 1, 99: 1}),
-        ({"lrSchedulerType": "constant_with_warmup", "warmupSteps": 10}, {0: 0, 5: 0.5, 10: 1, 99: 1}),
-        ({"lrSchedulerType": "linear", "warmupSteps": 0.1}, {0: 0, 5: 0.5, 10: 1, 55: 0.5, 100: 0}),
+        ({"lrSchedulerType": "constant_with_warmup", "warmupSteps": 10}, {0: 1 / 11, 5: 6 / 11, 10: 1, 99: 1}),
+        ({"lrSchedulerType": "linear", "warmupSteps": 0.1}, {0: 1 / 11, 5: 6 / 11, 10: 1, 55: 0.5, 100: 0}),
         ({"lrSchedulerType": "cosine", "warmupSteps": 0}, {0: 1, 50: 0.5, 100: 0}),
         ({"lrSchedulerType": "cosine", "warmupSteps": 0, "minLrRate": 0.1}, {0: 1, 50: 0.55, 100: 0.1}),
         (STAGES, {0: 1, 59: 1, 60: 0.3, 89: 0.3, 90: 0.1, 99: 0.1, 100: 0.1}),
         (STAGES | {"lrSchedulerType": "cosine"}, {0: 1, 60: 0.3 * 0.5 * (1 + math.cos(0.6 * math.pi))}),
         # A share of all steps is rounded up, as transformers does.
-        ({"lrSchedulerType": "linear", "warmupSteps": 0.011}, {1: 0.5, 2: 1}),
+        ({"lrSchedulerType": "linear", "warmupSteps": 0.011}, {0: 1 / 3, 1: 2 / 3, 2: 1}),
     ],
 )
 def test_warm_up_decline_and_stages_multiply(settings: dict[str, Any], expected: dict[int, float]) -> None:
     found = rate(**settings)
     assert {step: found(step) for step in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["constant", "constant_with_warmup", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 0.03, 0.5, 1, 4, 1000])
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 200])
+def test_no_step_of_a_run_has_a_rate_of_zero(kind: str, warmup: float, total: int) -> None:
+    """A run may have a single step, and that one has to learn something."""
+    found = rate(total, lrSchedulerType=kind, warmupSteps=warmup)
+    assert min(found(step) for step in range(total)) > 0
+
+
+@pytest.mark.parametrize("kind", ["constant_with_warmup", "linear", "cosine"])
+def test_after_the_warm_up_the_rate_is_that_of_transformers(kind: str) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=10, num_training_steps=100).lr_lambdas[0]
+    ours = rate(lrSchedulerType=kind, warmupSteps=10)
+    assert [ours(step) for step in range(10, 100)] == pytest.approx([theirs(step) for step in range(10, 100)])
+    assert [ours(step) for step in range(10)] == pytest.approx([(step + 1) / 11 for step in range(10)])
+
+
+def test_without_a_warm_up_which_the_benchmark_leaves_out_every_rate_is_that_of_transformers() -> None:
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=80).lr_lambdas[0]
+    ours = rate(80, lrSchedulerType="cosine", warmupSteps=0)
+    assert [ours(step) for step in range(80)] == pytest.approx([theirs(step) for step in range(80)])
 
 
 def test_the_factor_rises_while_the_loss_falls_and_stays_within_its_bound() -> None:

@@ -212,7 +212,7 @@ REFUSED: list[tuple[str, Callable[[Path], Any], str, list[str]]] = [
     ("too large to compute with", lambda f: rewrite(f, overflow), "VerifyFailed", ["not finite"]),
     ("half a pair", lambda f: rewrite(f, lambda t: t.pop(first(t))), "AdapterBroken", ["is there without"]),
     ("another width", lambda f: rewrite(f, widen), "AdapterDoesNotFit", ["result/adapter: tensor", "needs (4, "]),
-    ("never trained", lambda f: rewrite(f, zero), "AdapterBroken", ["changes nothing"]),
+    ("never trained", lambda f: rewrite(f, zero), "NothingLearned", ["changes nothing"]),
     ("more than an adapter", lambda f: rewrite(f, lambda t: t.update(head=torch.ones(2))), "NotLora", ["tensor head"]),
     ("another method", settings(peft_type="IA3"), "NotLora", ["'IA3'"]),
     ("another rank", settings(r=8), "AdapterDoesNotFit", ["needs (8, "]),

@@ -221,6 +221,18 @@ def widen(tensors: dict[str, Any]) -> None:
     tensors[name] = np.concatenate([tensors[name], tensors[name]], axis=1)
 
 
+def learn_nothing(tensors: dict[str, Any]) -> None:
+    """Leave the second matrices as they begin."""
+    for name in tensors:
+        if ".lora_B." in name:
+            tensors[name] = np.zeros_like(tensors[name])
+
+
+def half_precision_of_nothing(folder: Path) -> None:
+    rewrite(folder, learn_nothing)
+    make_half_precision(folder, 0.5)
+
+
 def make_half_precision(folder: Path, value: float) -> None:
     """Write the weights in bfloat16, one of them with this value."""
     import torch
@@ -253,6 +265,8 @@ BROKEN: list[tuple[str, Callable[[Path], Any], str, str]] = [
     ("a value in bfloat16", lambda f: make_half_precision(f, float("nan")), "AdapterBroken", "not finite"),
     ("an empty tensor", lambda f: rewrite(f, make_empty), "AdapterBroken", "is empty"),
     ("half a pair", lambda f: rewrite(f, drop_one), "AdapterBroken", "is there without"),
+    ("nothing learned", lambda f: rewrite(f, learn_nothing), "NothingLearned", "changes nothing"),
+    ("nothing learned in bfloat16", half_precision_of_nothing, "NothingLearned", "changes nothing"),
     ("a layer too few", lambda f: rewrite(f, drop_a_layer), "AdapterDoesNotFit", "are missing"),
     ("another width", lambda f: rewrite(f, widen), "AdapterDoesNotFit", "needs (4, "),
     ("no evidence", lambda f: write_manifest(f, sampleAnswers=[{"after": " "}]), "NoEvidence", "sampleAnswers"),

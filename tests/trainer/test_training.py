@@ -144,6 +144,38 @@ def test_an_adapter_that_does_not_do_what_it_did_in_training_fails_verification(
     assert {path.name for path in training.output.iterdir()} == {"report.json", "report.md", "log.txt"}
 
 
+def test_where_the_best_checkpoint_fails_verification_the_next_best_is_handed_over(
+    one_process: tuple[Training, Outcome], shared_training: MakeTraining
+) -> None:
+    source, _ = one_process
+    training = shared_training("second-best")
+    for path in sorted(source.checkpoints.rglob("*")):
+        target = training.checkpoints / path.relative_to(source.checkpoints)
+        if path.is_file() and path.name != "FINISHED.json":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    marker = training.checkpoints / "checkpoint-24" / "COMPLETE"
+    record = json.loads(marker.read_text())
+    marker.write_text(json.dumps({**record, "eval_loss": record["eval_loss"] - 1}))
+    outcome = training.run()
+    assert (outcome.code, outcome.termination["reason"]) == (0, "Completed"), outcome.log
+    assert "the adapter of step 24 is not published: the adapter did not pass verification" in outcome.log
+    said = outcome.termination["message"]
+    assert said.startswith("adapter of step 16 verified")
+    assert said.endswith("; 1 better by its evaluation did not pass")
+    weights = "adapter_model.safetensors"
+    kept = training.checkpoints / "checkpoint-16" / weights
+    assert (training.adapter / weights).read_bytes() == kept.read_bytes()
+    assert not (training.output / "provisional").exists()
+
+
+def test_a_run_of_one_step_with_a_warm_up_learns_something(training: MakeTraining) -> None:
+    made = training(train={"maxSteps": 1, "warmupSteps": 0.03})
+    outcome = made.run()
+    assert outcome.code == 0, outcome.log
+    assert outcome.termination["evalLossAfter"] < outcome.termination["evalLossBefore"]
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_more_processes_learn_the_same_from_the_same_global_batch(
     processes: int, one_process: tuple[Training, Outcome], training: MakeTraining

@@ -157,13 +157,20 @@ def words_of_explanations() -> frozenset[str]:
 @cache
 def reasons_of_the_trainer() -> frozenset[str]:
     """Return the reasons with which a training ends or changes a setting, as its errors and clamps name them."""
+    sources = (ROOT / "trainer_image" / "taskoffer_trainer").glob("*.py")
+    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    constants = {
+        ast.unparse(node.targets[0]): node.value
+        for node in nodes
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    }
     found: set[str] = set()
-    for path in (ROOT / "trainer_image" / "taskoffer_trainer").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("bad_data", "TrainerError"):
-                found.update(str(arg.value) for arg in node.args[:2] if isinstance(arg, ast.Constant))
-            if isinstance(node, ast.keyword) and node.arg == "reason" and isinstance(node.value, ast.Constant):
-                found.add(str(node.value.value))
+    for node in nodes:
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("bad_data", "failed", "TrainerError"):
+            values = [constants.get(arg.id) if isinstance(arg, ast.Name) else arg for arg in node.args[:2]]
+            found.update(str(value.value) for value in values if isinstance(value, ast.Constant))
+        if isinstance(node, ast.keyword) and node.arg == "reason" and isinstance(node.value, ast.Constant):
+            found.add(str(node.value.value))
     return frozenset(found)
 
 

@@ -133,9 +133,12 @@ def chosen(course: Course, between: Callable[[], None]) -> Checkpoint:
     course.progress.enter(RunState.EVALUATING)
     course.average.restore(newest.folder)
     with course.average.in_place():
-        loss = course.measure(course.trainer.model, True, between)["eval_loss"]
+        # Without a figure it is not chosen.
+        loss = course.measure(course.trainer.model, True, between).get("eval_loss", math.inf)
     trained = math.inf if best.eval_loss is None else best.eval_loss
-    course.candidates = {"trained": trained, "averaged": loss}
+    course.candidates = {
+        name: value for name, value in {"trained": trained, "averaged": loss}.items() if math.isfinite(value)
+    }
     course.progress.note(eval_loss_trained=trained, eval_loss_averaged=loss)
     better = loss < trained
     name = "the average" if better else f"the weights of step {best.step}"

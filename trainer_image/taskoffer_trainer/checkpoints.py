@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from taskoffer.api.contract import ExitCode, RunConfig, Termination
 from taskoffer_trainer.config import fingerprint, identity
 from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.learned import has_learned
 
 __all__ = [
     "ADAPTER_FILE",
@@ -63,13 +64,15 @@ _FINISHED = "FINISHED.json"
 class Checkpoint:
     """A complete checkpoint: its folder, its step, and the held-out loss where the step was evaluated.
 
-    ``weights`` is the file that is meant by it: the weights that are trained, or their average.
+    ``weights`` is the file that is meant by it: the weights that are trained, or their average. Without ``learned``
+    the trained ones change nothing yet.
     """
 
     folder: Path
     step: int
     eval_loss: float | None
     weights: str = ADAPTER_FILE
+    learned: bool = True
 
 
 def sha256_of(path: Path) -> str:
@@ -190,8 +193,9 @@ def mark_complete(folder: Path, step: int, eval_loss: float | None, expected_ten
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[path.name] = [path.stat().st_size, sha256_of(path)]
-    write_json(folder / COMPLETE, {"step": step, "eval_loss": eval_loss, "files": files})
-    return Checkpoint(folder, step, eval_loss)
+    learned = has_learned(folder / ADAPTER_FILE)
+    write_json(folder / COMPLETE, {"step": step, "eval_loss": eval_loss, "learned": learned, "files": files})
+    return Checkpoint(folder, step, eval_loss, learned=learned)
 
 
 def _folders(config: RunConfig) -> list[Path]:
@@ -235,7 +239,8 @@ def complete_checkpoints(config: RunConfig, remove_broken: bool = False) -> list
             print(f"trainer: checkpoint {folder.name} is left out and removed: {fault}", flush=True)
             shutil.rmtree(folder)
         elif record is not None:
-            found.append(Checkpoint(folder, int(record["step"]), record["eval_loss"]))
+            learned = bool(record.get("learned", True))
+            found.append(Checkpoint(folder, int(record["step"]), record["eval_loss"], learned=learned))
     return found
 
 
@@ -248,14 +253,17 @@ def logged(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
     """Return the checkpoint with the smallest held-out loss, or the newest when none was evaluated.
 
+    One that has learned nothing is only returned when all are so, whatever its loss is.
+
     Raises:
         ValueError: when there is no checkpoint at all.
     """
     if not checkpoints:
         raise ValueError("no complete checkpoint")
-    evaluated = [one for one in checkpoints if one.eval_loss is not None and math.isfinite(one.eval_loss)]
+    learned = [one for one in checkpoints if one.learned] or checkpoints
+    evaluated = [one for one in learned if one.eval_loss is not None and math.isfinite(one.eval_loss)]
     if not evaluated:
-        return max(checkpoints, key=lambda one: one.step)
+        return max(learned, key=lambda one: one.step)
     return min(evaluated, key=lambda one: (one.eval_loss, -one.step))
 
 

@@ -25,16 +25,15 @@ from taskoffer_trainer.checkpoints import (
     Checkpoint,
     complete_checkpoints,
     logged,
-    mark_finished,
 )
+from taskoffer_trainer.concluding import concluded
 from taskoffer_trainer.config import global_batch
 from taskoffer_trainer.effective import effective, in_force
 from taskoffer_trainer.evaluating import Evaluation
-from taskoffer_trainer.export import Result, prepared, publish
 from taskoffer_trainer.failures import COMPLETED, DEADLINE_REACHED, STOPPED, StopRequestedError, TrainerError
 from taskoffer_trainer.fallback import SMALLEST_PIECE
 from taskoffer_trainer.figures import as_held_out, metrics_of, peaks
-from taskoffer_trainer.mirror import mirror_best, remove_provisional
+from taskoffer_trainer.mirror import mirror_best
 from taskoffer_trainer.models import Device, choose_device
 from taskoffer_trainer.sharding import share_out
 from taskoffer_trainer.steps import Steps
@@ -108,6 +107,8 @@ class Course(ABC):
     def measure(self, model: Any, shared: bool, between: Callable[[], None]) -> dict[str, float]:
         """Measure a model on the held-out rows; ``eval_loss`` is what is to become smaller.
 
+        It may be left out where it cannot be measured this time, but not for the base model.
+
         Args:
             model: the model, with or without its adapter in force.
             shared: the ranks share the work; all of them call it.
@@ -123,12 +124,19 @@ class Course(ABC):
         """Return the sample prompts."""
 
     @abstractmethod
-    def verify(self, folder: Path, measured: float | None) -> Verified:
+    def verify(self, folder: Path, checkpoint: Checkpoint) -> Verified:
         """Load an adapter from disk onto a fresh base model and check what it does.
+
+        Args:
+            folder: the adapter as its user will load it.
+            checkpoint: where it comes from, with what was measured there.
 
         Raises:
             TrainerError: ``VERIFY_FAILED``.
         """
+
+    def remember(self, folder: Path) -> None:  # noqa: B027 - most methods have nothing to add.
+        """Write into a checkpoint, on rank 0, what the verification needs to know of it; nothing by default."""
 
     def accompany(self, folder: Path) -> None:  # noqa: B027 - most methods have nothing to add.
         """Write into the adapter's folder what its user needs beside it; nothing by default."""
@@ -140,6 +148,10 @@ class Course(ABC):
     def outcome(self, before: dict[str, float], after: dict[str, float]) -> str:
         """Say in a few words what the training changed on the held-out rows."""
         return f"held-out loss {before['eval_loss']:.4f} -> {after['eval_loss']:.4f}"
+
+    def remedy(self) -> str:
+        """Say what may help when nothing was learned."""
+        return "train longer (train.numTrainEpochs, train.maxSteps) or with a higher train.learningRate"
 
     def details(self) -> dict[str, Any]:
         """Return what the manifest says of this method alone, by names of its own."""
@@ -174,7 +186,7 @@ class Course(ABC):
         if self.device.cuda:
             torch.cuda.empty_cache()
         self.world.part()
-        return self._finish(baseline, summary, best) if self.rank == 0 else summary
+        return concluded(self, baseline, summary, best) if self.rank == 0 else summary
 
     def _place(self) -> None:
         """Put the model where it computes: all of it on this rank's device, or this rank's part of it."""
@@ -318,70 +330,6 @@ class Course(ABC):
                 f"deadline: {clock.deadline:%Y-%m-%dT%H:%M:%SZ} leaves {clock.left():.0f} s, and one step with "
                 f"evaluation and verification takes {needed:.0f} s",
             )
-
-    def _finish(self, baseline: Baseline, summary: Termination, best: Checkpoint) -> Termination:
-        """Verify what was chosen on a fresh base model and publish it.
-
-        Raises:
-            TrainerError: ``VERIFY_FAILED``.
-            StopRequestedError: on a signal; the next attempt comes straight here.
-        """
-        config, progress = self.config, self.progress
-        progress.enter(RunState.VERIFYING)
-        with prepared(config, best) as folder:
-            verified = self._verified(folder, best)
-            self.accompany(folder)
-            progress.enter(RunState.SAVING)
-            pairs = [
-                {"prompt": prompt, "before": before, "after": after}
-                for prompt, before, after in zip(self.prompts(), baseline.answers, verified.answers, strict=True)
-            ]
-            result = Result(
-                summary.step,
-                summary.total_steps or summary.step,
-                summary.train_loss,
-                baseline.figures,
-                verified.figures,
-                summary.reason,
-                answers=pairs,
-                clamps=summary.clamps,
-                rows=self.counts(),
-                details=self.details(),
-                in_force=progress.in_force,
-                candidates=self.candidates,
-            )
-            final, digest = publish(config, folder, result)
-        change = self.outcome(baseline.figures, verified.figures)
-        done = summary.model_copy(
-            update={
-                "message": f"adapter of step {best.step} verified: {change}",
-                "eval_loss_after": verified.eval_loss,
-                "figures_after": metrics_of(as_held_out(verified.figures)),
-                "adapter_dir": str(final),
-                "adapter_sha256": digest,
-                "training_seconds": progress.took()["training_seconds"],
-                **peaks(),
-            }
-        )
-        mark_finished(self.asked, done)
-        remove_provisional(config)
-        progress.note(**as_held_out(verified.figures))
-        progress.enter(RunState.DONE)
-        return done
-
-    def _verified(self, folder: Path, best: Checkpoint) -> Verified:
-        """Verify what is to be published; what does not pass is not left in the output folder either.
-
-        Raises:
-            TrainerError: ``VERIFY_FAILED``.
-            StopRequestedError: on a signal.
-        """
-        try:
-            return self.verify(folder, best.eval_loss)
-        except TrainerError as error:
-            if error.code is ExitCode.VERIFY_FAILED:
-                remove_provisional(self.config)
-            raise
 
 
 def _go_on() -> None:

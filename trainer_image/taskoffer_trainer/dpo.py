@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from taskoffer.api.contract import Clamp, RunConfig, Termination
 from taskoffer_trainer.balancing import balanced_by_row
+from taskoffer_trainer.checkpoints import Checkpoint
 from taskoffer_trainer.course import Course
 from taskoffer_trainer.data import Split
 from taskoffer_trainer.dpo_data import Pair
@@ -163,7 +164,7 @@ class _Preferences(Course):
     def answer(self, model: Any, between: Callable[[], None]) -> list[str]:
         return answers(model, self.tokenizer, self.data.prompts, between)
 
-    def verify(self, folder: Path, measured: float | None) -> Verified:
+    def verify(self, folder: Path, checkpoint: Checkpoint) -> Verified:
         from trl.trainer.utils import add_fused_lm_head
 
         base = load_again(self.config, self.device)
@@ -172,7 +173,7 @@ class _Preferences(Course):
         model, parameters = load_adapter(folder, base, self.tensors)
         # The base model's figures as well come from what was just loaded.
         figures = self._figures().measure(model, self.evaluation, False, self.stop.check)
-        check_figures(figures, measured)
+        check_figures(figures, checkpoint.eval_loss)
         check_change(figures)
         texts = self.answer(model, self.stop.check)
         check_answers(texts)

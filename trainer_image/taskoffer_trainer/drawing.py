@@ -21,7 +21,16 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from taskoffer_trainer.sharding import is_shared_out
 from taskoffer_trainer.world import World
 
-__all__ = ["Completion", "Drawer", "KeptTokens", "left_padded", "random_numbers", "right_padded", "token_log_probs"]
+__all__ = [
+    "Completion",
+    "Drawer",
+    "KeptTokens",
+    "divergence_of",
+    "left_padded",
+    "random_numbers",
+    "right_padded",
+    "token_log_probs",
+]
 
 
 @dataclass(frozen=True)
@@ -240,3 +249,23 @@ def token_log_probs(model: Any, completions: Sequence[Completion], pad: int) -> 
         input_ids=torch.cat([prompts, ids], dim=1), attention_mask=attention_mask, labels=labels, fused_lm_head=True
     )
     return outputs.log_probs[:, -ids.shape[1] :], mask
+
+
+def divergence_of(model: Any, completions: Sequence[Completion], pad: int) -> tuple[float, float, int]:
+    """Return how far a model is from its base on completions, how likely these are, and the number of their tokens.
+
+    The first is the sum over the tokens of the estimated KL divergence in nats. The completions are the trained
+    model's, so this estimates KL(trained || base); J. Schulman's third estimator, r - 1 - log r, with r the ratio of
+    base to trained, as in TRL's loss. The second is the sum of the tokens' log-probabilities, in nats as well.
+
+    Args:
+        model: with an adapter, which can be switched off.
+        completions: at least one.
+        pad: token id to pad with.
+    """
+    ours, mask = token_log_probs(model, completions, pad)
+    with model.disable_adapter():
+        base, _ = token_log_probs(model, completions, pad)
+    difference = (base - ours).double()
+    divergence = float(((torch.exp(difference) - 1 - difference) * mask).sum())
+    return divergence, float((ours.double() * mask).sum()), int(mask.sum())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,29 @@ from peft import get_peft_model
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from taskoffer.api.contract import DRAWN_PER_TRAINED, Clamp, ExitCode, GRPOSettings, RunConfig, Termination
+from taskoffer.api.contract import DRAWN_PER_TRAINED, Clamp, GRPOSettings, RunConfig, Termination
 from taskoffer_trainer.balancing import balanced_by_row
+from taskoffer_trainer.checkpoints import AVERAGED_FILE, Checkpoint
 from taskoffer_trainer.config import global_batch
 from taskoffer_trainer.course import Course
 from taskoffer_trainer.data import Split
-from taskoffer_trainer.drawing import Completion, Drawer, KeptTokens, left_padded, right_padded, token_log_probs
+from taskoffer_trainer.drawing import (
+    Completion,
+    Drawer,
+    KeptTokens,
+    divergence_of,
+    left_padded,
+    right_padded,
+    token_log_probs,
+)
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.grpo_data import Prompt, TokenPrompt, tokenize_prompts
 from taskoffer_trainer.held_out import answers, turns
+from taskoffer_trainer.kept_completions import KeptCompletions
 from taskoffer_trainer.lora import lora_config
 from taskoffer_trainer.models import load_again, load_model, load_tokenizer
-from taskoffer_trainer.rewards import Asked, RewardSet, advantages, weighted
+from taskoffer_trainer.reward_figures import RewardFigures, RewardSums
+from taskoffer_trainer.rewards import REWARD_FAILED, Asked, RewardSet, advantages, weighted
 from taskoffer_trainer.sharding import is_shared_out
 from taskoffer_trainer.steps import PieceLoss, step_seed
 from taskoffer_trainer.stop import Stop
@@ -87,7 +99,7 @@ class ReinforcementTrainer(CourseTrainer, GRPOTrainer):  # type: ignore[misc]
         self._tell([] if idle else totals, [] if idle else drawn)
         scale = course.settings.scale_rewards == "group"
         better = advantages(totals, course.settings.num_generations, scale)
-        return [_with_advantage(one, value) for one, value in zip(drawn, better, strict=True)]
+        return [replace(one, advantage=value) for one, value in zip(drawn, better, strict=True)]
 
     def _tell(self, totals: Sequence[float | None], drawn: Sequence[Completion]) -> None:
         """Count and report the mean reward and length of a step over all ranks, beside TRL's own figures."""
@@ -148,10 +160,6 @@ def _dataset(prompts: list[TokenPrompt]) -> Dataset:
     return Dataset.from_dict({"prompt": [one.prompt.text for one in prompts], "row": list(range(len(prompts)))})
 
 
-def _with_advantage(one: Completion, advantage: float) -> Completion:
-    return Completion(one.prompt_ids, one.seed, one.ids, advantage)
-
-
 class _Reinforcement(Course):
     """Prompts without an answer: the model learns to say what is rewarded."""
 
@@ -168,6 +176,9 @@ class _Reinforcement(Course):
         self.split, self.rewards = split, rewards
         self.settings = config.train.grpo or GRPOSettings()
         self.unit = self.settings.num_generations
+        self.reward_figures = RewardFigures(rewards.weights, self.settings.beta, self.settings.reward_failures)
+        self.kept: KeptCompletions | None = None
+        self.verification: dict[str, float] = {}
         self.tokenizer: Any
         self.drawer: Drawer
         self.train: list[TokenPrompt] = []
@@ -252,8 +263,17 @@ class _Reinforcement(Course):
     def outcome(self, before: dict[str, float], after: dict[str, float]) -> str:
         return f"held-out reward {before['reward']:.4f} -> {after['reward']:.4f}, KL divergence {after['kl']:.4f}"
 
+    def remedy(self) -> str:
+        said = self.progress.metrics.get("reward")
+        mean = "" if said is None else f"; the mean reward of the last step was {said:.4g}"
+        return (
+            "only completions of a prompt with unlike rewards move the model: give rewards that tell them apart "
+            "(data.grpo.rewardFunctions), draw more of them (train.grpo.numGenerations), or train longer "
+            f"(train.maxSteps){mean}"
+        )
+
     def details(self) -> dict[str, Any]:
-        return {"rewards": self.rewards.report()}
+        return {"rewards": {**self.rewards.report(), **self.verification}}
 
     def prompts(self) -> list[str]:
         return list(self.config.sample_prompts) or [self.held_out[0].prompt.text]
@@ -270,37 +290,54 @@ class _Reinforcement(Course):
         at_once = self.evaluation.size if step == EVALUATION else self.steps.micro_batch.size
         return self.drawer(model, asked, DRAWN_PER_TRAINED * at_once, between)
 
-    def reward(self, prompts: Sequence[Prompt], drawn: Sequence[Completion], count: int) -> dict[str, Any]:
-        """Reward completions, ``count`` of which belong to each prompt."""
+    def _asked(self, prompts: Sequence[Prompt], drawn: Sequence[Completion], count: int) -> Asked:
         texts = self.tokenizer.batch_decode([list(one.ids) for one in drawn], skip_special_tokens=True)
         each = [prompt for prompt in prompts for _ in range(count)]
-        return self.rewards(Asked([one.text for one in each], texts, [one.extra for one in each]))
+        return Asked([one.text for one in each], texts, [one.extra for one in each])
+
+    def reward(self, prompts: Sequence[Prompt], drawn: Sequence[Completion], count: int) -> dict[str, Any]:
+        """Reward completions, ``count`` of which belong to each prompt."""
+        return self.rewards(self._asked(prompts, drawn, count))
+
+    def measured(self, figures: dict[str, float]) -> None:
+        self.reward_figures.expect(figures)
+        super().measured(figures)
 
     def measure(self, model: Any, shared: bool, between: Callable[[], None]) -> dict[str, float]:
         """Return the mean reward of held-out prompts, the KL divergence from the base model, and the score of both.
 
         The score is the weighted sum of the rewards' means less ``beta`` times the divergence, as the task market's
-        evaluator has it; ``eval_loss`` is minus the score.
+        evaluator has it; ``eval_loss`` is minus the score. Both are left out where a reward failed. The base model is
+        measured again then, for without its figures there is nothing to compare with.
         """
+        while True:
+            figures = self._measured_once(model, shared, between)
+            if "eval_loss" in figures or self.reward_figures.expected is not None:
+                return figures
+
+    def _measured_once(self, model: Any, shared: bool, between: Callable[[], None]) -> dict[str, float]:
         rank, size = (self.world.rank, self.world.size) if shared else (0, 1)
         count = self.settings.num_generations_eval
         at_once = max(1, self.evaluation.size // count)
         order = sorted(range(len(self.held_out)), key=lambda place: -len(self.held_out[place].ids))
         batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
-        names = list(self.rewards.weights)
-        sums = [0.0] * (2 * len(names) + 2)
+        sums = RewardSums(list(self.rewards.weights))
+        first: tuple[list[Completion], float] | None = None
         for places, weight in turns(batches, rank, size, is_shared_out(model)):
             between()
             drawn = self._drawn_in_evaluation(model, places, between)
-            rewards = self.reward([self.held_out[place].prompt for place in places], drawn, count)
-            for number, name in enumerate(names):
-                known = [value for value in rewards[name] if value is not None]
-                sums[2 * number] += weight * math.fsum(known)
-                sums[2 * number + 1] += weight * len(known)
-            divergence, tokens = self.evaluation.add_up(model, drawn, partial(self._divergence, model), between, count)
-            sums[-2] += weight * divergence
-            sums[-1] += weight * tokens
-        return self._figures(names, self.evaluation.together(sums) if shared else sums)
+            work = partial(divergence_of, model, pad=self.drawer.tokens.pad)
+            divergence, log_prob, tokens = self.evaluation.add_up(model, drawn, work, between, count)
+            if weight:
+                asked = self._asked([self.held_out[place].prompt for place in places], drawn, count)
+                sums.add(self.rewards.measured(asked, sums.failed))
+                sums.diverge(divergence, tokens)
+                first = first or (drawn, log_prob / max(tokens, 1.0))
+        numbers = sums.numbers()
+        figures = self.reward_figures.of(self.evaluation.together(numbers) if shared else numbers)
+        if shared and first is not None:
+            self.kept = KeptCompletions(self.trainer.state.global_step, *first, figures)
+        return figures
 
     def _drawn_in_evaluation(self, model: Any, places: Sequence[int], between: Callable[[], None]) -> list[Completion]:
         try:
@@ -311,45 +348,48 @@ class _Reinforcement(Course):
                 self.evaluation.give_up(len(places) * count, count)
             raise
 
-    def _figures(self, names: list[str], sums: list[float]) -> dict[str, float]:
-        means = {name: sums[2 * place] / sums[2 * place + 1] for place, name in enumerate(names) if sums[2 * place + 1]}
-        if not means:
-            raise TrainerError(
-                ExitCode.BAD_CONFIG,
-                "RewardFailed",
-                "data.grpo.rewardFunctions: none of the rewards applies to any held-out prompt, so nothing can be "
-                "learned from them; see the log for calls that failed",
-            )
-        reward = math.fsum(self.rewards.weights[name] * mean for name, mean in means.items())
-        kl = max(0.0, sums[-2] / max(sums[-1], 1.0))
-        figures = {f"reward_{name}": mean for name, mean in means.items()}
-        return {**figures, "eval_loss": self.settings.beta * kl - reward, "reward": reward, "kl": kl}
-
-    def _divergence(self, model: Any, drawn: Sequence[Completion]) -> tuple[float, int]:
-        """Return the sum over the completions' tokens of the estimated KL divergence in nats, and their number.
-
-        The completions are the trained model's, so this estimates KL(trained || base); J. Schulman's third
-        estimator, r - 1 - log r, with r the ratio of base to trained, as in TRL's loss.
-        """
-        pad = self.drawer.tokens.pad
-        ours, mask = token_log_probs(model, drawn, pad)
-        with model.disable_adapter():
-            base, _ = token_log_probs(model, drawn, pad)
-        difference = (base - ours).double()
-        return float(((torch.exp(difference) - 1 - difference) * mask).sum()), int(mask.sum())
+    def remember(self, folder: Path) -> None:
+        if self.kept is not None and self.kept.step == self.trainer.state.global_step:
+            self.kept.write(folder)
 
     def answer(self, model: Any, between: Callable[[], None]) -> list[str]:
         return answers(model, self.tokenizer, self.prompts(), between)
 
-    def verify(self, folder: Path, measured: float | None) -> Verified:
+    def verify(self, folder: Path, checkpoint: Checkpoint) -> Verified:
+        """See the base class; compared are log-probabilities, for a reward may be another one at every call."""
         from trl.trainer.utils import add_fused_lm_head
 
+        # The average was measured a moment ago, and what its checkpoint keeps is of the weights that were trained.
+        kept = self.kept if checkpoint.weights == AVERAGED_FILE else KeptCompletions.read(checkpoint.folder)
         base = load_again(self.config, self.device)
         add_fused_lm_head(base, temperature=self.settings.temperature)
         self.stop.check()
         model, parameters = load_adapter(folder, base, self.tensors)
-        figures = self.measure(model, False, self.stop.check)
-        check_figures(figures, measured)
+        if kept is not None:
+            work = partial(divergence_of, model, pad=self.drawer.tokens.pad)
+            _, total, tokens = self.evaluation.add_up(model, kept.completions, work, self.stop.check)
+            kept.check(total / max(tokens, 1.0))
+        figures = self._rewarded_again(model, kept)
+        check_figures(figures, None)
         texts = self.answer(model, self.stop.check)
         check_answers(texts)
         return Verified(figures, texts, parameters)
+
+    def _rewarded_again(self, model: Any, kept: KeptCompletions | None) -> dict[str, float]:
+        """Return the figures of a loaded adapter, or those of its evaluation in training where the rewards fail.
+
+        Raises:
+            TrainerError: ``BAD_CONFIG`` when they fail and there are none.
+        """
+        known = kept is not None and "eval_loss" in kept.figures
+        figures: dict[str, float] = {}
+        while "eval_loss" not in figures:
+            try:
+                figures = self.measure(model, False, self.stop.check)
+            except TrainerError as error:
+                if error.reason != REWARD_FAILED or not known:
+                    raise
+            if kept is not None and known:
+                self.verification = {"rewardInTraining": kept.figures["reward"]}
+                return kept.compared(figures)
+        return figures

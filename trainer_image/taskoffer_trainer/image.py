@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from taskoffer.api.contract import Architecture, RunConfig, Termination
-from taskoffer_trainer.checkpoints import ADAPTER_FILE
+from taskoffer_trainer.checkpoints import ADAPTER_FILE, Checkpoint
 from taskoffer_trainer.course import Course
 from taskoffer_trainer.denoising import Denoiser, Encoded, NoisyRow, collate, noisy
 from taskoffer_trainer.encoding import EncodedData, encode_split
@@ -153,7 +153,7 @@ class _Pictures(Course):
     def _export(self, model: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         export_lora(model, getattr(diffusers, self.layout.pipeline), self.layout.network, folder, weights)
 
-    def verify(self, folder: Path, measured: float | None) -> Verified:
+    def verify(self, folder: Path, checkpoint: Checkpoint) -> Verified:
         config, check = self.config, self.stop.check
         network = load_component(config, self.layout.network, self.device.dtype).to(self.place)
         check()
@@ -169,7 +169,7 @@ class _Pictures(Course):
             self._draw(pipeline, kept, "before", check)
         load_lora(pipeline, self.layout.network, folder)
         figures = self.measure(network, False, check)
-        check_figures(figures, measured)
+        check_figures(figures, checkpoint.eval_loss)
         drawn = self._draw(pipeline, folder, "after", check)
         for before, after in zip(names, drawn, strict=True):
             shutil.copyfile(kept / before, folder / before)

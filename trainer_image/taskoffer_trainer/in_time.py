@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from taskoffer.api.contract import RunConfig
 from taskoffer_trainer.clock import Clock
+from taskoffer_trainer.learned import has_moved
 from taskoffer_trainer.timings import Timings, evaluate_every
 from taskoffer_trainer.world import World
 
@@ -20,7 +21,8 @@ __all__ = ["EARLY_SECONDS", "EARLY_STEPS", "InTime"]
 
 EARLY_STEPS = 5
 EARLY_SECONDS = 120.0
-"""The first checkpoint comes after so many steps or seconds of training, whichever is first."""
+"""The first checkpoint comes after so many steps or seconds of training, whichever is first, once there is something
+in it."""
 
 
 class InTime(TrainerCallback):  # type: ignore[misc]
@@ -36,22 +38,26 @@ class InTime(TrainerCallback):  # type: ignore[misc]
         self._began = time.monotonic()
         self._evaluated = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A run that goes on from a checkpoint has something to hand over already."""
+    def _has_moved(self, model: Any) -> bool:
+        """Tell whether there is anything to hand over: one of the ranks holds a part that has learned."""
+        return bool(self.world.largest(float(has_moved(model)))[0])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """A run that goes on from a checkpoint has something to hand over already, if that has learned anything."""
         self._began = time.monotonic()
         # A run that goes on had its last evaluation when one was planned last.
         self._evaluated = state.global_step - state.global_step % self.config.train.eval_steps
-        self.saved = state.global_step > 0
+        self.saved = state.global_step > 0 and self._has_moved(model)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Whatever the reason for it was, there is a checkpoint now."""
-        self.saved = True
+        self.saved = self.saved or self._has_moved(model)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Plan an early checkpoint, all ranks together, and thin out the evaluations."""
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Plan an early checkpoint of what has learned, all ranks together, and thin out the evaluations."""
         if not self.saved and not control.should_save:
             late = time.monotonic() - self._began >= EARLY_SECONDS
-            if self.world.largest(float(late or state.global_step >= EARLY_STEPS))[0]:
+            if self.world.largest(float(late or state.global_step >= EARLY_STEPS))[0] and self._has_moved(model):
                 control.should_save = True
         if control.should_evaluate and not control.should_training_stop and self.clock.deadline is not None:
             self._thin_out(state, control)

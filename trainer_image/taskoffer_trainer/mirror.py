@@ -29,7 +29,7 @@ from taskoffer_trainer.checkpoints import (
 )
 from taskoffer_trainer.export import described, fill
 
-__all__ = ["best_so_far", "mirror_best", "provisional_adapter", "provisional_folders", "remove_provisional"]
+__all__ = ["best_so_far", "mirror", "mirror_best", "provisional_adapter", "provisional_folders", "remove_provisional"]
 
 
 def provisional_folders(place: Path) -> list[Path]:
@@ -61,7 +61,7 @@ def best_so_far(config: RunConfig) -> Provisional | None:
 
 
 def mirror_best(config: RunConfig, accompany: Callable[[Path], None] = lambda _: None) -> Path | None:
-    """Bring the output folder up to the best complete checkpoint; without one nothing is done.
+    """Bring the output folder up to the best complete checkpoint; without one that has learned nothing is done.
 
     Args:
         config: the run.
@@ -71,9 +71,21 @@ def mirror_best(config: RunConfig, accompany: Callable[[Path], None] = lambda _:
         The folder with the best adapter so far.
     """
     complete = complete_checkpoints(config)
-    if not complete:
-        return None
-    best = best_checkpoint(complete)
+    best = best_checkpoint(complete) if complete else None
+    return mirror(config, best, accompany) if best is not None and best.learned else None
+
+
+def mirror(config: RunConfig, best: Checkpoint, accompany: Callable[[Path], None] = lambda _: None) -> Path:
+    """Let the output folder hold the adapter of one checkpoint, and none but that.
+
+    Args:
+        config: the run.
+        best: where it is.
+        accompany: writes into an adapter's folder what its user needs beside it.
+
+    Returns:
+        The folder with that adapter.
+    """
     record = json.loads((best.folder / COMPLETE).read_text(encoding="utf-8"))
     digests = {name: str(entry[1]) for name, entry in record["files"].items()}
     # The name says what is in it, so that what another run has left behind is not taken for this one's.

@@ -1,8 +1,8 @@
 """The rewards of a GRPO task: built-in ones, source text in its sandbox, their weighted sum and the advantages.
 
 A call that fails gives no reward to any of its completions (``None``, TRL's word for not applicable), so it moves
-the model nowhere. A reward that fails several times in a row ends the run, because it would only be trained for
-what is left of its task.
+the model nowhere. In an evaluation it is made once more, and the evaluation is none when that fails too. A reward that
+fails several times in a row ends the run, because it would only be trained for what is left of its task.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,20 @@ from taskoffer_trainer.grpo_data import Prompt
 from taskoffer_trainer.sandbox import Sandbox, SandboxError, SandboxLimits
 from taskoffer_trainer.sandbox_child import find_function
 
-__all__ = ["Asked", "RewardSet", "advantages", "check_rewards", "normalised_weights", "open_rewards", "weighted"]
+__all__ = [
+    "REWARD_FAILED",
+    "Asked",
+    "RewardSet",
+    "Rewards",
+    "advantages",
+    "check_rewards",
+    "normalised_weights",
+    "open_rewards",
+    "weighted",
+]
+
+REWARD_FAILED = "RewardFailed"
+"""A reward failed too often in a row (exit code 64)."""
 
 Rewards = list[float | None]
 
@@ -41,7 +54,7 @@ class Asked:
 
 
 class _Reward(Protocol):
-    def __call__(self, asked: Asked) -> Rewards: ...
+    def __call__(self, asked: Asked) -> Rewards | None: ...
 
 
 def _source_of(reward: RewardFunction) -> str | None:
@@ -102,8 +115,8 @@ class SourceReward:
         except SandboxError as error:
             raise _invalid(f"data.grpo.rewardFunctions: {self.name} fails when it is tried out: {error}") from error
 
-    def __call__(self, asked: Asked) -> Rewards:
-        """Return the rewards; none at all when the call fails.
+    def __call__(self, asked: Asked) -> Rewards | None:
+        """Return the rewards, or ``None`` when the call fails.
 
         Raises:
             TrainerError: ``BAD_CONFIG`` when so many calls in a row failed that the run makes no sense any more.
@@ -117,10 +130,10 @@ class SourceReward:
             self.last_failure = str(error)
             print(f"reward: a call of {self.name} failed ({self.in_a_row} in a row): {error}", flush=True)
             if self.in_a_row < self.limit:
-                return [None] * len(asked.completions)
+                return None
             raise TrainerError(
                 ExitCode.BAD_CONFIG,
-                "RewardFailed",
+                REWARD_FAILED,
                 f"data.grpo.rewardFunctions: {self.name} failed {self.in_a_row} times in a row, the last time because "
                 f"{error}; mend it or remove it",
             ) from error
@@ -188,12 +201,33 @@ class RewardSet:
             print(f"reward: source text is confined: {confined.describe() if confined else ''}", flush=True)
 
     def __call__(self, asked: Asked) -> dict[str, Rewards]:
-        """Return what each reward gives to each completion, by the reward's name.
+        """Return what each reward gives to each completion, by the reward's name; nothing when its call fails.
 
         Raises:
             TrainerError: ``BAD_CONFIG`` when one of them failed too often.
         """
-        return {name: reward(asked) for name, reward in self._rewards.items()}
+        none: Rewards = [None] * len(asked.completions)
+        return {name: none if (found := reward(asked)) is None else found for name, reward in self._rewards.items()}
+
+    def measured(self, asked: Asked, without: Collection[str] = ()) -> dict[str, Rewards | None]:
+        """Return what each reward gives in an evaluation, where a call that fails is made once more.
+
+        Args:
+            asked: what to reward.
+            without: rewards that are not asked any more.
+
+        Returns:
+            The rewards by their name; ``None`` for one that failed twice.
+
+        Raises:
+            TrainerError: ``BAD_CONFIG`` when one of them failed too often.
+        """
+        found: dict[str, Rewards | None] = {}
+        for name, reward in self._rewards.items():
+            if name not in without:
+                first = reward(asked)
+                found[name] = reward(asked) if first is None else first
+        return found
 
     def report(self) -> dict[str, Any]:
         """Return what the report of the run says: weights, failed calls, and what confines source text."""

@@ -47,12 +47,17 @@ class LearningRate:
         return int(asked) if asked >= 1 else math.ceil(self._total * asked)
 
     def _declined(self, step: int) -> float:
-        """Return the factor of warm-up and decline as transformers' ``get_scheduler`` defines it for each name."""
+        """Return the factor of warm-up and decline, above 0 at every step of the run.
+
+        It is what transformers' ``get_*_schedule_with_warmup`` define for each name, but for the warm-up: theirs is
+        ``step / warmup``, 0 at the first step, so that a run of one step would learn nothing at all. Here it is
+        ``(step + 1) / (warmup + 1)``; from the end of the warm-up on both are the same.
+        """
         kind, warmup = self._settings.lr_scheduler_type, self.warmup_steps
         if kind == "constant":
             return 1.0
         if step < warmup:
-            return step / max(1, warmup)
+            return (step + 1) / (warmup + 1)
         if kind == "constant_with_warmup":
             return 1.0
         left = max(1, self._total - warmup)

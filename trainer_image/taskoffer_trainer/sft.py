@@ -18,6 +18,7 @@ from taskoffer_trainer.balancing import balanced_by_row
 from taskoffer_trainer.chat_data import Conversation
 from taskoffer_trainer.chat_template import use_template
 from taskoffer_trainer.chat_tokens import tokenize_chat_split
+from taskoffer_trainer.checkpoints import Checkpoint
 from taskoffer_trainer.course import Course
 from taskoffer_trainer.data import Split
 from taskoffer_trainer.held_out import answer_losses, answers
@@ -170,7 +171,7 @@ class _Supervised(Course):
             # Named as transformers looks for it in a tokenizer's folder: the adapter is used with this one.
             (folder / "chat_template.jinja").write_text(self.tokenizer.chat_template, encoding="utf-8")
 
-    def verify(self, folder: Path, measured: float | None) -> Verified:
+    def verify(self, folder: Path, checkpoint: Checkpoint) -> Verified:
         from trl.trainer.utils import add_fused_lm_head
 
         base = load_again(self.config, self.device)
@@ -178,7 +179,7 @@ class _Supervised(Course):
         self.stop.check()
         model, parameters = load_adapter(folder, base, self.tensors)
         figures = self.measure(model, False, self.stop.check)
-        check_figures(figures, measured)
+        check_figures(figures, checkpoint.eval_loss)
         texts = self.answer(model, self.stop.check)
         check_answers(texts)
         return Verified(figures, texts, parameters)

@@ -25,7 +25,7 @@ from taskoffer.api.contract import (
 from taskoffer_trainer.held_out import answers
 from taskoffer_trainer.interrupt import Interrupt
 from taskoffer_trainer.models import Device, load_again, load_tokenizer
-from taskoffer_trainer.submit_verify import failed
+from taskoffer_trainer.submit_verify import check_learned, failed
 from taskoffer_trainer.verify import check_answers, load_adapter, verify_failed
 
 __all__ = ["Trial", "try_picture", "try_text"]
@@ -62,7 +62,7 @@ def try_text(config: SubmitConfig, folder: Path, tensors: int, interrupt: Interr
         TrainerError: ``VERIFY_FAILED``, or ``NO_MODEL`` when the base model cannot be loaded.
     """
     weights = next(folder.glob("*.safetensors"))
-    _check_trained(weights)
+    check_learned(weights)
     _be_quiet()
     run = _run(config)
     tokenizer = load_tokenizer(run)
@@ -98,7 +98,7 @@ def try_picture(config: SubmitConfig, weights: Path, folder: Path | None, tensor
     from taskoffer_trainer.pipelines import architecture_in, check_layout, layout_of, vae_factor
     from taskoffer_trainer.sdxl import SDXL
 
-    _check_trained(weights)
+    check_learned(weights)
     _be_quiet()
     run = _run(config, architecture=architecture_in(Path(config.base_model_path or "")))
     check_layout(run)
@@ -178,16 +178,6 @@ def _headers(path: Path) -> Iterator[tuple[str, Any]]:
                 yield name, file.get_slice(name)
     except SafetensorError as error:
         raise verify_failed(f"{path} cannot be read: {error}") from error
-
-
-def _check_trained(weights: Path) -> None:
-    """Refuse an adapter that was never trained: of each pair the second matrix begins as zero."""
-    with safe_open(weights, framework="pt", device="cpu") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no dictionary.
-            second = any(mark in name for mark in (".lora_B.", ".lora_up.", ".lora.up."))
-            if second and bool(file.get_tensor(name).count_nonzero()):
-                return
-    raise failed("AdapterBroken", f"{weights}: of every pair the second matrix is zero, so that it changes nothing")
 
 
 def _load_lora(pipeline: Any, bearers: list[Any], weights: Path) -> int:

@@ -15,8 +15,18 @@ from taskoffer_trainer.cache import BLOCK
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fetch import Speaker
 from taskoffer_trainer.interrupt import Interrupt
+from taskoffer_trainer.learned import NOTHING_LEARNED, has_learned
 
-__all__ = ["MANIFEST", "Part", "check_fit", "check_result", "check_weights", "failed", "with_base_model"]
+__all__ = [
+    "MANIFEST",
+    "Part",
+    "check_fit",
+    "check_learned",
+    "check_result",
+    "check_weights",
+    "failed",
+    "with_base_model",
+]
 
 MANIFEST = "manifest.json"
 """File that names size and SHA-256 of every other one; it is written and handed over last."""
@@ -56,8 +66,9 @@ def check_result(config: SubmitConfig, interrupt: Interrupt) -> list[Part]:
     """Check the adapter folder and return what to hand over, the manifest last.
 
     The manifest was written by the training after it had loaded the adapter onto a fresh base model and had used it.
-    Here every file must still be what it names; the weights must be there and finite; and they must fit the base
-    model where its folder is given. Card and configuration are completed with the base model's public name.
+    Here every file must still be what it names; the weights must be there, finite and not without any effect; and
+    they must fit the base model where its folder is given. Card and configuration are completed with the base model's
+    public name.
 
     Raises:
         TrainerError: ``VERIFY_FAILED`` with what is wrong.
@@ -71,6 +82,7 @@ def check_result(config: SubmitConfig, interrupt: Interrupt) -> list[Part]:
     shapes: dict[str, tuple[int, ...]] = {}
     for part in weights:
         shapes |= check_weights(folder / part.name, interrupt)
+        check_learned(folder / part.name)
     _check_evidence(folder, manifest)
     if config.base_model_path is not None:
         check_fit(folder, Path(config.base_model_path), shapes)
@@ -160,6 +172,20 @@ def check_weights(path: Path, interrupt: Interrupt) -> dict[str, tuple[int, ...]
                 if mark in name and (other := name.replace(mark, counterpart)) not in shapes:
                     raise failed("AdapterBroken", f"{path}: tensor {name} is there without {other}")
     return shapes
+
+
+def check_learned(path: Path) -> None:
+    """Refuse weights that change nothing, because they were never trained or because nothing came of it.
+
+    Raises:
+        TrainerError: ``VERIFY_FAILED``.
+    """
+    if not has_learned(path):
+        raise failed(
+            NOTHING_LEARNED,
+            f"{path}: of every pair the second matrix is zero, so that it changes nothing; train longer, with a higher "
+            "learning rate, or on what there is something to learn from",
+        )
 
 
 def _is_finite(path: Path, file: Any, name: str, dtype: str) -> bool:

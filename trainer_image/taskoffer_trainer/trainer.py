@@ -123,9 +123,11 @@ class CourseTrainer(StepTrainer):
         began = time.monotonic()
         figures = course.measure(self.model, True, lambda: None)  # type: ignore[attr-defined]
         course.timings.evaluate = time.monotonic() - began
-        self.keeper.evaluated = (state.global_step, figures["eval_loss"])
-        if self.learning_rate.observe(figures["eval_loss"]) is not None:
-            self._set_learning_rate()
+        # Without it nothing was measured that could be compared: no checkpoint is the best by it, no rate follows it.
+        if (loss := figures.get("eval_loss")) is not None:
+            self.keeper.evaluated = (state.global_step, loss)
+            if self.learning_rate.observe(loss) is not None:
+                self._set_learning_rate()
         held_out = as_held_out(figures)
         course.progress.note(**held_out, learning_rate_factor=self.learning_rate.factor)
         course.progress.enter(RunState.TRAINING)
@@ -139,6 +141,9 @@ class CourseTrainer(StepTrainer):
         """Write a checkpoint, and measure how long that takes."""
         began = time.monotonic()
         super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        if self.course.rank == 0:
+            step = self.state.global_step  # type: ignore[attr-defined]
+            self.course.remember(Path(self.args.output_dir) / f"checkpoint-{step}")  # type: ignore[attr-defined]
         self.course.timings.write = max(self.course.timings.write, time.monotonic() - began)
 
     def _move_model_to_device(self, _model: Any, _device: Any) -> None:

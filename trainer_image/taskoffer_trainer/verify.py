@@ -11,10 +11,10 @@ from taskoffer.api.contract import ExitCode
 from taskoffer_trainer.checkpoints import ADAPTER_FILE, check_adapter
 from taskoffer_trainer.failures import TrainerError
 
-__all__ = ["Verified", "check_answers", "check_figures", "load_adapter", "verify_failed"]
+__all__ = ["TOLERANCE", "Verified", "check_answers", "check_figures", "load_adapter", "verify_failed"]
 
 TOLERANCE = 0.02
-"""How far the loss may be from the one measured in training, as a share of it."""
+"""How far what is compared (a loss, a log-probability) may be from what it was in training, as a share of it."""
 
 
 @dataclass(frozen=True)
