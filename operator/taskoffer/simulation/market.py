@@ -53,7 +53,7 @@ _GPU_TABLE = ((4.0, 1), (12.0, 2), (40.0, 4), (math.inf, 8))
 _GRPO_HOURS = ((4.0, 1.5), (12.0, 2.5), (40.0, 4.0), (math.inf, 6.0))
 _IMAGE_HOURS = (0.5, 0.75, 1.0)
 _TEXT_ROWS = (8_000, 175_000)
-_GRPO_ROWS = (2_000, 30_000)
+_GRPO_ROWS = (500, 8_000)
 _PICTURES = (10, 50)
 _REPEATS = 100
 """How often the market's trainer shows each picture: 10 repeats in 10 epochs."""
