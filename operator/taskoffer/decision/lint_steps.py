@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from functools import lru_cache
 
-from taskoffer.api.contract import EVAL_FRACTION, GRPOSettings, TrainSettings
+from taskoffer.api.contract import EVAL_FRACTION, EVAL_ROWS_MAX, GRPOSettings, TrainSettings
 from taskoffer.api.tasks import Architecture, TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import LintFinding
 from taskoffer.api.v1alpha1.lanes import Lane
@@ -47,7 +47,8 @@ def steps_that_learn(train: TrainSettings, task: TaskType, rows: int, gpus: int)
     if task is TaskType.GRPO:
         drawn = (train.grpo or GRPOSettings()).num_generations
         per_step = -(-per_step // drawn) * drawn
-    trained = (rows - math.ceil(rows * EVAL_FRACTION)) * train.num_train_epochs * drawn
+    held_out = min(max(1, round(rows * EVAL_FRACTION)), train.eval_rows_max or EVAL_ROWS_MAX)
+    trained = (rows - held_out) * train.num_train_epochs * drawn
     steps = train.max_steps if train.max_steps > 0 else math.ceil(trained / per_step)
     warmed = train.lr_scheduler_type != "constant" and train.warmup_steps > 0
     # Warm-up begins at 0.
