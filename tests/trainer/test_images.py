@@ -52,7 +52,7 @@ class Runs:
     """The same training in several forms.
 
     Four pictures at once; two at once, asked for while it goes on; two processes of which the second has memory for
-    one picture at a time; a second attempt that goes on from the first checkpoint; and one that has all of them, of which
+    one picture at a time; a second attempt that goes on from the first checkpoint; and one that has all of them, where
     the best is said to have had a loss that was 1 % smaller.
     """
 

@@ -447,8 +447,8 @@ def test_a_task_of_eight_gpus_keeps_a_node_under_the_markets_table() -> None:
 # Training settings
 
 FIRST_SETTINGS = [
-    # Ranks x 1.4, 1.6 and 1.5, and alphas with them, rounded half up; rates x 1.2, 0.85 and 1.15. The document's batches
-    # are those of text; 4 pictures in a step are ours.
+    # Ranks x 1.4, 1.6 and 1.5, and alphas with them, rounded half up; rates x 1.2, 0.85 and 1.15. The document's
+    # batches are those of text; 4 pictures in a step are ours.
     ("Small", "InstructText", 358, 90, 0.05, 4.8e-4, 16, 1),  # 256 x 1.4 = 358.4, 64 x 1.4 = 89.6
     ("Small", "GRPO", 410, 102, 0.05, 3.4e-4, 16, 1),  # 409.6, 102.4
     ("Small", "Image", 384, 96, 0.05, 4.6e-4, 4, 1),
