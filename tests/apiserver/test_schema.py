@@ -348,6 +348,24 @@ BAD: dict[str, tuple[Object, list[str]]] = {
         policy(steps=CACHED, trainers={"repositories": ["git@git.example.com:team"]}),
         ["spec.trainers.repositories[0]", "write for example https://git.example.com/team/"],
     ),
+    "settings of an architecture for a task of text": (
+        policy(
+            task_types=[
+                {
+                    "name": "DPO",
+                    "accepted": True,
+                    "weight": "1",
+                    "successRate": "1",
+                    "architectures": [{"name": "flux"}],
+                }
+            ]
+        ),
+        ["spec.taskTypes", "architectures is only for the task type Image", "use lora and train"],
+    ),
+    "a rank of nothing for a task type": (
+        policy(task_types=[{"name": "DPO", "accepted": True, "weight": "1", "successRate": "1", "lora": {"r": 0}}]),
+        ["spec.taskTypes[0].lora.r", "greater than or equal to 1"],
+    ),
     "an unknown field of a policy": (policy(spec={"cap": "1"}), ['unknown field "spec.cap"']),
 }
 

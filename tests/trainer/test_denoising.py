@@ -284,6 +284,31 @@ def test_an_exported_adapter_with_clamped_ranks_does_in_diffusers_what_it_does_i
     assert compared == count
 
 
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_an_adapter_arrives_in_a_network_in_half_precision_rounded_and_whole(
+    pipelines_dir: Path, tmp_path: Path, kind: str
+) -> None:
+    """As on a GPU, where the network is in bfloat16: diffusers gives the adapter the network's data type."""
+    denoiser, component, _ = DENOISERS[kind]
+    config, half = config_of(pipelines_dir, kind), torch.bfloat16
+    network = load_component(config, component, half)
+    model = get_peft_model(network, lora_config(network, LoraSettings(r=4, lora_alpha=2), denoiser.target_modules)[0])
+    generator = torch.Generator().manual_seed(1)
+    for parameter in (one for one in model.parameters() if one.requires_grad):
+        parameter.data = 0.01 * torch.randn(parameter.shape, generator=generator)
+    pipeline = assemble(config, {component: load_component(config, component, half)})
+    export_lora(model, type(pipeline), component, tmp_path)
+    load_lora(pipeline, component, tmp_path)
+    loaded = [one for name, one in getattr(pipeline, component).named_parameters() if ".lora_" in name]
+    assert {one.dtype for one in loaded} == {half}
+    with torch.no_grad():
+        loaded[0].view(-1)[0] += 1
+    arrived = getattr(pipeline, component)
+    pipeline.load_lora_weights = lambda *_args, **_settings: arrived
+    with pytest.raises(TrainerError, match="1 of them unlike"):
+        load_lora(pipeline, component, tmp_path)
+
+
 def test_an_exported_adapter_that_does_not_arrive_whole_is_refused(pipelines_dir: Path, tmp_path: Path) -> None:
     config = config_of(pipelines_dir, "flux")
     network = load_component(config, "transformer", torch.float32)

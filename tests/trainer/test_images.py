@@ -52,13 +52,15 @@ class Runs:
     """The same training in several forms.
 
     Four pictures at once; two at once, asked for while it goes on; two processes of which the second has memory for
-    one picture at a time; and a second attempt that goes on from the first checkpoint.
+    one picture at a time; a second attempt that goes on from the first checkpoint; and one that has all of them, each
+    of which is said to have had a loss that was 1 % smaller.
     """
 
     whole: tuple[Training, Outcome]
     tuned: tuple[Training, Outcome]
     starved: tuple[Training, Outcome]
     resumed: tuple[Training, Outcome]
+    another: tuple[Training, Outcome]
     provisional: dict[str, torch.Tensor]
     """What the resumed one had to hand over in diffusers' format while it still trained."""
 
@@ -89,13 +91,27 @@ def runs(request: pytest.FixtureRequest, shared_training: MakeTraining, pipeline
     (resumed.checkpoints / "FINISHED.json").unlink()
     for later in range(2 * EVERY, STEPS + 1, EVERY):
         shutil.rmtree(resumed.checkpoints / f"checkpoint-{later}")
+    another = shared_training(f"{kind}-another", **pictures(pipelines_dir, kind, attempt=2))
+    shutil.copytree(whole.checkpoints, another.checkpoints)
+    (another.checkpoints / "FINISHED.json").unlink()
+    for path in another.checkpoints.glob("checkpoint-*/COMPLETE"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "eval_loss": 0.99 * record["eval_loss"]}))
     resumed.start()
     starved.start()
     pattern = "provisional/step-*/pytorch_lora_weights.safetensors"
     (exported,) = resumed.wait_for(lambda: list(resumed.output.glob(pattern)))
     provisional = load_file(exported)
     second = starved.finish(), resumed.finish()
-    return Runs((whole, first[0]), (tuned, first[1]), (starved, second[0]), (resumed, second[1]), provisional)
+    (third,) = side_by_side(another)
+    return Runs(
+        (whole, first[0]),
+        (tuned, first[1]),
+        (starved, second[0]),
+        (resumed, second[1]),
+        (another, third),
+        provisional,
+    )
 
 
 def losses(training: Training) -> list[float]:
@@ -133,6 +149,13 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(runs: Runs) -> None:
     assert outcome.termination["resumedFromStep"] == EVERY
     for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "before-1.png", "after-1.png"):
         assert (training.adapter / name).read_bytes() == (runs.whole[0].adapter / name).read_bytes()
+
+
+def test_an_adapter_whose_loss_is_one_percent_off_after_loading_is_refused(runs: Runs) -> None:
+    training, outcome = runs.another
+    assert outcome.code == 74, outcome.log
+    assert "in training with the same noise, off by" in outcome.termination["message"]
+    assert not training.adapter.exists()
 
 
 def test_the_adapter_changes_the_picture_and_both_are_kept(runs: Runs) -> None:

@@ -77,8 +77,9 @@ def training_alone(spec: TaskOfferSpec, policy: CapacityPolicySpec, fits: Fit, g
     assert estimation is not None
     assert estimation.duration is not None
     assert parameters is not None
-    assert spec.dataset.rows is not None
-    duration, rows = estimation.duration, round(spec.dataset.rows * train.num_train_epochs)
+    duration, rows = estimation.duration, round((spec.dataset.rows or 0) * train.num_train_epochs)
+    if train.max_steps > 0:
+        rows = train.max_steps * train.per_device_train_batch_size * train.gradient_accumulation_steps * gpus
     peak = duration.peak_teraflops * 1e12 / (1 if train.bf16 else 2)
     speed = Speed(peak, float(duration.mfu_of(parameters)))
     if spec.dataset.image is not None:
@@ -116,7 +117,8 @@ def check(found: Prediction | None, spec: TaskOfferSpec, policy: CapacityPolicyS
     alone, by_copies = fits_alone(spec, policy, gpus, found.known.memory_factor)
     estimation = estimation_of(policy)
     assert estimation is not None
-    if estimation.duration is None or not alone.fits or spec.dataset.rows is None:
+    steps = alone.effective.train.max_steps
+    if estimation.duration is None or not alone.fits or (spec.dataset.rows is None and steps <= 0):
         assert found.fit == alone
         assert found.finish is None
         return
@@ -137,7 +139,8 @@ def check(found: Prediction | None, spec: TaskOfferSpec, policy: CapacityPolicyS
     assert found.finish.counted == (found.finish.training if own_clock else found.finish.seconds)
     assert found.finish.limit == spec.time_limit_seconds
     assert found.finish.gpus == gpus
-    assert found.finish.basis.startswith(f"{spec.dataset.rows} rows, {alone.effective.train.num_train_epochs:g} epoch")
+    by_rows = f"{spec.dataset.rows} rows, {alone.effective.train.num_train_epochs:g} epoch"
+    assert found.finish.basis.startswith(f"{steps} steps of" if steps > 0 else by_rows)
 
 
 def learned(spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, known: Estimate) -> Learned:

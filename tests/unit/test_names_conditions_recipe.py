@@ -53,7 +53,7 @@ def test_conditions_are_found_by_type() -> None:
 
 
 # The 8xH100 document: rank 256 to 2048 by size; instruct +40 % rank and +20 % rate, GRPO +60 % and -15 %,
-# image +50 % and +15 %. Alpha keeps its ratio to the rank.
+# image +50 % and +15 %. Alpha keeps its ratio to the rank. Batches of pictures are the preset's own.
 RECIPES = [
     ("InstructText", "x/Qwen-0.5B", 358, 90, 4.8e-4, 0.05, 16, 1),
     ("InstructText", "x/Qwen-7B", 717, 179, 3.6e-4, 0.1, 8, 2),
@@ -61,7 +61,7 @@ RECIPES = [
     ("InstructText", "x/Qwen-70B", 2867, 717, 1.2e-4, 0.2, 2, 8),
     ("GRPO", "x/Qwen-0.5B", 410, 102, 3.4e-4, 0.05, 16, 1),
     ("GRPO", "x/Qwen-70B", 3277, 819, 0.85e-4, 0.2, 2, 8),
-    ("Image", "x/Qwen-0.5B", 384, 96, 4.6e-4, 0.05, 16, 1),
+    ("Image", "x/Qwen-0.5B", 384, 96, 4.6e-4, 0.05, 4, 1),
     ("DPO", "x/Qwen-0.5B", 256, 64, 4e-4, 0.05, 16, 1),
 ]
 

@@ -611,7 +611,7 @@ def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:
 
 def test_a_size_class_of_the_tiniest_models_is_looked_at_as_well() -> None:
     tiny = {"name": "T", "minParameters": 0, "maxParameters": 1, "gpus": 1, "sizeEfficiency": "1"}
-    spec = policy_spec(size_classes=[{**tiny, "lora": {}, "train": {}}], estimation={"gpuMemory": "80G"})
+    spec = policy_spec(size_classes=[{**tiny, "lora": {}, "train": {"maxSteps": 40}}], estimation={"gpuMemory": "80G"})
     assert [f.field for f in lint(spec)] == ["filters.minScore"]
 
 

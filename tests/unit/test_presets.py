@@ -447,19 +447,20 @@ def test_a_task_of_eight_gpus_keeps_a_node_under_the_markets_table() -> None:
 # Training settings
 
 FIRST_SETTINGS = [
-    # Ranks x 1.4, 1.6 and 1.5, and alphas with them, rounded half up; rates x 1.2, 0.85 and 1.15.
+    # Ranks x 1.4, 1.6 and 1.5, and alphas with them, rounded half up; rates x 1.2, 0.85 and 1.15. The document's
+    # batches are those of text; 4 pictures in a step are ours.
     ("Small", "InstructText", 358, 90, 0.05, 4.8e-4, 16, 1),  # 256 x 1.4 = 358.4, 64 x 1.4 = 89.6
     ("Small", "GRPO", 410, 102, 0.05, 3.4e-4, 16, 1),  # 409.6, 102.4
-    ("Small", "Image", 384, 96, 0.05, 4.6e-4, 16, 1),
+    ("Small", "Image", 384, 96, 0.05, 4.6e-4, 4, 1),
     ("Medium", "InstructText", 717, 179, 0.1, 3.6e-4, 8, 2),  # 716.8, 179.2
     ("Medium", "GRPO", 819, 205, 0.1, 2.55e-4, 8, 2),  # 819.2, 204.8
-    ("Medium", "Image", 768, 192, 0.1, 3.45e-4, 8, 2),
+    ("Medium", "Image", 768, 192, 0.1, 3.45e-4, 4, 1),
     ("Large", "InstructText", 1434, 358, 0.15, 2.4e-4, 4, 4),  # 1433.6, 358.4
     ("Large", "GRPO", 1638, 410, 0.15, 1.7e-4, 4, 4),  # 1638.4, 409.6
-    ("Large", "Image", 1536, 384, 0.15, 2.3e-4, 4, 4),
+    ("Large", "Image", 1536, 384, 0.15, 2.3e-4, 4, 1),
     ("XLarge", "InstructText", 2867, 717, 0.2, 1.2e-4, 2, 8),  # 2867.2, 716.8
     ("XLarge", "GRPO", 3277, 819, 0.2, 8.5e-5, 2, 8),  # 3276.8, 819.2
-    ("XLarge", "Image", 3072, 768, 0.2, 1.15e-4, 2, 8),
+    ("XLarge", "Image", 3072, 768, 0.2, 1.15e-4, 4, 1),
 ]
 
 
@@ -473,9 +474,9 @@ def test_the_first_documents_settings_by_size_and_task_type(
     assert (found.train.per_device_train_batch_size, found.train.gradient_accumulation_steps) == (batch, steps)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "Image"])
 @pytest.mark.parametrize("billions", [1, 8, 70])
-def test_the_second_document_trains_every_task_alike(kind: str, billions: int) -> None:
+def test_the_second_document_trains_every_task_of_text_alike(kind: str, billions: int) -> None:
     found = requested_settings(spec_of(task_type=kind, parameters=billions * BILLION), policy_spec(preset=ACCURACY))
     assert (found.lora.r, found.lora.lora_alpha, found.lora.lora_dropout) == (8192, 2048, 0.05)
     assert found.lora.target_modules == "q_proj,v_proj,k_proj,o_proj,gate_proj,up_proj,down_proj"

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from taskoffer.api.contract import Architecture, RunConfig, Termination
-from taskoffer_trainer.checkpoints import ADAPTER_FILE, Checkpoint
+from taskoffer_trainer.checkpoints import ADAPTER_FILE, Checkpoint, read_run
 from taskoffer_trainer.course import Course
 from taskoffer_trainer.denoising import Denoiser, Encoded, NoisyRow, collate, noisy
 from taskoffer_trainer.encoding import EncodedData, encode_split
@@ -30,7 +30,7 @@ from taskoffer_trainer.sdxl import SDXL
 from taskoffer_trainer.steps import PieceLoss
 from taskoffer_trainer.stop import Stop
 from taskoffer_trainer.trainer import CourseTrainer, training_arguments
-from taskoffer_trainer.verify import Verified, check_figures, load_adapter
+from taskoffer_trainer.verify import Verified, check_repeated, load_adapter
 
 __all__ = ["ImageTrainer", "train"]
 
@@ -169,7 +169,8 @@ class _Pictures(Course):
             self._draw(pipeline, kept, "before", check)
         load_lora(pipeline, self.layout.network, folder)
         figures = self.measure(network, False, check)
-        check_figures(figures, checkpoint.eval_loss)
+        untrained = read_run(config).get("figures_before", {}).get("eval_loss")
+        check_repeated(figures["eval_loss"], checkpoint.eval_loss, untrained)
         drawn = self._draw(pipeline, folder, "after", check)
         for before, after in zip(names, drawn, strict=True):
             shutil.copyfile(kept / before, folder / before)

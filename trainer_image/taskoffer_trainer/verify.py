@@ -11,10 +11,15 @@ from taskoffer.api.contract import ExitCode
 from taskoffer_trainer.checkpoints import ADAPTER_FILE, check_adapter
 from taskoffer_trainer.failures import TrainerError
 
-__all__ = ["TOLERANCE", "Verified", "check_answers", "check_figures", "load_adapter", "verify_failed"]
+__all__ = ["TOLERANCE", "Verified", "check_answers", "check_figures", "check_repeated", "load_adapter", "verify_failed"]
 
 TOLERANCE = 0.02
 """How far what is compared (a loss, a log-probability) may be from what it was in training, as a share of it."""
+REPEATED, ROUNDING = 0.005, 0.0005
+"""The same for a loss whose noise is fixed, so that nothing but rounding moves it: at most, and at least. In bfloat16 a
+value is off by up to 2^-9, as often up as down, and a loss is the mean of thousands."""
+_OF_THE_CHANGE = 0.25
+"""Share of what the training has changed that the loss may be off by: an adapter that has no effect is off by all."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,35 @@ def check_figures(figures: dict[str, float], measured: float | None) -> None:
         raise verify_failed(f"its held-out loss is {loss}")
     if measured is not None and abs(loss - measured) > TOLERANCE * max(abs(measured), 1.0):
         raise verify_failed(f"its held-out loss is {loss:.4f} after loading, and was {measured:.4f} in training")
+
+
+def check_repeated(loss: float, measured: float | None, before: float | None) -> None:
+    """Compare a loss whose noise is fixed with the one of the same weights in training, and be strict.
+
+    Losses of pictures are near 0.1, and a good adapter lowers them by a few percent, so that an adapter which did not
+    arrive could pass for one that did.
+
+    Args:
+        loss: measured on the loaded model.
+        measured: the loss of these weights during training, where it was measured.
+        before: the loss of the base model, where it is known.
+
+    Raises:
+        TrainerError: ``VERIFY_FAILED``.
+    """
+    if not math.isfinite(loss):
+        raise verify_failed(f"its held-out loss is {loss}")
+    if measured is None:
+        return
+    allowed = REPEATED * abs(measured)
+    if before is not None:
+        allowed = max(ROUNDING * abs(measured), min(allowed, _OF_THE_CHANGE * abs(before - measured)))
+    if abs(loss - measured) > allowed:
+        base = f"; the base model's is {before:.6f}" if before is not None else ""
+        raise verify_failed(
+            f"its held-out loss is {loss:.6f} after loading, and was {measured:.6f} in training with the same noise, "
+            f"off by {abs(loss - measured):.6f} where {allowed:.6f} is allowed{base}"
+        )
 
 
 def check_answers(texts: list[str]) -> None:

@@ -38,7 +38,7 @@ class Footings:
 
     def __init__(self, policy: CapacityPolicySpec, subject: Subject) -> None:
         self._subject = subject
-        self._asked = settings_for(subject.parameters, subject.task, policy)
+        self._asked = settings_for(subject.parameters, subject.task, policy, subject.architecture)
         self._estimation = estimation_of(policy)
         self._planned: dict[int, Footing | None] = {}
 

@@ -13,6 +13,7 @@ from taskoffer.api.v1alpha1.scoring import TermName, TermWeight
 from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT
 from taskoffer.decision.ledger import NodeView
 from taskoffer.decision.lint_profiles import finding, lint_profiles
+from taskoffer.decision.lint_steps import lint_steps
 from taskoffer.decision.lint_trainers import lint_trainers
 
 _PRESSURE = Decimal("0.90")
@@ -39,6 +40,7 @@ def lint(
         *lint_trainers(spec),
         *_shared(shared or {}),
         *lint_profiles(spec.size_classes, spec.task_types, spec.lanes, spec.estimation),
+        *lint_steps(spec.size_classes, spec.task_types, spec.lanes),
     )
     return found[:32]
 

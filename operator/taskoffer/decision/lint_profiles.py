@@ -6,11 +6,11 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from functools import lru_cache
 
-from taskoffer.api.tasks import TaskType
+from taskoffer.api.tasks import Architecture, TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import LintFinding
 from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.lanes import Lane
-from taskoffer.api.v1alpha1.profiles import SizeClass, TaskTypeRule, scaled_lora
+from taskoffer.api.v1alpha1.profiles import SizeClass, TaskTypeRule, lora_of, train_of
 from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.architecture import by_layer, shape_of_size
 from taskoffer.decision.fit import Subject, fit
@@ -35,12 +35,14 @@ def lint_profiles(
         smallest = max(1, size.min_parameters or min(_USUAL, largest // 2))
         found.extend(_lint_rank(size, tasks, smallest))
         if estimation is not None:
-            cases = [(task, gpus) for task in tasks for gpus in _counts(size, task, lanes)]
+            cases = [(task, gpus) for task in tasks for gpus in counts(size, task, lanes)]
             found.extend(_lint_memory(estimation, size, cases, smallest, largest))
     return tuple(found)
 
 
-def _counts(size: SizeClass, task: TaskTypeRule, lanes: tuple[Lane, ...]) -> tuple[int, ...]:
+def counts(
+    size: SizeClass, task: TaskTypeRule, lanes: tuple[Lane, ...], architecture: Architecture | None = None
+) -> tuple[int, ...]:
     """Return the GPUs that a task of a size class gets: its lanes' number, or the class's where there are none."""
     if not lanes:
         return (size.gpus,)
@@ -51,7 +53,7 @@ def _counts(size: SizeClass, task: TaskTypeRule, lanes: tuple[Lane, ...]) -> tup
             for rule in rules
             if (not rule.task_types or task.name in rule.task_types)
             and (not rule.size_classes or size.name in rule.size_classes)
-            and not rule.architectures
+            and (not rule.architectures or architecture in rule.architectures)
         ),
         None,
     )
@@ -60,9 +62,9 @@ def _counts(size: SizeClass, task: TaskTypeRule, lanes: tuple[Lane, ...]) -> tup
 
 def _lint_rank(size: SizeClass, tasks: tuple[TaskTypeRule, ...], smallest: int) -> Iterator[LintFinding]:
     """Look at the largest rank that a size class gives, with a usual model of its smallest size."""
-    task = max(tasks, key=lambda task: scaled_lora(size, task)["r"])
-    rank = scaled_lora(size, task)["r"]
-    caps = shape_of_size(smallest).rank_caps(size.lora.target_modules)
+    task = max(tasks, key=lambda task: lora_of(size, task).r)
+    lora = lora_of(size, task)
+    rank, caps = lora.r, shape_of_size(smallest).rank_caps(lora.target_modules)
     low = {cap: names for cap, names in caps.items() if cap < rank}
     if low:
         yield finding(
@@ -79,7 +81,7 @@ def _lint_memory(
     field = f"sizeClasses[{size.name}].gpus"
     bounds: dict[tuple[str, int], int] = {}
     for task, gpus in cases:
-        asked = Settings(lora=size.lora.model_copy(update=scaled_lora(size, task)), train=size.train)
+        asked = Settings(lora=lora_of(size, task), train=train_of(size, task))
 
         def too_large(parameters: int, task: TaskTypeRule = task, gpus: int = gpus, asked: Settings = asked) -> bool:
             return not fit(Subject("", None, parameters, task.name), asked, estimation, gpus).fits
@@ -89,8 +91,8 @@ def _lint_memory(
             steps = bisect_left(range(smallest, largest, step), True, key=too_large)
             bounds[task.name.value, gpus] = smallest + (steps - 1) * step if steps else 0
     if bounds and len(bounds) == len(cases) and not any(bounds.values()):
-        counts = "/".join(str(gpus) for gpus in sorted({gpus for _, gpus in bounds}))
-        message = f"no usual model of the class fits {counts} GPU(s), not even with one row at a time and a small rank"
+        several = "/".join(str(gpus) for gpus in sorted({gpus for _, gpus in bounds}))
+        message = f"no usual model of the class fits {several} GPU(s), not even with one row at a time and a small rank"
         yield finding(field, message, "Error")
         return
     for (name, gpus), bound in bounds.items():

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from taskoffer.api.base import WireModel
-from taskoffer.api.contract import LoraSettings, TrainSettings
-from taskoffer.api.faults import what_is_wrong
 from taskoffer.api.v1alpha1.capacity import Capacity
 from taskoffer.api.v1alpha1.estimation import Estimation
 from taskoffer.api.v1alpha1.lanes import Lane
@@ -32,7 +30,7 @@ from taskoffer.api.v1alpha1.meta import (
     rules,
 )
 from taskoffer.api.v1alpha1.preemption import Preemption
-from taskoffer.api.v1alpha1.profiles import FamilyRule, SizeClass, TaskTypeRule, scaled_lora, scaled_train
+from taskoffer.api.v1alpha1.profiles import FamilyRule, SizeClass, TaskTypeRule, check_recipe
 from taskoffer.api.v1alpha1.queueing import NamespaceLimit, NodeSelector, Placement, Queue
 from taskoffer.api.v1alpha1.scoring import FIXED_TERMS, Scoring
 from taskoffer.api.v1alpha1.steps import Steps
@@ -296,20 +294,9 @@ class CapacityPolicySpec(WireModel):
     def _check_factors(self) -> CapacityPolicySpec:
         # Otherwise an offer would be admitted, and hold its GPUs, under settings that no TrainingJob can have.
         for task in self.task_types:
-            for size in self.size_classes:
-                for model, scaled in (
-                    (LoraSettings, scaled_lora(size, task)),
-                    (TrainSettings, scaled_train(size, task)),
-                ):
-                    try:
-                        model.model_validate(scaled)
-                    except ValidationError as error:
-                        fault = error.errors()[0]
-                        field = model.model_fields[str(fault["loc"][0])].alias
-                        raise ValueError(
-                            f"taskTypes[{task.name.value}] scales {field} of sizeClasses[{size.name}] to "
-                            f"{fault['input']}, which {what_is_wrong(fault)[0]}: change the factor"
-                        ) from None
+            for architecture in (None, *(one.name for one in task.architectures)):
+                for size in self.size_classes:
+                    check_recipe(size, task, architecture)
         return self
 
     @model_validator(mode="after")
