@@ -194,6 +194,10 @@ class WordTokenizer:
     def __init__(self) -> None:
         self.words: dict[str, int] = {}
 
+    @property
+    def eos_token_id(self) -> int:
+        return self.words.setdefault("<end>", len(self.words))
+
     def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
         ids = [[self.words.setdefault(word, len(self.words)) for word in text.split()] for text in texts]
         return {"input_ids": ids}
