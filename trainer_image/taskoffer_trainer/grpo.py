@@ -24,8 +24,17 @@ from taskoffer_trainer.balancing import balanced_by_row
 from taskoffer_trainer.config import global_batch
 from taskoffer_trainer.course import Course
 from taskoffer_trainer.data import Split
-from taskoffer_trainer.drawing import Completion, Drawer, KeptTokens, left_padded, right_padded, token_log_probs
+from taskoffer_trainer.drawing import (
+    Completion,
+    Drawer,
+    KeptTokens,
+    left_padded,
+    right_padded,
+    settled_at_once,
+    token_log_probs,
+)
 from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.fallback import SMALLEST_PIECE
 from taskoffer_trainer.grpo_data import Prompt, TokenPrompt, tokenize_prompts
 from taskoffer_trainer.held_out import answers, turns
 from taskoffer_trainer.lora import lora_config
@@ -170,6 +179,8 @@ class _Reinforcement(Course):
         self.unit = self.settings.num_generations
         self.tokenizer: Any
         self.drawer: Drawer
+        self.drawn_at_once = 0
+        """Completions of a step that are drawn together."""
         self.train: list[TokenPrompt] = []
         self.held_out: list[TokenPrompt] = []
 
@@ -206,7 +217,9 @@ class _Reinforcement(Course):
         settings, clamps = lora_config(base, self.config.lora)
         self.progress.clamps = (*self.device.clamps, *clamps, *self._clamps())
         set_seed(self.config.train.seed)
-        self.drawer = Drawer(self._kept_tokens(base), self.world)
+        self.drawer = Drawer(self._kept_tokens(base), self.world, Path(self.config.checkpoint_dir))
+        most = DRAWN_PER_TRAINED * self.unit if self.profile >= SMALLEST_PIECE else None
+        self.drawn_at_once = settled_at_once(self.asked, self.world, most)
         trainer = ReinforcementTrainer(
             model=get_peft_model(base, settings),
             args=arguments,
@@ -267,8 +280,8 @@ class _Reinforcement(Course):
         asked = [
             Completion(prompts[place].ids, step_seed(seed, place, one)) for place in places for one in range(count)
         ]
-        at_once = self.evaluation.size if step == EVALUATION else self.steps.micro_batch.size
-        return self.drawer(model, asked, DRAWN_PER_TRAINED * at_once, between)
+        at_once = DRAWN_PER_TRAINED * self.evaluation.size if step == EVALUATION else self.drawn_at_once
+        return self.drawer(model, asked, at_once, between)
 
     def reward(self, prompts: Sequence[Prompt], drawn: Sequence[Completion], count: int) -> dict[str, Any]:
         """Reward completions, ``count`` of which belong to each prompt."""
@@ -291,7 +304,7 @@ class _Reinforcement(Course):
         sums = [0.0] * (2 * len(names) + 2)
         for places, weight in turns(batches, rank, size, is_shared_out(model)):
             between()
-            drawn = self._drawn_in_evaluation(model, places, between)
+            drawn = self.draw(model, self.held_out, places, EVALUATION, between)
             rewards = self.reward([self.held_out[place].prompt for place in places], drawn, count)
             for number, name in enumerate(names):
                 known = [value for value in rewards[name] if value is not None]
@@ -301,15 +314,6 @@ class _Reinforcement(Course):
             sums[-2] += weight * divergence
             sums[-1] += weight * tokens
         return self._figures(names, self.evaluation.together(sums) if shared else sums)
-
-    def _drawn_in_evaluation(self, model: Any, places: Sequence[int], between: Callable[[], None]) -> list[Completion]:
-        try:
-            return self.draw(model, self.held_out, places, EVALUATION, between)
-        except torch.OutOfMemoryError:
-            if is_shared_out(model):
-                count = self.settings.num_generations_eval
-                self.evaluation.give_up(len(places) * count, count)
-            raise
 
     def _figures(self, names: list[str], sums: list[float]) -> dict[str, float]:
         means = {name: sums[2 * place] / sums[2 * place + 1] for place, name in enumerate(names) if sums[2 * place + 1]}
