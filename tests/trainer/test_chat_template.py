@@ -15,8 +15,11 @@ from taskoffer.api.contract import CHAT_TEMPLATES
 from taskoffer_trainer.chat_data import Conversation, Message
 from taskoffer_trainer.chat_template import named_template, render, use_template
 from taskoffer_trainer.chat_tokens import tokenize_conversations, turns_by_offsets, turns_by_prefixes
+from taskoffer_trainer.dpo_data import Pair
+from taskoffer_trainer.dpo_tokens import tokenize_pairs
 from taskoffer_trainer.failures import TrainerError
-from taskoffer_trainer.tokens import IGNORED, Cuts
+from taskoffer_trainer.instruct_data import Example
+from taskoffer_trainer.tokens import IGNORED, Cuts, tokenize
 
 pytestmark = pytest.mark.trainer
 
@@ -119,6 +122,29 @@ def test_a_template_writes_its_format_and_only_the_assistant_is_learnt(name: str
         # The model stops at </s>, so the last turn must end with it.
         turns[-1] += "</s>"
     assert learnt(tokenizer, TALK) == turns
+
+
+CHATML = named_template("chatml")
+ENDS = [("</s>", "<|im_end|>\n</s>"), ("<|im_end|>", "<|im_end|>\n")]
+"""The model's end token, and what follows an answer then: some models end a turn with another marker."""
+
+
+@pytest.mark.parametrize(("end_token", "follows"), ENDS)
+def test_every_method_teaches_the_model_to_stop(end_token: str, follows: str) -> None:
+    assert CHATML is not None
+    tokenizer = tokenizer_with(CHATML.markers, CHATML.text)
+    tokenizer.eos_token = end_token
+    cuts = Cuts(1000, "training", 1)
+    (row,) = tokenize([Example("", "Hi", "Hello!")], tokenizer, cuts)
+    (pair,) = tokenize_pairs([Pair("", "Hi", "Hello!", "See you.")], tokenizer, cuts)
+    talk = Conversation((Message("user", "Hi"), Message("assistant", "Hello!")))
+    assert tokenizer.decode([label for label in row.labels if label != IGNORED]) == f"Hello!{follows}"
+    assert tokenizer.decode(pair.chosen_ids) == f"Hello!{follows}"
+    assert tokenizer.decode(pair.rejected_ids) == f"See you.{follows}"
+    assert learnt(tokenizer, talk) == [f"Hello!{follows}"]
+    # One that is cut has no room for it.
+    (short,) = tokenize([Example("", "Hi", "Hello!")], tokenizer, Cuts(len(row.input_ids) - 1, "training", 1))
+    assert short.input_ids == row.input_ids[:-1]
 
 
 def test_every_template_of_the_package_is_tested() -> None:

@@ -137,6 +137,40 @@ def test_the_rest_of_a_run_is_its_steps_evaluations_checkpoints_and_the_finish(w
     assert timings.seconds(config, 20) == 20 * 1 + 2 * 2 + 2 * (3 + 4) + finish
 
 
+VERIFIED = [
+    # Processes, task, and evaluations that the verification takes as long as: one process measures all rows alone,
+    # of a preference under the base model as well.
+    (1, {}, 1),
+    (4, {}, 4),
+    (1, {"taskType": "DPO", "data": {"instruct": None, "dpo": {}}}, 2),
+    (4, {"taskType": "DPO", "data": {"instruct": None, "dpo": {}}}, 8),
+]
+
+
+@pytest.mark.parametrize(("gpus", "task", "times"), VERIFIED)
+def test_the_end_is_planned_with_what_one_process_verifies_alone(
+    gpus: int, task: dict[str, Any], times: int, wire: dict[str, Any]
+) -> None:
+    config = RunConfig.model_validate(merge(wire, {"gpus": gpus, **task}))
+    timings = Timings(config)
+    timings.evaluate = 2.0
+    assert timings.finish == times * 2.0
+    assert timings.reserve == 1.5 * (2.0 + times * 2.0) + 5.0
+    # The average of the weights is measured by all of them together.
+    timings.candidates = 2
+    assert timings.finish == 2.0 + times * 2.0
+
+
+def test_a_step_of_preferences_goes_through_the_base_model_too(wire: dict[str, Any]) -> None:
+    task = {"taskType": "DPO", "data": {"instruct": None, "dpo": {}}}
+    for checkpointing, passes in ((False, 3), (True, 4)):
+        config = RunConfig.model_validate(merge(wire, {**task, "train": {"gradientCheckpointing": checkpointing}}))
+        timings = Timings(config)
+        timings.evaluate = 2.0
+        timings.guess_step(config, rows=8, held_out=40)
+        assert timings.step == pytest.approx(passes * 2.0 * 8 / 40)
+
+
 EXPECTED = [(None, None, None), (600, None, 600), (600, 100, 90), (50, 1000, 50)]
 
 

@@ -60,6 +60,30 @@ def test_every_format_gives_the_same_rows(file_format: str, tmp_path: Path) -> N
         assert read_rows(DataConfig.model_validate({"path": str(found)}), NAMES) == ROWS
 
 
+LONG = 200_000
+"""Characters of a cell; Python's own limit for CSV is 131,072."""
+
+
+@pytest.mark.parametrize("file_format", ["json", "jsonl", "csv", "parquet"])
+def test_a_long_cell_is_read_in_every_format(file_format: str, tmp_path: Path) -> None:
+    import csv
+
+    rows = [{**ROWS[0], "output": "a,\n" * (LONG // 3)}, ROWS[1]]
+    path = write(tmp_path / f"rows.{file_format}", rows)
+    before = csv.field_size_limit()
+    assert read_rows(DataConfig.model_validate({"path": str(path), "fileFormat": file_format}), NAMES) == rows
+    assert csv.field_size_limit() == before
+
+
+def test_a_cell_that_never_ends_is_refused_by_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taskoffer_trainer.data.CELL_CHARACTERS", 1000)
+    path = tmp_path / "rows.csv"
+    path.write_text('instruction,input,output\n1,2,3\n4,5,"' + "6\n" * 1000)
+    with pytest.raises(TrainerError, match=r"line \d+ .*a cell of more than 1,000 characters") as error:
+        read_rows(DataConfig.model_validate({"path": str(path), "fileFormat": "csv"}), NAMES)
+    assert (error.value.code, error.value.reason) == (65, "DataUnreadable")
+
+
 UNREADABLE = [
     ("jsonl", '{"instruction": 1}\n{"instr', "line 2 is not JSON"),
     ("jsonl", "[1]\n", "line 1 is not an object but list"),
@@ -197,6 +221,10 @@ class WordTokenizer:
 
     def __init__(self) -> None:
         self.words: dict[str, int] = {}
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.words.setdefault("<end>", len(self.words))
 
     def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
         ids = [[self.words.setdefault(word, len(self.words)) for word in text.split()] for text in texts]

@@ -83,6 +83,7 @@ class Letters:
 
     chat_template = None
     eos_token = "."
+    eos_token_id = ord(".")
 
     def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}

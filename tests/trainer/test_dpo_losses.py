@@ -144,6 +144,16 @@ def test_a_model_that_did_not_change_has_the_figures_of_no_change(trainer: Any, 
     with trainer.model.disable_adapter():
         found = figures.measure(trainer.model, evaluation(tmp_path), False, lambda: None)
         assert trainer.model.get_model_status().enabled is False
+    # What is measured of the base model alone takes one pass, and the evaluations to come need no other of it.
+    passes: list[int] = []
+    hook = trainer.model.get_base_model().register_forward_pre_hook(lambda *_: passes.append(1))
+    evaluate = evaluation(tmp_path, len(PAIRS))
+    figures.measure(trainer.model, evaluate, False, lambda: None)
+    again = PairFigures(PAIRS, trainer.processing_class.pad_token_id, beta=0.1)
+    with trainer.model.disable_adapter():
+        again.measure(trainer.model, evaluate, False, lambda: None)
+    hook.remove()
+    assert len(passes) == 2
     assert found == {
         "eval_loss": pytest.approx(0.6931471805599453),
         "eval_accuracy": 0.5,

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from taskoffer.api.contract import RunConfig
+
+from .conftest import merge
 from .preloaded import Preloader
 
 pytestmark = pytest.mark.trainer
 
 SCRIPT = """
 import sys
+from pathlib import Path
 import torch
 from collections import Counter
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+from taskoffer_trainer import drawing
+from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.drawing import Completion, Drawer, KeptTokens, _Inversion, random_numbers, token_log_probs
 from trl.trainer.utils import add_fused_lm_head
 
@@ -55,11 +62,38 @@ class Little(Drawer):
     def _draw(self, model, asked):
         self.sizes.append(len(asked))
         if len(asked) > 2:
-            raise torch.OutOfMemoryError("the test has no memory for so many")
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return super()._draw(model, asked)
 little = Little(tokens)
 assert ids(little(model, asked, 4)) == ids(together) == ids(little(model, asked, 4))
 assert little.sizes == [4, 2, 2, 2, 2], little.sizes
+
+# A later attempt does not try what did not fit either, and one completion that does not fit ends the run.
+folder = Path(sys.argv[2])
+first, later = Little(tokens, folder=folder), Little(tokens, folder=folder)
+assert (first.fits, later.fits) == (None, None)
+assert ids(first(model, asked, 3)) == ids(together)
+Little.sizes.clear()
+assert Little(tokens, folder=folder).fits == 1
+assert ids(Little(tokens, folder=folder)(model, asked, 4)) == ids(together)
+assert Little.sizes == [1] * 4, Little.sizes
+class Never(Drawer):
+    def _draw(self, model, asked):
+        raise torch.AcceleratorError("CUDA error: out of memory")
+def refusal(drawer):
+    try:
+        drawer(model, asked, 4)
+    except TrainerError as error:
+        return error.code, error.reason, error.message
+assert refusal(Never(tokens))[:2] == (137, "OutOfMemory")
+# Of a model that is shared out the other ranks wait, so the attempt ends, and the next one draws fewer.
+drawing.is_shared_out = lambda _: True
+shared = Path(sys.argv[3])
+code, reason, said = refusal(Little(tokens, folder=shared))
+assert (code, reason) == (137, "TooManyRowsAtOnce") and said.endswith("the next attempt draws 2"), said
+assert Little(tokens, folder=shared).fits == 2
+assert ids(Little(tokens, folder=shared)(model, asked, 4)) == ids(together)
+drawing.is_shared_out = lambda _: False
 
 # The draws follow the probabilities at the temperature: frequencies of 20,000 draws of one token of four.
 logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]])
@@ -89,6 +123,26 @@ print("drawn")
 """
 
 
-def test_draws_are_a_pure_function_of_seed_prompt_and_model(fixtures_dir: Path, libraries: Preloader) -> None:
-    done = libraries.run(["-c", SCRIPT, str(fixtures_dir / "llama")], dict(os.environ))
+def test_draws_are_a_pure_function_of_seed_prompt_and_model(
+    fixtures_dir: Path, libraries: Preloader, tmp_path: Path
+) -> None:
+    (tmp_path / "shared").mkdir()
+    arguments = [str(fixtures_dir / "llama"), str(tmp_path), str(tmp_path / "shared")]
+    done = libraries.run(["-c", SCRIPT, *arguments], dict(os.environ))
     assert done.stdout.endswith("drawn\n"), done.stdout[-3000:]
+
+
+def test_how_many_are_drawn_at_once_is_what_the_first_attempt_settled(
+    base_config: dict[str, Any], tmp_path: Path
+) -> None:
+    from taskoffer_trainer.drawing import settled_at_once
+    from taskoffer_trainer.world import World
+
+    def settled(rows: int, most: int | None = None) -> int:
+        train = {"perDeviceTrainBatchSize": rows, "gradientAccumulationSteps": 8 // rows}
+        place = {"outputDir": str(tmp_path / "out"), "checkpointDir": str(tmp_path)}
+        return settled_at_once(RunConfig.model_validate(merge(base_config, {**place, "train": train})), World(), most)
+
+    assert settled(4) == 16
+    # Another attempt with fewer rows at once goes on drawing as many, unless it is to take as few as possible.
+    assert (settled(2), settled(2, most=8), settled(8)) == (16, 8, 16)

@@ -121,6 +121,49 @@ def test_two_processes_change_together(shared_training: MakeTraining, unchanged:
     assert [one["microBatch"] for one in both.acknowledged] == [1, 3, 4]
 
 
+DRAWING: dict[str, Any] = {
+    "taskType": "GRPO",
+    "samplePrompts": ["Hi"],
+    "data": {
+        "instruct": None,
+        "evalRowsMax": 1,
+        "grpo": {
+            "fieldPrompt": "instruction",
+            "rewardFunctions": [
+                {"name": "brief", "builtin": {"name": "LengthTarget", "words": 4}},
+                {"name": "says", "builtin": {"name": "PatternMatch", "pattern": "[xzq]"}},
+            ],
+        },
+    },
+    "train": {
+        "maxSteps": 2,
+        "perDeviceTrainBatchSize": 32,
+        # Too small to move a weight in half precision: so nothing but the draws can make the rewards differ.
+        "learningRate": 1e-9,
+        "grpo": {"numGenerations": 8, "numGenerationsEval": 1, "maxCompletionLength": 24},
+    },
+}
+
+
+def test_completions_in_half_precision_are_those_of_the_run_that_was_left_alone(training: MakeTraining) -> None:
+    alone, changed = training("drawn", **DRAWING), training("drawn-tuned", **DRAWING)
+    (changed.folder / "tuning").write_text('{"generation": 1, "microBatch": 2}')
+    changed.environment["TASKOFFER_TUNING_PATH"] = str(changed.folder / "tuning")
+    for one in (alone, changed):
+        one.environment["TASKOFFER_CPU_BF16"] = "1"
+    outcomes = side_by_side(alone, changed)
+    assert [one.code for one in outcomes] == [0, 0], [one.log for one in outcomes]
+    assert "generation 1 from step 1 on: 2 row(s) at once" in outcomes[1].log
+    rewards = []
+    for one in (alone, changed):
+        state = json.loads((one.checkpoints / "checkpoint-2" / "trainer_state.json").read_text())
+        rewards.append([entry["reward"] for entry in state["log_history"] if "loss" in entry])
+        # What later attempts draw at once as well.
+        assert json.loads((one.checkpoints / "run.json").read_text())["drawn_at_once"] == 4 * 32
+    assert rewards[0] == rewards[1]
+    assert len(set(rewards[0])) == 2
+
+
 @pytest.mark.parametrize(
     ("request_text", "said"),
     [

@@ -10,7 +10,7 @@ from taskoffer.api.contract import RunConfig
 from taskoffer_trainer.chat_data import Conversation
 from taskoffer_trainer.chat_template import Rendered, render
 from taskoffer_trainer.data import Split
-from taskoffer_trainer.tokens import IGNORED, Cuts, TextData, TokenRow, common_prefix, left_out_of, parts
+from taskoffer_trainer.tokens import IGNORED, Cuts, TextData, TokenRow, common_prefix, end_of, left_out_of, parts
 
 __all__ = ["tokenize_chat_split", "tokenize_conversations", "turns_by_offsets", "turns_by_prefixes"]
 
@@ -55,14 +55,12 @@ def _with_turns(tokenizer: Any, rendered: Sequence[Rendered]) -> list[tuple[list
     ]
 
 
-def _row(ids: list[int], turns: Turns, end_of_text: int) -> TokenRow:
+def _row(ids: list[int], turns: Turns, tokenizer: Any) -> TokenRow:
     labels = [IGNORED] * len(ids)
     for begin, end in turns:
         labels[begin:end] = ids[begin:end]
-    # Where the template ends a turn with a marker that the model does not stop at, it must learn to stop at all.
-    if turns and end_of_text not in ids[slice(*turns[-1])]:
-        return TokenRow([*ids, end_of_text], [*labels, end_of_text])
-    return TokenRow(ids, labels)
+    lacking = end_of(ids[slice(*turns[-1])], tokenizer) if turns else []
+    return TokenRow(ids + lacking, labels + lacking)
 
 
 def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: Any, cuts: Cuts) -> list[TokenRow]:
@@ -80,7 +78,7 @@ def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: Any
         rendered = [render(conversation, tokenizer) for conversation in part]
         unclear += sum(one.unclear for one in rendered)
         for ids, turns in _with_turns(tokenizer, rendered):
-            row = _row(ids, turns, tokenizer.eos_token_id)
+            row = _row(ids, turns, tokenizer)
             cuts.cut += len(row.input_ids) > cuts.max_length
             labels = row.labels[: cuts.max_length]
             if all(label == IGNORED for label in labels[1:]):

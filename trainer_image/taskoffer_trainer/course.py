@@ -75,7 +75,7 @@ class Course(ABC):
         found = effective(config)
         self.asked, self.config, self.profile, self._changed = config, found.config, found.profile, found.clamps
         self.run_dir, self.rank, self.stop = run_dir, rank, stop
-        self.timings = Timings()
+        self.timings = Timings(self.config)
         report = run_dir / "progress.json" if rank == 0 else None
         self.progress = Progress(self.config, report, self.timings, stop.clock)
         self.device: Device = choose_device(self.config)

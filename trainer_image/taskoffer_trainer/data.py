@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -18,6 +19,12 @@ from taskoffer_trainer.row_files import formats_of
 __all__ = ["LeftOut", "Row", "Split", "bad_data", "cell_text", "read_rows", "split_rows"]
 
 Row = dict[str, Any]
+
+CELL_CHARACTERS = 1 << 24
+"""Most characters of a CSV cell. It is a bound at all, so that a quotation mark that is left open takes no more memory.
+
+Python's own of 131,072 is less than a long document has; this is that of some four million tokens.
+"""
 
 
 class Digested(Protocol):
@@ -140,8 +147,18 @@ def _read_json(path: Path) -> Iterator[Row]:
         yield row
 
 
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    """Read cells of up to :data:`CELL_CHARACTERS`; the limit is one of the whole process."""
+    before = csv.field_size_limit(CELL_CHARACTERS)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _read_csv(path: Path, columns: list[str]) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _long_cells(), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             header = list(reader.fieldnames or [])
@@ -151,6 +168,12 @@ def _read_csv(path: Path, columns: list[str]) -> Iterator[Row]:
                     raise bad_data("DataUnreadable", f"{path} line {reader.line_num} has more cells than the header")
                 yield row
         except csv.Error as error:
+            if "field limit" in str(error):
+                raise bad_data(
+                    "DataUnreadable",
+                    f"{path} line {reader.line_num} is in a cell of more than {CELL_CHARACTERS:,} characters; is a "
+                    "quotation mark left open? data.fileFormat json, jsonl or parquet takes longer cells",
+                ) from error
             raise bad_data("DataUnreadable", f"{path} line {reader.line_num} is not CSV: {error}") from error
 
 

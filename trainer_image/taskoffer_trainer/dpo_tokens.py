@@ -10,7 +10,7 @@ from taskoffer.api.contract import RunConfig
 from taskoffer_trainer.data import Split
 from taskoffer_trainer.dpo_data import Pair
 from taskoffer_trainer.instruct_data import Example
-from taskoffer_trainer.tokens import Cuts, common_prefix, full_text, left_out_of, parts, prompt_of
+from taskoffer_trainer.tokens import Cuts, common_prefix, end_of, full_text, left_out_of, parts, prompt_of
 
 __all__ = ["PairData", "TokenPair", "tokenize_pair_split", "tokenize_pairs"]
 
@@ -68,6 +68,8 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, cuts: Cuts) -> list[To
         given = tokenizer(prompts, add_special_tokens=special)["input_ids"]
         for prompt, good, bad in zip(given, whole[: len(part)], whole[len(part) :], strict=True):
             begin = min(common_prefix(prompt, good), common_prefix(prompt, bad))
+            for answer in (good, bad):
+                answer += end_of(answer[begin:], tokenizer)
             cuts.cut += max(len(good), len(bad)) > cuts.max_length
             pair = TokenPair(good[:begin], good[begin : cuts.max_length], bad[begin : cuts.max_length])
             if pair.chosen_ids == pair.rejected_ids or not (pair.chosen_ids and pair.rejected_ids):

@@ -11,13 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from taskoffer.api.contract import DRAWN_PER_TRAINED, ExitCode, RunConfig
+from taskoffer_trainer.checkpoints import read_run, write_json, write_run
+from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.fallback import OUT_OF_MEMORY, TOO_MANY_ROWS
+from taskoffer_trainer.out_of_memory import is_out_of_memory
 from taskoffer_trainer.sharding import is_shared_out
 from taskoffer_trainer.world import World
 
@@ -29,8 +36,15 @@ __all__ = [
     "left_padded",
     "random_numbers",
     "right_padded",
+    "settled_at_once",
     "token_log_probs",
 ]
+
+_AT_ONCE = "drawn_at_once"
+"""What ``run.json`` calls the completions that are drawn together."""
+_DID_NOT_FIT = "drawing-did-not-fit-{}.json"
+"""File beside the checkpoints, one for each rank, with how many completions at once it has memory for."""
+_REMEDY = "a smaller train.maxLength or train.grpo.maxCompletionLength, or more GPUs, need less"
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,24 @@ class Completion:
     seed: int
     ids: Sequence[int] = ()
     advantage: float = 0.0
+
+
+def settled_at_once(asked: RunConfig, world: World, most: int | None) -> int:
+    """Return how many completions of a step are drawn together: what the first attempt of a run settled.
+
+    In half precision a completion may change with those beside it, which would change what is learned. So live tuning
+    has no say in this, and nothing but lack of memory makes it fewer.
+
+    Args:
+        asked: the run, as its checkpoints know it.
+        world: all ranks; all of them call it.
+        most: more are not to be drawn in this attempt.
+    """
+    known = world.share(read_run(asked) if world.rank == 0 else None).get(_AT_ONCE)
+    size = known if isinstance(known, int) else DRAWN_PER_TRAINED * asked.train.per_device_train_batch_size
+    if known is None and world.rank == 0:
+        write_run(asked, {_AT_ONCE: size})
+    return size if most is None else min(size, most)
 
 
 def random_numbers(seeds: Sequence[int], length: int) -> torch.Tensor:
@@ -113,13 +145,20 @@ class Drawer:
 
     Args:
         tokens: special tokens, and how long a completion may be.
-        world: all ranks; with a model that is shared out all of them draw, each its own completions.
+        world: all ranks, which make this object together; of a model that is shared out all of them draw, each its own
+            completions.
+        folder: where what did not fit is kept for later attempts.
+
+    Attributes:
+        fits: most rows at once that memory allowed, once there were too many.
     """
 
-    def __init__(self, tokens: KeptTokens, world: World | None = None) -> None:
-        self.tokens, self.world = tokens, world or World()
-        self.fits: int | None = None
-        """Most rows at once that memory allowed, once there were too many."""
+    def __init__(self, tokens: KeptTokens, world: World | None = None, folder: Path | None = None) -> None:
+        self.tokens, self.world, self.folder = tokens, world or World(), folder
+        words = []
+        if folder is not None and self.world.rank == 0:
+            words = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(_DID_NOT_FIT.format("*"))]
+        self.fits: int | None = min((word["fits"] for word in self.world.share(words)), default=None)
 
     def __call__(
         self, model: Any, asked: Sequence[Completion], at_once: int, between: Callable[[], None] = lambda: None
@@ -133,7 +172,7 @@ class Drawer:
             between: called before each batch; may raise to leave early.
 
         Raises:
-            torch.OutOfMemoryError: when not even one row fits, or the model is shared out.
+            TrainerError: ``OUT_OF_MEMORY`` when not even one row fits, or when the model is shared out.
         """
         shared_out, batches = is_shared_out(model), 0
         # Prompts of like length together need little padding.
@@ -144,14 +183,9 @@ class Drawer:
                 between()
                 size = at_once if self.fits is None else min(at_once, self.fits)
                 places = order[len(found) : len(found) + size]
-                try:
-                    drawn = self._draw(model, [asked[place] for place in places])
-                except torch.OutOfMemoryError:
-                    if len(places) == 1 or shared_out:
-                        raise
-                    self.fits = len(places) // 2
-                    print(f"train: {len(places)} completions at once do not fit, drawing {self.fits} now", flush=True)
-                    _free()
+                drawn = self._drawn_or_none(model, [asked[place] for place in places])
+                if drawn is None:
+                    self._shrink(len(places), shared_out)
                     continue
                 found |= zip(places, drawn, strict=True)
                 batches += 1
@@ -160,6 +194,37 @@ class Drawer:
                 for _ in range(batches, int(self.world.largest(batches)[0])):
                     self._draw(model, asked[:1])
         return [found[place] for place in range(len(asked))]
+
+    def _drawn_or_none(self, model: Any, asked: Sequence[Completion]) -> list[Completion] | None:
+        """Draw; ``None`` for lack of memory, so that nothing holds the tensors of what failed any longer."""
+        try:
+            return self._draw(model, asked)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"train: {len(asked)} completions at once do not fit: {str(error)[:200]}", flush=True)
+            return None
+
+    def _shrink(self, size: int, shared_out: bool) -> None:
+        """Draw fewer at once from now on; of a model that is shared out from the next attempt on.
+
+        There the other ranks wait for this one in the middle of a pass, so that nothing can be repeated.
+
+        Raises:
+            TrainerError: ``OUT_OF_MEMORY``, see :meth:`__call__`.
+        """
+        self.fits = max(1, size // 2)
+        if self.folder is not None:
+            write_json(self.folder / _DID_NOT_FIT.format(self.world.rank), {"fits": self.fits})
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if size == 1 or shared_out:
+            reason = OUT_OF_MEMORY if size == 1 else TOO_MANY_ROWS
+            told = f"and fewer cannot be; {_REMEDY}" if size == 1 else f"the next attempt draws {self.fits}"
+            message = f"{size} completion(s) at once cannot be drawn for lack of memory, {told}"
+            raise TrainerError(ExitCode.OUT_OF_MEMORY, reason, message)
+        print(f"train: {self.fits} completions at once are drawn from now on", flush=True)
 
     def _draw(self, model: Any, asked: Sequence[Completion]) -> list[Completion]:
         device = next(model.parameters()).device
@@ -200,12 +265,6 @@ def _plainly(model: Any, settings: GenerationConfig) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:

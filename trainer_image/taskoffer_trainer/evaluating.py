@@ -23,6 +23,7 @@ from taskoffer_trainer.checkpoints import write_json
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fallback import OUT_OF_MEMORY, TOO_MANY_ROWS
 from taskoffer_trainer.held_out import turns
+from taskoffer_trainer.out_of_memory import is_out_of_memory
 from taskoffer_trainer.sharding import is_shared_out
 from taskoffer_trainer.world import World
 
@@ -155,7 +156,9 @@ class Evaluation:
                     found.append([float(one) for one in work(piece)])
                 done += len(piece)
                 continue
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 print(f"train: {len(piece)} row(s) at once do not fit in an evaluation: {str(error)[:200]}", flush=True)
             # Outside of the handler nothing holds the tensors of what failed any longer.
             if whole:

@@ -33,9 +33,11 @@ from taskoffer_trainer.drawing import (
     divergence_of,
     left_padded,
     right_padded,
+    settled_at_once,
     token_log_probs,
 )
 from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.fallback import SMALLEST_PIECE
 from taskoffer_trainer.grpo_data import Prompt, TokenPrompt, tokenize_prompts
 from taskoffer_trainer.held_out import answers, turns
 from taskoffer_trainer.kept_completions import KeptCompletions
@@ -181,6 +183,8 @@ class _Reinforcement(Course):
         self.verification: dict[str, float] = {}
         self.tokenizer: Any
         self.drawer: Drawer
+        self.drawn_at_once = 0
+        """Completions of a step that are drawn together."""
         self.train: list[TokenPrompt] = []
         self.held_out: list[TokenPrompt] = []
 
@@ -217,7 +221,9 @@ class _Reinforcement(Course):
         settings, clamps = lora_config(base, self.config.lora)
         self.progress.clamps = (*self.device.clamps, *clamps, *self._clamps())
         set_seed(self.config.train.seed)
-        self.drawer = Drawer(self._kept_tokens(base), self.world)
+        self.drawer = Drawer(self._kept_tokens(base), self.world, Path(self.config.checkpoint_dir))
+        most = DRAWN_PER_TRAINED * self.unit if self.profile >= SMALLEST_PIECE else None
+        self.drawn_at_once = settled_at_once(self.asked, self.world, most)
         trainer = ReinforcementTrainer(
             model=get_peft_model(base, settings),
             args=arguments,
@@ -287,8 +293,8 @@ class _Reinforcement(Course):
         asked = [
             Completion(prompts[place].ids, step_seed(seed, place, one)) for place in places for one in range(count)
         ]
-        at_once = self.evaluation.size if step == EVALUATION else self.steps.micro_batch.size
-        return self.drawer(model, asked, DRAWN_PER_TRAINED * at_once, between)
+        at_once = DRAWN_PER_TRAINED * self.evaluation.size if step == EVALUATION else self.drawn_at_once
+        return self.drawer(model, asked, at_once, between)
 
     def _asked(self, prompts: Sequence[Prompt], drawn: Sequence[Completion], count: int) -> Asked:
         texts = self.tokenizer.batch_decode([list(one.ids) for one in drawn], skip_special_tokens=True)
@@ -325,7 +331,7 @@ class _Reinforcement(Course):
         first: tuple[list[Completion], float] | None = None
         for places, weight in turns(batches, rank, size, is_shared_out(model)):
             between()
-            drawn = self._drawn_in_evaluation(model, places, between)
+            drawn = self.draw(model, self.held_out, places, EVALUATION, between)
             work = partial(divergence_of, model, pad=self.drawer.tokens.pad)
             divergence, log_prob, tokens = self.evaluation.add_up(model, drawn, work, between, count)
             if weight:
@@ -338,15 +344,6 @@ class _Reinforcement(Course):
         if shared and first is not None:
             self.kept = KeptCompletions(self.trainer.state.global_step, *first, figures)
         return figures
-
-    def _drawn_in_evaluation(self, model: Any, places: Sequence[int], between: Callable[[], None]) -> list[Completion]:
-        try:
-            return self.draw(model, self.held_out, places, EVALUATION, between)
-        except torch.OutOfMemoryError:
-            if is_shared_out(model):
-                count = self.settings.num_generations_eval
-                self.evaluation.give_up(len(places) * count, count)
-            raise
 
     def remember(self, folder: Path) -> None:
         if self.kept is not None and self.kept.step == self.trainer.state.global_step:

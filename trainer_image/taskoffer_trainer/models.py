@@ -11,6 +11,7 @@ from typing import Any
 from taskoffer.api.contract import Clamp, ExitCode, RunConfig
 from taskoffer_trainer.attention import load_with_attention
 from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.out_of_memory import is_out_of_memory
 
 __all__ = ["Device", "choose_device", "load_again", "load_model", "load_tokenizer"]
 
@@ -140,7 +141,6 @@ def _skeleton(config: RunConfig, device: Device) -> Any:
 
 
 def _loaded(config: RunConfig, device: Device, **placement: Any) -> Any:
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -159,7 +159,7 @@ def _loaded(config: RunConfig, device: Device, **placement: Any) -> Any:
     try:
         model, report = load_with_attention(load, config.train.attn_implementation)
     except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise _no_model(config, f"the model cannot be loaded: {error}") from error
     missing = sorted(report["missing_keys"])

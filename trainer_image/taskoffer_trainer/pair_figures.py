@@ -40,6 +40,13 @@ def _row(prompt: list[int], answer: list[int]) -> TokenRow:
     return TokenRow(prompt + answer, [IGNORED] * len(prompt) + answer)
 
 
+def _switched_off(model: Any) -> bool:
+    """Tell whether a model is its base model for now, which then needs no second pass."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return all(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
 class PairFigures:
     """Measures a model with an adapter against the same model without it, on the held-out pairs.
 
@@ -87,7 +94,10 @@ class PairFigures:
         import torch
 
         now = log_probs(model, [self.pairs[number] for number in numbers], self.pad)
-        if lacking := [number for number in numbers if number not in self._base]:
+        lacking = [number for number in numbers if number not in self._base]
+        if lacking and _switched_off(model):
+            self._base.update(zip(numbers, now.unbind(dim=1), strict=True))
+        elif lacking:
             with model.disable_adapter():
                 base = log_probs(model, [self.pairs[number] for number in lacking], self.pad)
             self._base.update(zip(lacking, base.unbind(dim=1), strict=True))

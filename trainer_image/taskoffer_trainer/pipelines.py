@@ -15,6 +15,7 @@ from typing import Any
 
 from taskoffer.api.contract import Architecture, ExitCode, RunConfig
 from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.out_of_memory import is_out_of_memory
 
 __all__ = [
     "Layout",
@@ -190,7 +191,6 @@ def load_component(config: RunConfig, name: str, dtype: Any) -> Any:
         TrainerError: ``NO_MODEL`` with the component when it cannot be loaded or weights are missing.
     """
     import diffusers
-    import torch
     import transformers
     from safetensors import SafetensorError
 
@@ -209,7 +209,7 @@ def load_component(config: RunConfig, name: str, dtype: Any) -> Any:
             **settings,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise _no_model(config, f"component {name} cannot be loaded: {error}") from error
     missing = sorted(report["missing_keys"])

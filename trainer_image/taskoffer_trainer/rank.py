@@ -23,6 +23,7 @@ from taskoffer_trainer.figures import peaks
 from taskoffer_trainer.grpo_data import read_grpo
 from taskoffer_trainer.image_data import read_pair_split
 from taskoffer_trainer.instruct_data import read_instruct
+from taskoffer_trainer.out_of_memory import is_out_of_memory
 from taskoffer_trainer.rewards import open_rewards
 from taskoffer_trainer.stop import Stop
 from taskoffer_trainer.termination import shorten
@@ -32,11 +33,6 @@ _PR_SET_PDEATHSIG = 1
 
 def _ended(code: int, reason: str, message: str) -> Termination:
     return Termination(exit_code=code, reason=reason, message=shorten(message))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def _train(config: RunConfig, run_dir: Path, rank: int, stop: Stop) -> Termination:
@@ -84,7 +80,7 @@ def run(config: RunConfig, run_dir: Path, rank: int, stop: Stop) -> Termination:
         return _ended(ExitCode.STOPPED, STOPPED, "stopped between two pieces of work; nothing is lost")
     except Exception as error:  # noqa: BLE001 - whatever it is, the operator must read it.
         traceback.print_exc()
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             hint = "a smaller train.perDeviceTrainBatchSize or train.maxLength needs less"
             message = f"rank {rank} ran out of memory; {hint}: {error}"
             return _ended(ExitCode.OUT_OF_MEMORY, "OutOfMemory", message).model_copy(update=peaks())

@@ -25,6 +25,7 @@ from taskoffer.api.contract import AppliedTuning, ExitCode, RunConfig
 from taskoffer_trainer.checkpoints import write_json
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fallback import OUT_OF_MEMORY, TOO_MANY_ROWS
+from taskoffer_trainer.out_of_memory import is_out_of_memory
 from taskoffer_trainer.sharding import is_shared_out, local
 from taskoffer_trainer.stream import SampleStream, StepBatches, StepPlan
 from taskoffer_trainer.tuning import MicroBatch, TuningFile
@@ -262,8 +263,8 @@ class StepTrainer:
         set_seed(step_seed(steps.config.train.seed, number, steps.world.rank))
         try:
             inputs = self.step_inputs(rows)
-        except torch.OutOfMemoryError:
-            if is_shared_out(model):
+        except (RuntimeError, MemoryError) as error:
+            if is_shared_out(model) and is_out_of_memory(error):
                 self._give_up(steps.micro_batch.size)
             raise
         while True:
@@ -290,7 +291,9 @@ class StepTrainer:
             for piece, weight in self._pieces(model, inputs):
                 size = len(piece)
                 sums += self._piece(model, self.cut(inputs, piece), weight)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if size == 0 or not is_out_of_memory(error):
+                raise
             print(f"train: {size} row(s) at once do not fit: {str(error)[:200]}", flush=True)
             return 0.0, 0.0, 0.0, size
         loss, count, tokens = sums.tolist()

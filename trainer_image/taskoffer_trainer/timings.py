@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from taskoffer.api.contract import RunConfig
+from taskoffer.api.contract import RunConfig, TaskType
 
 __all__ = ["EVALUATION_SHARE", "Timings", "evaluate_every"]
 
@@ -15,12 +15,20 @@ MARGIN_SECONDS = 5.0
 """What is added to the measured durations before a deadline, for what nobody measures."""
 
 
+def _verify(config: RunConfig) -> int:
+    """Return what one process has to measure alone, in evaluations that all processes share.
+
+    Preferences are compared with the base model, which in the training was measured before the first step.
+    """
+    return config.gpus * (2 if config.task_type is TaskType.DPO else 1)
+
+
 class Timings:
     """Measured durations in seconds, from which the remaining time is estimated.
 
     Attributes:
         guess: what a step is thought to take before the first one was measured.
-        evaluate: an evaluation of the held-out rows.
+        evaluate: an evaluation of the held-out rows, which all processes share.
         write: writing a checkpoint.
         save: checking it and copying the best one to the output folder.
         load: loading the base model.
@@ -28,9 +36,10 @@ class Timings:
         every: only every so many planned evaluations are made, for want of time before the deadline.
         stretch: the same for the share of the time that evaluations may take of any run.
         candidates: what is measured at the end before one of them is chosen: weights and perhaps their average.
+        verify: how many times as long as an evaluation the verification measures, which one process does alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig | None = None) -> None:
         self.steps: deque[float] = deque(maxlen=20)
         self.guess = 0.0
         self.evaluate = 0.0
@@ -41,6 +50,7 @@ class Timings:
         self.every = 1
         self.stretch = 1
         self.candidates = 1
+        self.verify = _verify(config) if config is not None else 1
 
     @property
     def step(self) -> float:
@@ -49,8 +59,11 @@ class Timings:
 
     @property
     def finish(self) -> float:
-        """Time from the last step to the verified adapter: load again, evaluate each candidate, answer, write."""
-        return self.load + self.evaluate * self.candidates + self.answer + self.save
+        """Time from the last step to the verified adapter: load again, evaluate each candidate, answer, write.
+
+        One candidate was measured at the last step, and the chosen one is measured again by one process alone.
+        """
+        return self.load + self.evaluate * (self.candidates - 1 + self.verify) + self.answer + self.save
 
     @property
     def reserve(self) -> float:
@@ -62,7 +75,8 @@ class Timings:
 
         A forward pass takes 2N operations per token. With a frozen base the pass back takes as many, since only what
         goes to the inputs is computed, and gradient checkpointing repeats the forward pass: 4N and 6N (Hu et al.,
-        LoRA, and what torch's FlopCounter counts).
+        LoRA, and what torch's FlopCounter counts). Where answers are compared with those of the base model, its
+        forward pass comes to that.
 
         Args:
             config: the run.
@@ -70,6 +84,8 @@ class Timings:
             held_out: rows that the evaluation went through.
         """
         passes = 3.0 if config.train.gradient_checkpointing else 2.0
+        if config.task_type is TaskType.DPO:
+            passes += 1.0
         self.guess = passes * self.evaluate * rows / max(1, held_out)
 
     def seconds(self, config: RunConfig, steps: int) -> float:

@@ -18,6 +18,7 @@ __all__ = [
     "TextData",
     "TokenRow",
     "common_prefix",
+    "end_of",
     "full_text",
     "left_out_of",
     "parts",
@@ -111,6 +112,15 @@ def full_text(example: Example, prompt: str, tokenizer: Any) -> str:
     return _in_template(example, tokenizer, ask=False)
 
 
+def end_of(answer: Sequence[int], tokenizer: Any) -> list[int]:
+    """Return what has to follow an answer for the model to learn to stop: its end token, if that was not said yet.
+
+    Some chat templates end a turn with a marker that the model does not stop at (those that base models such as
+    Qwen2.5 come with, whose end token is another one).
+    """
+    return [] if tokenizer.eos_token_id in answer else [tokenizer.eos_token_id]
+
+
 def _in_template(example: Example, tokenizer: Any, ask: bool) -> str:
     from jinja2 import TemplateError
 
@@ -150,6 +160,7 @@ def tokenize(examples: list[Example], tokenizer: Any, cuts: Cuts) -> list[TokenR
         given = tokenizer(prompts, add_special_tokens=special)["input_ids"]
         for prompt, ids, prompt_ids in zip(prompts, whole, given, strict=True):
             begin = common_prefix(prompt_ids, ids) if prompt else 0
+            ids += end_of(ids[begin:], tokenizer)
             labels = [IGNORED] * begin + ids[begin:]
             cuts.cut += len(ids) > max_length
             if begin >= max_length or len(ids) < 2:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from taskoffer.api.contract import TUNING_PATH, AppliedTuning, Tuning
+from taskoffer.api.contract import TUNING_PATH, Tuning
 
-__all__ = ["MicroBatch", "TuningFile", "applied", "rest"]
+__all__ = ["MicroBatch", "TuningFile", "rest"]
 
 
 @dataclass
@@ -117,21 +117,6 @@ class TuningFile:
             return None
         self._generation = asked.generation
         return asked
-
-    def seen(self, generation: int) -> None:
-        """Take requests up to this generation as applied, after a restart."""
-        self._generation = max(self._generation, generation)
-
-
-def applied(asked: Tuning, micro_batch: MicroBatch, step: int) -> AppliedTuning:
-    """Build the acknowledgement of a request."""
-    return AppliedTuning(
-        generation=asked.generation,
-        micro_batch=micro_batch.size,
-        micro_batch_limit=micro_batch.fits,
-        duty_cycle=asked.duty_cycle,
-        step=step,
-    )
 
 
 def rest(worked_seconds: float, duty_cycle: float, stopped: Callable[[], bool]) -> float:
