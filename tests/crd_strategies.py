@@ -50,6 +50,7 @@ BY_PATTERN: dict[str, tuple[str, ...]] = {
     r"^s3://[^/]+/.+/$": ("s3://bucket/folder/", "s3://B/ü/", "s3://b//"),
     r"^https?://[^/ ].*$": ("https://hub.invalid", "http://x y"),
     r"^[-._a-zA-Z0-9]+$": ("token", "a.b_c-d", "-"),
+    r"^[a-z0-9-]+$": ("us-east-1", "auto", "-"),
 }
 """Texts for each pattern that our schemas have, by the pattern."""
 _BY_NAME: dict[str, tuple[str, ...]] = {

@@ -85,7 +85,9 @@ class UrlSource(WireModel):
         Annotated[
             str,
             StringConstraints(min_length=64, max_length=64),
-            spelled(r"^[0-9a-f]{64}$", "sha256 must be 64 lower-case hexadecimal digits, as sha256sum prints them"),
+            spelled(
+                r"^[0-9a-f]{64}$", "sha256 must be a checksum: write 64 lower-case hex digits, as sha256sum prints them"
+            ),
         ]
         | None
     ) = Field(None, description="SHA-256 that the file must have; of a single file, not of a prefix in a bucket.")
