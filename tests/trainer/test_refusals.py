@@ -22,7 +22,11 @@ WRONG_CONFIGS = [
     ({"gpus": 0}, "ConfigInvalid", ["gpus", "greater than or equal to 1", "given: 0"]),
     ({"train": {"saveSteps": 7}}, "ConfigInvalid", ["train", "saveSteps (7) must be a multiple of evalSteps (8)"]),
     ({"train": {"learningRate": "fast"}}, "ConfigInvalid", ["train.learningRate", '"fast"']),
-    ({"lora": {"rank": 8}}, "ConfigInvalid", ["lora.rank", "not permitted"]),
+    (
+        {"lora": {"rank": 8}},
+        "ConfigInvalid",
+        ["lora.rank", "not permitted", "(podTemplate.image of the policy) older"],
+    ),
     ({"model": None}, "ConfigInvalid", ["model: Field required"]),
     ({"taskType": "Chat"}, "ConfigInvalid", ["data.chat", "chatColumn"]),
     ({"taskType": "DPO"}, "ConfigInvalid", ["data.dpo", "fieldRejected"]),

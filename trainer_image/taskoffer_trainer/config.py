@@ -43,6 +43,13 @@ def load_config(path: Path) -> RunConfig:
     return config
 
 
+_REMEDY = {
+    "extra_forbidden": "; this trainer does not know it: is its image (podTemplate.image of the policy) older than the "
+    "operator, or the name misspelt?"
+}
+"""What helps against a kind of mistake, by pydantic's name of it."""
+
+
 def problems(error: ValidationError, quote: bool = True) -> str:
     """Say what is wrong with each field in one line: ``train.saveSteps: must be a multiple …``.
 
@@ -55,7 +62,7 @@ def problems(error: ValidationError, quote: bool = True) -> str:
         place = ".".join(str(part) for part in item["loc"]) or "the document"
         untold = not quote or item["type"] in ("missing", "json_invalid")
         given = "" if untold else f" (given: {_short(item['input'])})"
-        found.append(f"{place}: {item['msg'].removeprefix('Value error, ')}{given}")
+        found.append(f"{place}: {item['msg'].removeprefix('Value error, ')}{given}{_REMEDY.get(item['type'], '')}")
     return "; ".join(found)
 
 

@@ -11,9 +11,13 @@ MAX_REPORT_BYTES = 262_144
 
 
 async def fetch_report(session: aiohttp.ClientSession, pod_ip: str, *, seconds: float = 2.0) -> ProgressReport | None:
-    """Return what the trainer says, or None when it does not answer or says something unreadable.
+    """Return what the trainer says, or None when it does not answer.
 
-    The answer comes from a pod that runs foreign data, so its size is bounded and its shape is checked.
+    The answer comes from a pod that runs foreign data, so its size is bounded and its shape is checked. Fields that
+    only a newer trainer knows are passed over.
+
+    Raises:
+        ValueError: the answer is too long or no report.
     """
     host = f"[{pod_ip}]" if ":" in pod_ip else pod_ip
     try:
@@ -28,7 +32,7 @@ async def fetch_report(session: aiohttp.ClientSession, pod_ip: str, *, seconds: 
             async for chunk in answer.content.iter_any():
                 body += chunk
                 if len(body) > MAX_REPORT_BYTES:
-                    return None
-            return ProgressReport.model_validate_json(bytes(body))
-    except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
+                    raise ValueError(f"more than {MAX_REPORT_BYTES} bytes")
+    except (TimeoutError, aiohttp.ClientError, OSError):
         return None
+    return ProgressReport.model_validate_json(bytes(body), extra="ignore")

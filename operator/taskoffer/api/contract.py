@@ -2,8 +2,10 @@
 
 The operator renders one :class:`RunConfig` per attempt into a file in the pod. The trainer answers on its own
 port with a :class:`ProgressReport`, leaves a :class:`Termination` behind when it ends, and ends with an
-:class:`ExitCode`. Adding a field with a default keeps both sides compatible; anything else needs a new
-``version``.
+:class:`ExitCode`. What a trainer says may have fields that an older operator passes over. A field of the
+RunConfig is another matter, since no setting may be dropped in silence: a trainer that does not know it refuses
+the run and says that its image is too old. So new images come first, then the operator. Whatever is not an added
+field with a default needs a new ``version``.
 """
 
 from __future__ import annotations

@@ -13,9 +13,12 @@ _LONGEST = 1024
 
 
 def parse_termination(message: str) -> Termination | None:
-    """Read the trainer's last words, or None when the container left something else (a log tail, nothing)."""
+    """Read the trainer's last words, or None when the container left something else (a log tail, nothing).
+
+    Fields that only a newer trainer knows are passed over.
+    """
     try:
-        return Termination.model_validate_json(message) if message.lstrip().startswith("{") else None
+        return Termination.model_validate_json(message, extra="ignore") if message.lstrip().startswith("{") else None
     except ValueError:
         return None
 

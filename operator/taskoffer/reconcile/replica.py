@@ -53,6 +53,8 @@ class Replica:
         self.leading = False
         self.kinds: dict[str, Resource] = dict(WATCHED)
         """What is listed and watched; complete once ``kinds_known`` is set."""
+        self._unreadable: set[str] = set()
+        """UIDs of pods whose reports were not understood, so that each is told of once."""
         self.kinds_known = asyncio.Event()
 
     # Fed by the watches
@@ -205,6 +207,7 @@ class Replica:
             while True:
                 await asyncio.sleep(self.session.settings.progress_interval / 2)
                 running = [p for p in self.session.world.pods if _reports(p) and self._is_ours(p)]
+                self._unreadable &= {pod.uid for pod in running}
                 await asyncio.gather(*(self._ask(http, pod) for pod in running))
 
     def _is_ours(self, pod: PodEntry) -> bool:
@@ -213,7 +216,14 @@ class Replica:
         return entry is None or entry.job is None or entry.job.spec.run.trainer is None
 
     async def _ask(self, http: aiohttp.ClientSession, pod: PodEntry) -> None:
-        report = await fetch_report(http, pod.ip or "")
+        try:
+            report = await fetch_report(http, pod.ip or "")
+        except ValueError as error:
+            if pod.uid not in self._unreadable:
+                self._unreadable.add(pod.uid)
+                told = {"job": f"{pod.namespace}/{pod.training_job}", "error": str(error)[:500]}
+                logger.warning("a trainer's report is not understood", extra=told)
+            return
         if report is not None and pod.training_job:
             key = OfferKey(pod.namespace, pod.training_job)
             self.jobs.reports[key] = report
