@@ -25,7 +25,7 @@ def test_warm_up_stages_and_evaluations_move_the_learning_rate(found: Found) -> 
     # Every evaluation improves, so each raises the rate by 5 %, from the next step on; half way the stage changes.
     assert said["losses"] == sorted(said["losses"], reverse=True)
     factors = [1.05 ** (step // 2) * (1 if step < 6 else 0.3) for step in range(12)]
-    assert said["rates"] == pytest.approx([0.002 * factor for factor in [0, 0.5, *factors[2:]]])
+    assert said["rates"] == pytest.approx([0.002 * factor for factor in [1 / 3, 2 / 3, *factors[2:]]])
     assert said["factor"] == pytest.approx(1.05**6)
 
 

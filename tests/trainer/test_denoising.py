@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +27,7 @@ from taskoffer_trainer.flux import GUIDANCE, Flux
 from taskoffer_trainer.image_data import read_pair_split
 from taskoffer_trainer.lora import linear_shapes, lora_config, plan_ranks
 from taskoffer_trainer.models import Device
-from taskoffer_trainer.pictures import check_changed, export_lora, generate, load_lora
+from taskoffer_trainer.pictures import check_changed, export_lora, generate, load_lora, scales_of
 from taskoffer_trainer.pipelines import assemble, check_layout, load_component, load_scheduler
 from taskoffer_trainer.sdxl import SDXL
 
@@ -272,7 +272,7 @@ def test_an_exported_adapter_with_clamped_ranks_does_in_diffusers_what_it_does_i
     assert all(clamp.reason == "RankClamped" for clamp in clamps)
 
     pipeline = assemble(config, {component: load_component(config, component, torch.float32)})
-    export_lora(model, type(pipeline), component, tmp_path)
+    export_lora(scales_of(model), get_peft_model_state_dict(model), type(pipeline), component, tmp_path)
     load_lora(pipeline, component, tmp_path)
     modules = dict(getattr(pipeline, component).named_modules())
     compared = 0
@@ -297,7 +297,7 @@ def test_an_adapter_arrives_in_a_network_in_half_precision_rounded_and_whole(
     for parameter in (one for one in model.parameters() if one.requires_grad):
         parameter.data = 0.01 * torch.randn(parameter.shape, generator=generator)
     pipeline = assemble(config, {component: load_component(config, component, half)})
-    export_lora(model, type(pipeline), component, tmp_path)
+    export_lora(scales_of(model), get_peft_model_state_dict(model), type(pipeline), component, tmp_path)
     load_lora(pipeline, component, tmp_path)
     loaded = [one for name, one in getattr(pipeline, component).named_parameters() if ".lora_" in name]
     assert {one.dtype for one in loaded} == {half}
@@ -314,7 +314,7 @@ def test_an_exported_adapter_that_does_not_arrive_whole_is_refused(pipelines_dir
     network = load_component(config, "transformer", torch.float32)
     model = get_peft_model(network, lora_config(network, LoraSettings(r=4, lora_alpha=4), Flux.target_modules)[0])
     pipeline = assemble(config, {"transformer": load_component(config, "transformer", torch.float32)})
-    export_lora(model, type(pipeline), "transformer", tmp_path)
+    export_lora(scales_of(model), get_peft_model_state_dict(model), type(pipeline), "transformer", tmp_path)
     path = tmp_path / "pytorch_lora_weights.safetensors"
     tensors = load_file(path)
     some_layer = next(name for name in tensors if "to_q.lora_A" in name).removesuffix(".lora_A.weight")

@@ -37,6 +37,7 @@ def weights(name, case, per_device):
     grpo = {**base["train"]["grpo"], **case.get("grpo", {})}
     config = {**base, "model": model, "train": {**train, "grpo": grpo}}
     config |= {"outputDir": f"{place}/out", "checkpointDir": f"{place}/ck"}
+    (place / "ck").mkdir()
     end = run(RunConfig.model_validate(config), place, 0, Stop(None))
     assert end.exit_code == 0, end
     checkpoint = place / "ck" / "checkpoint-2"

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.utils import logging as diffusers_logging
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
@@ -24,7 +24,7 @@ from taskoffer_trainer.encoding import EncodedData, encode_split
 from taskoffer_trainer.flux import Flux
 from taskoffer_trainer.image_data import PairSplit
 from taskoffer_trainer.lora import lora_config
-from taskoffer_trainer.pictures import DIFFUSERS_FILE, check_changed, export_lora, generate, load_lora
+from taskoffer_trainer.pictures import DIFFUSERS_FILE, check_changed, export_lora, generate, load_lora, scales_of
 from taskoffer_trainer.pipelines import assemble, check_layout, layout_of, load_component, load_scheduler
 from taskoffer_trainer.sdxl import SDXL
 from taskoffer_trainer.steps import PieceLoss
@@ -84,6 +84,8 @@ class _Pictures(Course):
         self.split, self.layout = split, layout_of(config)
         self.denoiser: Denoiser
         self.data: EncodedData
+        self.scales: dict[str, float] = {}
+        """Of each layer, for an export when the model that was trained is gone."""
 
     @property
     def place(self) -> torch.device:
@@ -108,8 +110,10 @@ class _Pictures(Course):
         if config.train.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         set_seed(config.train.seed)
+        model = get_peft_model(network, settings)
+        self.scales = scales_of(model)
         return ImageTrainer(
-            model=get_peft_model(network, settings),
+            model=model,
             args=arguments,
             train_dataset=self.data.train,
             eval_dataset=self.data.held_out,
@@ -148,17 +152,17 @@ class _Pictures(Course):
     def accompany(self, folder: Path) -> None:
         """Write the adapter in diffusers' format too, for what lies in the output folder before it was verified."""
         if not (folder / DIFFUSERS_FILE).exists():
-            self._export(self.trainer.model, folder, load_file(folder / ADAPTER_FILE))
+            self._export(self.scales, load_file(folder / ADAPTER_FILE), folder)
 
-    def _export(self, model: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-        export_lora(model, getattr(diffusers, self.layout.pipeline), self.layout.network, folder, weights)
+    def _export(self, scales: dict[str, float], weights: dict[str, torch.Tensor], folder: Path) -> None:
+        export_lora(scales, weights, getattr(diffusers, self.layout.pipeline), self.layout.network, folder)
 
     def verify(self, folder: Path, checkpoint: Checkpoint) -> Verified:
         config, check = self.config, self.stop.check
         network = load_component(config, self.layout.network, self.device.dtype).to(self.place)
         check()
         model, parameters = load_adapter(folder, network, self.tensors)
-        self._export(model, folder)
+        self._export(scales_of(model), get_peft_model_state_dict(model, save_embedding_layers=False), folder)
         # From here on only the exported file counts: it goes through diffusers onto the bare network.
         network = model.unload()
         del model

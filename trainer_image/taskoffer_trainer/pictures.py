@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from taskoffer_trainer.denoising import Denoiser
 from taskoffer_trainer.verify import verify_failed
 
-__all__ = ["DIFFUSERS_FILE", "check_changed", "export_lora", "generate", "load_lora"]
+__all__ = ["DIFFUSERS_FILE", "check_changed", "export_lora", "generate", "load_lora", "scales_of"]
 
 STEPS = 20
 """Denoising steps of a sample picture."""
@@ -73,30 +73,36 @@ def generate(
     return Image.fromarray(np.asarray(levels, dtype=np.uint8))
 
 
+def scales_of(model: Any) -> dict[str, float]:
+    """Return the scale (alpha / r, or alpha / sqrt(r)) of each layer with PEFT's adapter, by the layer's name."""
+    return {name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "scaling")}
+
+
 def export_lora(
-    model: Any, pipeline_class: Any, network: str, folder: Path, weights: dict[str, torch.Tensor] | None = None
+    scales: Mapping[str, float],
+    weights: Mapping[str, torch.Tensor],
+    pipeline_class: Any,
+    network: str,
+    folder: Path,
 ) -> None:
     """Write the adapter as ``Pipeline.save_lora_weights`` does.
 
-    Each layer's scale (alpha / r, or alpha / sqrt(r)) is multiplied into its second matrix, so that the file means the
-    same to every program that reads such files: many know no scale but 1, or take another one for layers whose rank
-    was clamped.
+    Each layer's scale is multiplied into its second matrix, so that the file means the same to every program that reads
+    such files: many know no scale but 1, or take another one for layers whose rank was clamped.
 
     Args:
-        model: the network with PEFT's adapter.
+        scales: see :func:`scales_of`.
+        weights: the adapter's weights in PEFT's names.
         pipeline_class: class of the pipeline.
         network: name of the network in the pipeline.
         folder: where to write :data:`DIFFUSERS_FILE`.
-        weights: the adapter's weights in PEFT's names, where they are not those that the model has now.
     """
-    modules = dict(model.named_modules())
     layers = {}
-    weights = weights or get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, tensor in weights.items():
         value = tensor.detach().float().cpu()
         module, matrix, _ = name.rpartition(".lora_B.")
         if matrix:
-            value = value * modules[module].scaling["default"]
+            value = value * scales[module]
         layers[name.removeprefix(_PEFT_PREFIX)] = value.contiguous()
     pipeline_class.save_lora_weights(folder, **{f"{network}_lora_layers": layers}, weight_name=DIFFUSERS_FILE)
     (folder / DIFFUSERS_FILE).chmod(0o644)  # safetensors lets only the owner read.
