@@ -98,6 +98,8 @@ def test_one_offer_of_each_type_becomes_a_verified_artefact(place: Place, stocke
     exams = examine(stocked, adapters)
     problems = [check_figures(adapter) + check_exam(adapter, exams[adapter.offer]) for adapter in adapters]
     assert problems == [[]] * len(adapters)
+    folders = [place.outputs / ".checkpoints" / place.job(example.name)["metadata"]["name"] for example in OFFERS]
+    assert [(folder.is_dir(), list(folder.glob("checkpoint-*"))) for folder in folders] == [(True, [])] * len(folders)
 
 
 # Killing

@@ -287,6 +287,8 @@ def base_config(fixtures_dir: Path) -> dict[str, Any]:
             "evalSteps": 8,
             "saveSteps": 8,
             "gradientCheckpointing": False,
+            # Many tests look at them.
+            "keepCheckpoints": True,
         },
         "samplePrompts": ["Quote the Python reference on Modules."],
     }

@@ -72,6 +72,8 @@ END = {
     "it says that it is done": [Moment(PROGRESS, "Done", after=True)],
     "the launcher begins its report": [Moment("taskoffer_trainer.launcher:report_end")],
     "one of two reports is written": [Moment("pathlib:Path.replace", "report.json")],
+    "its first checkpoint has been removed": [Moment("shutil:rmtree", f"checkpoint-{STEPS}", after=True)],
+    "its last checkpoint is being removed": [Moment("shutil:rmtree", f"checkpoint-{EVERY}")],
     "the launcher is about to say how it ended": [Moment(LAUNCHER_SAYS)],
 }
 
@@ -149,7 +151,7 @@ def ended(
     base_config: dict[str, Any], pipelines_dir: Path, tmp_path_factory: pytest.TempPathFactory, libraries: Preloader
 ) -> dict[str, Ended]:
     folder = tmp_path_factory.mktemp("moments")
-    train = {"maxSteps": STEPS, "evalSteps": EVERY, "saveSteps": EVERY, "saveTotalLimit": 1}
+    train = {"maxSteps": STEPS, "evalSteps": EVERY, "saveSteps": EVERY, "saveTotalLimit": 1, "keepCheckpoints": None}
     base = merge(base_config, {"train": train})
     images = merge(base, pictures(pipelines_dir, "flux", train=train))
     others = [
@@ -226,6 +228,8 @@ def check_done(run: Ended) -> None:
     left = run.left(len(run.ends))
     assert {path.name for path in left.iterdir()} == {"adapter", "report.json", "report.md", "log.txt"}
     assert results(left) == 1
+    assert list((left.parent / "checkpoints").glob("checkpoint-*")) == []
+    assert {"run.json", "FINISHED.json"} <= {path.name for path in (left.parent / "checkpoints").iterdir()}
     report = json.loads((left / "report.json").read_text())
     assert (report["result"], report["adapter"]) == ("Verified", "adapter")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 
 from taskoffer.api.contract import RunConfig, Termination
-from taskoffer_trainer.checkpoints import finished_run, mark_finished
+from taskoffer_trainer.checkpoints import finished_run, mark_finished, remove_checkpoints
 from taskoffer_trainer.mirror import mirror_best, provisional_adapter, remove_provisional
 
 pytestmark = pytest.mark.trainer
@@ -150,6 +152,33 @@ def test_a_provisional_adapter_is_never_taken_for_a_finished_run(config: RunConf
     manifest = Path(config.output_dir) / "adapter" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "provisional": False}))
     assert finished_run(config) is not None
+
+
+def test_the_checkpoints_of_a_finished_run_go_unless_they_are_to_be_kept(config: RunConfig) -> None:
+    folders = [checkpoint(config, 5, 1.0), checkpoint(config, 8, 0.9)]
+    (folders[1] / "COMPLETE").unlink()
+    mark_finished(config, Termination(exit_code=0, reason="Completed"))
+    remove_checkpoints(config.model_copy(update={"train": config.train.model_copy(update={"keep_checkpoints": True})}))
+    assert all(folder.is_dir() for folder in folders)
+    remove_checkpoints(config.model_copy(update={"train": config.train.model_copy(update={"keep_checkpoints": False})}))
+    assert [path.name for path in Path(config.checkpoint_dir).iterdir()] == ["FINISHED.json"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_told_and_costs_nothing_else(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stuck, other = checkpoint(config, 8, 0.9), checkpoint(config, 5, 1.0)
+    remove = shutil.rmtree
+
+    def busy(folder: Path) -> None:
+        if folder == stuck:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(folder))
+        remove(folder)
+
+    monkeypatch.setattr("shutil.rmtree", busy)
+    remove_checkpoints(config.model_copy(update={"train": config.train.model_copy(update={"keep_checkpoints": False})}))
+    assert (stuck.is_dir(), other.exists()) == (True, False)
+    assert f"{stuck} is not needed any more and could not be removed: [Errno 16]" in capsys.readouterr().out
 
 
 # A child brings the output folder up to two checkpoints, each better than the one before, and is killed at its n-th

@@ -5,7 +5,8 @@ checked, and which names the size and SHA-256 of every other file. So a checkpoi
 kill, or that went bad on disk, is never resumed from: it is removed and the next older one is taken.
 
 The folder also holds ``run.json`` (what the checkpoints belong to, and the figures of the base model) and, at
-the end, ``FINISHED.json`` (the termination message of the finished run).
+the end, ``FINISHED.json`` (the termination message of the finished run). The checkpoints of a finished run are
+removed, unless they are to be kept.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ __all__ = [
     "mark_complete",
     "mark_finished",
     "read_run",
+    "remove_checkpoints",
     "rotate",
     "sha256_of",
     "write_json",
@@ -281,9 +283,27 @@ def rotate(config: RunConfig) -> None:
     keep = {best, complete[0].folder, *others[: config.train.save_total_limit - 1]}
     for one in complete:
         if one.folder not in keep:
-            # Without its marker a folder that is only half removed does not count.
-            (one.folder / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(one.folder)
+            _remove(one.folder)
+
+
+def _remove(folder: Path) -> None:
+    # Without its marker a folder that is only half removed does not count.
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def remove_checkpoints(config: RunConfig) -> None:
+    """Remove all checkpoints of a run that has ended well, complete or not, unless ``keep_checkpoints`` is set.
+
+    What cannot be removed is told and left: the result is in place, and it is not a failure of the training.
+    """
+    if config.train.keep_checkpoints:
+        return
+    for folder in _folders(config):
+        try:
+            _remove(folder)
+        except OSError as error:
+            print(f"trainer: {folder} is not needed any more and could not be removed: {error}", flush=True)
 
 
 def mark_finished(config: RunConfig, termination: Termination) -> None:

@@ -204,6 +204,7 @@ _FREE = (
     "dataloader_prefetch_factor",
     "ddp_bucket_cap_mb",
     "save_total_limit",
+    "keep_checkpoints",
     "reserve_minutes",
 )
 """Settings that can change from one attempt to the next: nothing of what is learned depends on them."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from taskoffer.api.contract import ExitCode, RunConfig, Termination
-from taskoffer_trainer.checkpoints import check_identity, complete_checkpoints, finished_run
+from taskoffer_trainer.checkpoints import check_identity, complete_checkpoints, finished_run, remove_checkpoints
 from taskoffer_trainer.clock import STARTED, Clock, process_started
 from taskoffer_trainer.config import check_paths
 from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED, STOPPED, TrainerError
@@ -282,6 +282,7 @@ def launch(config: RunConfig) -> Termination:
         remove_provisional(config)
         if not has_report(config):
             report_end(config, clock, done)
+        remove_checkpoints(config)
         return done
     check_paths(config)
     heading = f"--- {config.job_name}, attempt {config.attempt}, started {clock.started:%Y-%m-%dT%H:%M:%SZ}"
@@ -323,6 +324,9 @@ def _attempt(config: RunConfig, clock: Clock) -> Termination:
             termination = _completed(config, clock, run_dir, termination)
             # A signal does not come through here any more: what there is to save has been saved.
             report_end(config, clock, termination)
+            if termination.exit_code == ExitCode.DONE:
+                # Not earlier, for the report's losses are read from the newest of them.
+                remove_checkpoints(config)
             if not received:
                 _fall_back(config, termination)
         finally:

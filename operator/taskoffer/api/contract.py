@@ -302,6 +302,7 @@ class TrainSettings(Techniques):
         25, description="Steps between checkpoints; a multiple of eval_steps."
     )
     save_total_limit: Annotated[int, Field(ge=1, le=64)] = Field(2, description="Checkpoints to keep.")
+    keep_checkpoints: bool = Field(False, description="Keep checkpoints of a training whose adapter was verified.")
     reserve_minutes: Annotated[float, Field(ge=0, le=240)] | None = Field(
         None,
         description="Minutes before the deadline at which the result is to be ready, at most a tenth of the time that "

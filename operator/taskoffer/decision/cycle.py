@@ -274,7 +274,7 @@ class _Cycle:
         self, offer: OfferView, policy: PolicyView, evaluation: Evaluation, stopped: tuple[Option, Obstacle] | None
     ) -> tuple[Evaluation, Answer]:
         """Answer an offer of which no count is free in time."""
-        if stopped is not None and _says(offer, stopped[1].reason) and not self.room.rejects(policy, stopped[1]):
+        if stopped is not None and offer.says(stopped[1].reason) and not self.room.rejects(policy, stopped[1]):
             # It has been told, so nothing is put into words for it.
             return evaluation, Answer(Verdict.WAIT, stopped[1].reason, stopped[1].message)
         choice = evaluation.on(stopped[0]) if stopped is not None else evaluation
@@ -321,7 +321,7 @@ class _Cycle:
                 self._wake(ripe)
             return False
         self.preemptions.take(self.room, policy, offer, evaluation, choice)
-        told = _says(offer, Reason.WAITING_FOR_PREEMPTION)
+        told = offer.says(Reason.WAITING_FOR_PREEMPTION)
         self._answer(offer, policy, evaluation, None if told else waits_for(evaluation, policy, choice))
         return True
 
@@ -344,7 +344,7 @@ class _Cycle:
 
     def _wait(self, offer: OfferView, policy: PolicyView, evaluation: Evaluation, obstacle: Obstacle) -> None:
         rejects = self.room.rejects(policy, obstacle)
-        told = _says(offer, obstacle.reason) and not rejects
+        told = offer.says(obstacle.reason) and not rejects
         self._answer(offer, policy, evaluation, None if told else waits(evaluation, obstacle, rejects=rejects))
 
     # Borrowing
@@ -383,7 +383,7 @@ class _Cycle:
             ends = end_of(offer, evaluation)
             if ends is not None:
                 self._wake(ends)
-        if answer is not None and not (answer.verdict is Verdict.WAIT and _says(offer, answer.reason)):
+        if answer is not None and not (answer.verdict is Verdict.WAIT and offer.says(answer.reason)):
             self.decisions.append(Decision(offer, answer, self._ref(policy) if policy else None))
 
     def _ref(self, policy: PolicyView) -> PolicyRef:
@@ -395,8 +395,3 @@ class _Cycle:
     def _wake(self, moment: datetime) -> None:
         if self.wake_at is None or moment < self.wake_at:
             self.wake_at = moment
-
-
-def _says(offer: OfferView, reason: Reason) -> bool:
-    """Tell whether the offer's status gives this reason already, for this generation."""
-    return offer.reason == reason.value and offer.observed_generation == offer.generation

@@ -65,6 +65,10 @@ class OfferView:
         admitted = condition_of(self.conditions, "Admitted") if self.conditions else None
         return admitted.reason if admitted is not None else None
 
+    def says(self, reason: Reason) -> bool:
+        """Tell whether the offer's status gives this reason already, for this generation."""
+        return self.reason == reason.value and self.observed_generation == self.generation
+
     @property
     def full_spec(self) -> TaskOfferSpec | None:
         """The whole spec, where the view has more of it than its terms."""
