@@ -38,6 +38,7 @@ from taskoffer.simulation.truth import (
     course_of,
     expiry_of,
     hardware_of,
+    measured_after,
     moment,
     seconds_at,
     settings_under,
@@ -122,14 +123,21 @@ class _Job:
     due: datetime | None
     ends: float
     """When it really ends, if it is not stopped before."""
+    whole: float
+    """When it would end if it did not fail and had all the time it wants."""
+    tells: float
+    """From when on its trainer says that."""
     preempted: int = 0
     left_for: str = ""
     """UID of the offer that it was stopped for last."""
 
-    @property
-    def predicted_end(self) -> datetime:
-        """What was predicted at the start, at the latest the deadline, as the operator takes it."""
-        ends = later(moment(self.started), self.needs)
+    def left(self, now: float) -> float:
+        """Return the seconds that it still needs: as its trainer says, before that as predicted at the start."""
+        return left_of(self.whole, now) if now >= self.tells else left_of(self.needs, now - self.started)
+
+    def predicted_end(self, now: float) -> datetime:
+        """Return when it ends as far as the operator knows: as predicted or told, at the latest at its deadline."""
+        ends = moment(self.whole) if now >= self.tells else later(moment(self.started), self.needs)
         return ends if self.due is None else min(ends, self.due)
 
     @property
@@ -174,8 +182,8 @@ class _World:
         self._siblings: dict[tuple[str, str], dict[str, Sibling]] = {}
         self._shared: set[tuple[str, str]] = set()
         """Where several offers have one task id."""
-        self._left: dict[str, tuple[float, Outcome]] = {}
-        """What jobs that were stopped really take still, and what then comes of them."""
+        self._left: dict[str, tuple[float, float, Outcome]] = {}
+        """What jobs that were stopped really take still, would take without failing, and what then comes of them."""
         self._runs: dict[str, Run] = {}
         self._refusals: dict[str, Reason] = {}
 
@@ -235,10 +243,10 @@ class _World:
             siblings={place: tuple(self._siblings[place].values()) for place in self._shared},
             evaluations=self._evaluations,
             releases=[
-                Release(uid, job.node, job.gpus, job.predicted_end, policy, job.lane, job.namespace, job.name)
+                Release(uid, job.node, job.gpus, job.predicted_end(now), policy, job.lane, job.namespace, job.name)
                 for uid, job in jobs
             ],
-            running=[self._preemptible(uid, job) for uid, job in jobs] if self._spec.preemption is not None else (),
+            running=[self._preemptible(uid, job, now) for uid, job in jobs] if self._spec.preemption else (),
             resumptions=[self._resumption(uid, job) for uid, job in self._away.items()],
             admitted_today=self._admitted_since(now - _DAY) if self._counts_days else {},
         )
@@ -286,7 +294,9 @@ class _World:
         earned = offer.worth if course.outcome == "InTime" else 0.0
         self._runs[view.uid] = Run(offer.name, now, end, given.count, given.node_name, course.outcome, earned)
         needs = evaluation.occupies
-        job = _Job(given.node_name, given.count, given.lane, view, evaluation, now, needs, due, end)
+        tells = now + measured_after(offer, course.whole)
+        place, whole = (given.node_name, given.count, given.lane), now + course.whole
+        job = _Job(*place, view, evaluation, now, needs, due, end, whole, tells)
         self._start(view.uid, job)
 
     def _start(self, uid: str, job: _Job) -> None:
@@ -302,7 +312,7 @@ class _World:
 
     # Preemption
 
-    def _preemptible(self, uid: str, job: _Job) -> Running:
+    def _preemptible(self, uid: str, job: _Job, now: float) -> Running:
         evaluation = job.evaluation
         return Running(
             key=job.view.key,
@@ -315,7 +325,7 @@ class _World:
             quota=evaluation.quota,
             level=job.level,
             started=moment(job.started),
-            ends=job.predicted_end,
+            ends=job.predicted_end(now),
             deadline=job.due,
             preempted=job.preempted,
             score=float(evaluation.score.total) if evaluation.score is not None else 0.0,
@@ -343,22 +353,22 @@ class _World:
         uid, rules = eviction.holder, self._spec.preemption
         assert rules is not None  # noqa: S101
         job, run = self._running.pop(uid), self._runs[uid]
-        needs = left_of(job.needs, now - job.started) + rules.resume_seconds
+        needs = job.left(now) + rules.resume_seconds
         due = math.inf if job.due is None else seconds_at(job.due)
         away = replace(job, needs=needs, ends=due, preempted=job.preempted + 1, left_for=eviction.preemptor_uid)
         self._away[uid] = away
         if due < math.inf:
             heapq.heappush(self._events, (due, _END, uid))
         stretches = (*run.stretches[:-1], Stretch(job.started, now, job.node))
-        again = job.ends - now + again_of(self._offers[uid])
+        again = again_of(self._offers[uid]) - now
         self._runs[uid] = replace(run, end=now, outcome="Late", worth=0.0, stretches=stretches)
-        self._left[uid] = again, run.outcome
+        self._left[uid] = job.ends + again, job.whole + again, run.outcome
 
     def _go_on(self, move: Move, now: float) -> None:
         """Let a job go on that was stopped for another."""
         uid, (given,) = move.offer_uid, move.assignments
         job, run = self._away.pop(uid), self._runs[uid]
-        again, outcome = self._left.pop(uid)
+        again, whole, outcome = self._left.pop(uid)
         due = math.inf if job.due is None else seconds_at(job.due)
         ends = now + again
         if ends > due:
@@ -366,7 +376,8 @@ class _World:
         earned = self._offers[uid].worth if outcome == "InTime" else 0.0
         stretches = (*run.stretches, Stretch(now, ends, given.node_name))
         self._runs[uid] = replace(run, end=ends, outcome=outcome, worth=earned, stretches=stretches)
-        self._start(uid, replace(job, node=given.node_name, started=now, ends=ends))
+        tells = now + again_of(self._offers[uid])
+        self._start(uid, replace(job, node=given.node_name, started=now, ends=ends, whole=now + whole, tells=tells))
 
 
 def _uid(number: int) -> str:

@@ -28,6 +28,10 @@ from taskoffer.simulation.run import Outcome
 from taskoffer.simulation.task import Task
 from taskoffer.simulation.trace import Trace, TraceOffer
 
+MEASURED_SHARE = 0.1
+"""Share of its training after which a job's trainer knows how long the rest takes. The real one goes by its last 20
+steps, which is sooner as a rule."""
+
 START = datetime(2026, 1, 1, tzinfo=UTC)
 """The moment at which every trace begins; a spec's deadline is read against it."""
 
@@ -47,6 +51,8 @@ class Course:
 
     seconds: float
     outcome: Outcome
+    whole: float
+    """Seconds that it would take if it did not fail and had all the time it wants."""
 
 
 def moment(seconds: float) -> datetime:
@@ -91,13 +97,25 @@ def course_of(
     """
     allowed = seconds_allowed(offer, admitted)
     fitting, share = _fitting(offer.spec, settings, gpus, hardware), offer.truth.fails_after
+    whole = again_of(offer) if fitting is None else duration_of(offer, fitting, gpus, hardware)
     if fitting is None:
-        course = Course(_DURATION.start_seconds * offer.truth.factor, "Failed")
+        course = Course(whole, "Failed", whole)
     elif share is not None:
-        course = Course(duration_of(offer, fitting, gpus, hardware) * share, "Failed")
+        course = Course(whole * share, "Failed", whole)
     else:
-        course = Course(duration_of(offer, fitting, gpus, hardware), "InTime")
-    return course if course.seconds <= allowed else Course(allowed, "Late")
+        course = Course(whole, "InTime", whole)
+    return course if course.seconds <= allowed else Course(allowed, "Late", whole)
+
+
+def measured_after(offer: TraceOffer, seconds: float) -> float:
+    """Return the seconds after its start from which a job's trainer says when it will end: it has measured its steps.
+
+    Args:
+        offer: The offer.
+        seconds: What the job will really take, from its start to its result.
+    """
+    start = again_of(offer)
+    return start + MEASURED_SHARE * max(0.0, seconds - start)
 
 
 def again_of(offer: TraceOffer) -> float:
