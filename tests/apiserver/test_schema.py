@@ -672,6 +672,25 @@ def test_the_last_valid_spec_of_a_policy_fits_into_its_status(crds: LocalCluster
     assert got["status"]["activeSpec"] == made["spec"]
 
 
+def test_settings_within_an_overlay_come_back_from_the_server_without_defaults(crds: LocalCluster) -> None:
+    path, rule = collection("CapacityPolicy"), {"accepted": True, "weight": "1", "successRate": "1"}
+    overlays = {"train": {"grpo": {"beta": 0.01}, "adaptiveLr": {}}}
+    image = {"name": "Image", **rule, "architectures": [{"name": "flux", **overlays}]}
+    made = make_policy(name="overlaid", default=False, task_types=[{"name": "GRPO", **rule, **overlays}, image])
+    crds.api.request("POST", path, made)
+    try:
+        spec = CapacityPolicy.model_validate(crds.api.request("GET", f"{path}/overlaid")).spec
+        status = {"activeSpec": spec.to_wire(), "activeGeneration": 1}
+        crds.api.request("PATCH", f"{path}/overlaid/status", {"status": status}, MERGE_PATCH)
+        got = crds.api.request("GET", f"{path}/overlaid")
+    finally:
+        crds.api.request("DELETE", f"{path}/overlaid")
+    for part in (got["spec"], got["status"]["activeSpec"]):
+        grpo, pictures = part["taskTypes"]
+        assert grpo["train"] == pictures["architectures"][0]["train"] == overlays["train"]
+    assert CapacityPolicy.model_validate(got).status.active_spec == spec
+
+
 def test_the_category_lists_all_kinds_and_a_kinds_name_means_that_kind(
     crds: LocalCluster, namespace: str, tmp_path: Path
 ) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
@@ -11,7 +12,8 @@ from builders import make_policy
 from core_builders import policy_spec, spec_of
 from crd_schema import faults, schema_of
 from taskoffer.api.base import WireModel
-from taskoffer.api.contract import LoraSettings, TrainSettings
+from taskoffer.api.contract import GRPOSettings, LoraSettings, TrainSettings
+from taskoffer.api.techniques import AdaptiveLR
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.overlays import LoraOverlay, TrainOverlay
 from taskoffer.api.v1alpha1.trainingjob import Settings
@@ -41,7 +43,19 @@ def settings(architecture: str = "sdxl", **task: Any) -> Settings:
     return requested_settings(spec, policy_spec(**fields(**task)))
 
 
-PAIRS = [(LoraOverlay, LoraSettings), (TrainOverlay, TrainSettings)]
+def within(field: str) -> type[WireModel]:
+    """Return the type of the settings within an overlay's training settings."""
+    found: type[WireModel] = get_args(TrainOverlay.model_fields[field].annotation)[0]
+    return found
+
+
+PAIRS = [
+    (LoraOverlay, LoraSettings),
+    (TrainOverlay, TrainSettings),
+    (within("grpo"), GRPOSettings),
+    (within("adaptive_lr"), AdaptiveLR),
+]
+OVERLAY_REFS = {f"#/$defs/{whole.__name__}": f"#/$defs/{overlay.__name__}" for overlay, whole in PAIRS}
 
 
 @pytest.mark.parametrize(("overlay", "whole"), PAIRS)
@@ -58,6 +72,8 @@ def test_an_overlay_has_every_field_of_the_settings_with_its_bounds_and_no_defau
         wanted = [option for option in bounds.pop("anyOf", [bounds]) if option.get("type") != "null"]
         for mine, theirs in zip(inner, wanted, strict=True):
             marks = {key: value for key, value in theirs.items() if not key.startswith("x-")}
+            if marks.get("$ref") in OVERLAY_REFS:
+                marks["$ref"] = OVERLAY_REFS[marks["$ref"]]
             assert {key: mine.get(key) for key in marks} == marks, name
         assert given[name].get("description") == field.get("description"), name
 
@@ -85,6 +101,42 @@ def test_an_architecture_counts_before_its_task_type() -> None:
     assert (sdxl.lora.r, sdxl.lora.lora_alpha, sdxl.train.max_steps) == (32, 32, 100)
     assert (flux.lora.r, flux.lora.lora_alpha, flux.train.max_steps) == (128, 32, 300)
     assert flux.train.learning_rate == sdxl.train.learning_rate == 0.01
+
+
+OF_SIZE, OF_TASK = {"numGenerations": 8, "maxCompletionLength": 16}, {"beta": 0.01, "numGenerations": 6}
+INNER: list[tuple[str, dict[str, Any] | None, list[dict[str, Any]], dict[str, Any] | None]] = [
+    ("grpo", OF_SIZE, [], OF_SIZE),
+    ("grpo", OF_SIZE, [{}], OF_SIZE),
+    ("grpo", OF_SIZE, [{"beta": 0.01}], {**OF_SIZE, "beta": 0.01}),
+    ("grpo", OF_SIZE, [{"numGenerations": 4}], {**OF_SIZE, "numGenerations": 4}),
+    ("grpo", OF_SIZE, [{"beta": 0}], {**OF_SIZE, "beta": 0}),
+    ("grpo", OF_SIZE, [OF_TASK, {"beta": 0.02}], {**OF_SIZE, **OF_TASK, "beta": 0.02}),
+    ("grpo", None, [OF_TASK, {"beta": 0.02}], {**OF_TASK, "beta": 0.02}),
+    ("grpo", None, [], None),
+    ("adaptiveLr", {"patience": 5}, [{"max": 3}], {"patience": 5, "max": 3}),
+    ("adaptiveLr", {"patience": 5}, [{"max": 3}, {"patience": 2}], {"patience": 2, "max": 3}),
+    ("adaptiveLr", None, [{}], {}),
+]
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["as written", "as the status keeps it"])
+@pytest.mark.parametrize(("field", "size", "overlays", "wanted"), INNER)
+def test_of_settings_within_settings_too_only_those_count_that_are_there(
+    field: str,
+    size: dict[str, Any] | None,
+    overlays: list[dict[str, Any]],
+    wanted: dict[str, Any] | None,
+    stored: bool,
+) -> None:
+    over_task, over_flux = ([{"train": {field: one}} for one in overlays] + [{}, {}])[:2]
+    whole_size = {**SIZE, "train": {field: size}}
+    policy = policy_spec(
+        size_classes=[whole_size], task_types=[{**TASK, **over_task, "architectures": [{"name": "flux", **over_flux}]}]
+    )
+    if stored:
+        policy = CapacityPolicySpec.model_validate_json(json.dumps(policy.to_wire()))
+    made = requested_settings(spec_of(task_type="Image", parameters=1, architecture="flux"), policy)
+    assert made.train == TrainSettings.model_validate({field: wanted})
 
 
 def test_the_factors_come_last() -> None:
@@ -141,8 +193,8 @@ def test_settings_that_only_go_together_with_the_size_classs_are_taken() -> None
 def test_a_policy_with_overlays_is_stored_and_read_again_as_it_is() -> None:
     rule = {
         "lora": {"rankPattern": []},
-        "train": {"maxSteps": 9},
-        "architectures": [{"name": "sdxl", "lora": {"r": 2}}],
+        "train": {"maxSteps": 9, "grpo": {"beta": 0.01}},
+        "architectures": [{"name": "sdxl", "lora": {"r": 2}, "train": {"adaptiveLr": {}}}],
     }
     manifest = make_policy(**fields(**rule))
     assert list(faults(schema_of("CapacityPolicy"), manifest)) == []
