@@ -452,6 +452,33 @@ FINDINGS: list[tuple[str, dict[str, Any], tuple[NodeView, ...], list[tuple[str, 
         ],
     ),
     (
+        "the best adapter so far, which no time is left for and which is tried where its model does not fit",
+        {**NO_SCORE, "steps": {"cache": {"claimName": "cache"}, "memory": "4Mi", "submitSeconds": 0}},
+        (),
+        [
+            (
+                "steps.submitSeconds",
+                "Warning",
+                "steps.submitSeconds: 0 leaves no time to hand over the best adapter so far: a training that is "
+                "stopped when its time is over has missed its deadline; set it",
+            ),
+            (
+                "steps.memory",
+                "Warning",
+                "steps.memory: 4Mi holds no model of sizeClasses[Large], from 3M parameters (0.006 GB): the best "
+                "adapter so far, which is handed over when time or attempts run out, is tried on its base model there; "
+                "give it more",
+            ),
+        ],
+    ),
+    (
+        "steps with time and memory for every model",
+        {**NO_SCORE, "steps": {"cache": {"claimName": "cache"}, "memory": "8Mi", "submitSeconds": 1}},
+        (),
+        [],
+    ),
+    ("steps without a limit", {**NO_SCORE, "steps": {"cache": {"claimName": "cache"}}}, (), []),
+    (
         "trainers that are no trainers",
         {**NO_SCORE, "steps": {"cache": {"claimName": "cache"}}, "trainers": {"image": "python:3.13"}},
         (),

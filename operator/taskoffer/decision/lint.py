@@ -12,6 +12,7 @@ from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.api.v1alpha1.scoring import TermName, TermWeight
 from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT
 from taskoffer.decision.ledger import NodeView
+from taskoffer.decision.lint_hand_over import lint_hand_over
 from taskoffer.decision.lint_profiles import finding, lint_profiles
 from taskoffer.decision.lint_steps import lint_steps
 from taskoffer.decision.lint_trainers import lint_trainers
@@ -38,6 +39,7 @@ def lint(
         *_preemption(spec),
         *_memory(spec),
         *lint_trainers(spec),
+        *lint_hand_over(spec),
         *_shared(shared or {}),
         *lint_profiles(spec.size_classes, spec.task_types, spec.lanes, spec.estimation),
         *lint_steps(spec.size_classes, spec.task_types, spec.lanes),

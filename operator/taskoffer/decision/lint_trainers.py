@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from taskoffer.api.quantity import whole
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, LintFinding
-from taskoffer.api.v1alpha1.steps import Steps
 from taskoffer.api.v1alpha1.trainers import Trainers
 from taskoffer.decision.lint_profiles import finding
-from taskoffer.decision.sizing import billions
 
 _WILD = "*?["
-_BYTES_PER_PARAMETER = 2
-"""A base model in half precision, which is the least that a result is tried on."""
 
 
 def lint_trainers(spec: CapacityPolicySpec) -> Iterator[LintFinding]:
@@ -27,29 +22,6 @@ def lint_trainers(spec: CapacityPolicySpec) -> Iterator[LintFinding]:
     yield from _repositories(trainers, allow_http=steps.network.allow_http)
     if trainers.image is not None and not trainers.repositories:
         yield finding("trainers.image", "is never used: only repositories run in it, and none is allowed", "Info")
-    if steps.submit_seconds == 0:
-        message = (
-            "0 leaves no time to verify what another's trainer has left: one that is stopped when its time is over has "
-            "missed its deadline; set it"
-        )
-        yield finding("steps.submitSeconds", message)
-    yield from _memory(spec, steps)
-
-
-def _memory(spec: CapacityPolicySpec, steps: Steps) -> Iterator[LintFinding]:
-    """Yield the smallest size class whose models do not even fit into the pod that tries a result on them."""
-    room = whole(steps.memory)
-    if not room:
-        return  # No limit is stated, or none in whole units.
-    for size in sorted(spec.size_classes, key=lambda size: size.min_parameters):
-        least = size.min_parameters * _BYTES_PER_PARAMETER
-        if least > room:
-            message = (
-                f"{steps.memory} holds no model of sizeClasses[{size.name}], from {billions(size.min_parameters)} "
-                f"parameters ({least / 1e9:.3g} GB): a result of another's trainer is tried on its base model there"
-            )
-            yield finding("steps.memory", message)
-            return
 
 
 def _images(trainers: Trainers) -> Iterator[LintFinding]:
