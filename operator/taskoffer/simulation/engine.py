@@ -290,13 +290,21 @@ class _World:
         evaluation = evaluate(counted, self._spec, view.key.namespace)
         settings = settings_under(self._spec, offer.spec, given.count)
         course = course_of(offer, settings, given.count, now, self._hardware)
-        end, due = now + course.seconds, answer.admission.deadline
-        earned = offer.worth if course.outcome == "InTime" else 0.0
+        end, earned = now + course.seconds, offer.worth if course.outcome == "InTime" else 0.0
         self._runs[view.uid] = Run(offer.name, now, end, given.count, given.node_name, course.outcome, earned)
-        needs = evaluation.occupies
-        tells = now + measured_after(offer, course.whole)
-        place, whole = (given.node_name, given.count, given.lane), now + course.whole
-        job = _Job(*place, view, evaluation, now, needs, due, end, whole, tells)
+        job = _Job(
+            node=given.node_name,
+            gpus=given.count,
+            lane=given.lane,
+            view=view,
+            evaluation=evaluation,
+            started=now,
+            needs=evaluation.occupies,
+            due=answer.admission.deadline,
+            ends=end,
+            whole=now + course.whole,
+            tells=now + measured_after(offer, course.whole),
+        )
         self._start(view.uid, job)
 
     def _start(self, uid: str, job: _Job) -> None:
