@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from core_builders import FOUR_GPUS, HIGH_TAKES, ONE_GPU, TWO_GPUS, policy_spec
 from simulation_builders import POLICY, entry, refusals, run_of, timeline, trace_of
 from taskoffer import presets
+from taskoffer.api.v1alpha1.trainingjob import Settings
 from taskoffer.decision.prediction import predict
 from taskoffer.simulation.engine import Fleet, Result, simulate
 from taskoffer.simulation.market import generate
-from taskoffer.simulation.trace import Trace
-from taskoffer.simulation.truth import again_of, duration_of, expiry_of, settings_under, tasks_of
+from taskoffer.simulation.trace import Trace, TraceOffer, Truth
+from taskoffer.simulation.truth import again_of, duration_of, expiry_of, measured_after, settings_under, tasks_of
 
 H100 = policy_spec(preset="strategy-8xh100")
 SIZES = presets.load("market-table")["spec"]["sizeClasses"]
@@ -402,3 +403,33 @@ def test_a_stopped_job_that_gets_no_gpus_before_its_deadline_is_late() -> None:
     stopped = next(run for run in result.runs if run.name == "low")
     assert (stopped.outcome, stopped.worth) == ("Late", 0.0)
     assert [(round(part.start), round(part.end)) for part in stopped.parts] == [(0, 400)]
+
+
+WAITING_PAYS = policy_spec(
+    gpu_choice="EarliestEnd",
+    size_classes=[
+        {"name": "All", "minParameters": 0, "gpus": 2, "sizeEfficiency": "1", "lora": {}, "train": {"maxLength": 2048}}
+    ],
+    estimation={"gpuMemory": "80G", "duration": {"startSeconds": 1, "reserveSeconds": 0}},
+)
+
+
+@pytest.mark.parametrize(("arrives", "starts", "gpus"), [(0.2, 0.2, 2), (0.6, 1.0, 4)], ids=["before", "after"])
+def test_the_end_that_a_trainer_tells_counts_once_it_has_measured_its_steps(
+    arrives: float, starts: float, gpus: int
+) -> None:
+    """A job on half of the GPUs takes a tenth of what is predicted. For an offer of its size its end is near enough
+    to be waited for, as it is told, and too far away as it is predicted."""
+    fields = {"policy": WAITING_PAYS, "parameters": 8_030_000_000, "hours": 6, "rows": 20_000}
+    as_predicted = entry("first", gpus=2, **fields)
+    seconds = 0.1 * duration_of(replace(as_predicted, truth=Truth()), settings_of(as_predicted), 2)
+    first = entry("first", gpus=2, seconds=seconds, **fields)
+    assert 0.2 * seconds < measured_after(first, seconds) < 0.6 * seconds
+    second = entry("second", at=arrives * seconds, gpus=4, **fields)
+    second = replace(second, spec=second.spec.model_copy(update={"gpu_count": None}))
+    run = next(run for run in run_of(first, second, policy=WAITING_PAYS).runs if run.name == "second")
+    assert (run.start, run.gpus) == (pytest.approx(starts * seconds, abs=0.01), gpus)
+
+
+def settings_of(offer: TraceOffer) -> Settings:
+    return settings_under(WAITING_PAYS, offer.spec, 2)

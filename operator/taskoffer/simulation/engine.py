@@ -45,8 +45,8 @@ from taskoffer.simulation.truth import (
 )
 
 _DAY = 86_400.0
-_END, _ARRIVAL = 0, 1
-"""What happens. At the same moment jobs end first."""
+_END, _ARRIVAL, _WORD = 0, 1, 2
+"""What happens: a job ends, an offer arrives, a trainer says when it will end; at the same moment in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +163,8 @@ class _World:
         self._policy = PolicyView("policy", "policy-uid", 1, policy, is_default=True, created=START)
         self._spec = policy
         self._units = policy.resources[0].units_per_gpu or 1
-        names = (f"node-{number + 1}" for number in range(fleet.nodes))
-        self._nodes = [NodeView(name, fleet.gpus * self._units, True, labels) for name in names]
+        gpus = fleet.gpus * self._units
+        self._nodes = [NodeView(f"node-{number + 1}", gpus, True, labels) for number in range(fleet.nodes)]
         self._hardware = hardware_of(policy)
         self._counts_days = any(task.daily_floor is not None for task in policy.task_types)
         self._trace, self._fleet = trace, fleet
@@ -193,12 +193,12 @@ class _World:
         return min((at for at in (coming, self._wake) if at is not None), default=None)
 
     def advance(self, now: float) -> None:
-        """Let happen what happens at this moment: jobs end, then offers arrive."""
+        """Let happen what happens at this moment; a trainer's word is there for the cycle."""
         while self._events and self._events[0][0] <= now:
             _, kind, uid = heapq.heappop(self._events)
             if kind == _END:
                 self._end(uid, now)
-            else:
+            elif kind == _ARRIVAL:
                 self._arrive(uid)
 
     def cycle(self, now: float) -> None:
@@ -310,6 +310,7 @@ class _World:
     def _start(self, uid: str, job: _Job) -> None:
         self._running[uid] = job
         heapq.heappush(self._events, (job.ends, _END, uid))
+        heapq.heappush(self._events, (job.tells, _WORD, uid))
 
     def _end(self, uid: str, now: float) -> None:
         """Let a job end, unless it was stopped before and is to end at another time."""
