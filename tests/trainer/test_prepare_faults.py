@@ -134,6 +134,7 @@ def killed_ten_times(place: Place, seed: int) -> list[int]:
     """Kill a step ten times, see each time that nothing half is there, and return after how many requests it died."""
     files = {
         "config.json": b"{}",
+        "model.safetensors.index.json": b"{}",
         **{f"model-0000{n}-of-00004.safetensors": os.urandom(40_000 + n) for n in range(4)},
     }
     place.hub.add("acme/model", files)

@@ -19,8 +19,10 @@ from taskoffer_trainer.model_files import choose_model_files
 from .conftest import merge
 from .step_runs import Place, contents, dataset, model, web
 
+INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
 MODEL = {
     "config.json": b'{"model_type": "llama"}',
+    "model.safetensors.index.json": INDEX.encode(),
     "tokenizer.json": b"{}",
     "model-00001-of-00002.safetensors": os.urandom(70_000),
     "model-00002-of-00002.safetensors": os.urandom(50_000),
@@ -71,7 +73,6 @@ def test_of_weights_that_are_there_twice_those_come_that_training_reads(wanted: 
 
 
 PARTS = {f"model-0000{n}-of-00002.safetensors": b"w%d" % n for n in (1, 2)}
-INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
 SDXL = json.dumps({"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]})
 CONFIG = {"config.json": b"{}"}
 NOT_READY: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
@@ -86,6 +87,21 @@ NOT_READY: dict[str, tuple[dict[str, bytes], str, list[str]]] = {
         {**CONFIG, "model.safetensors.index.json": INDEX.encode(), "model-00001-of-00002.safetensors": b"w"},
         "ModelIncomplete",
         ["1 of the files that its index names", "model-00002-of-00002.safetensors"],
+    ),
+    "parts without their index": (
+        {**CONFIG, **PARTS},
+        "ModelIncomplete",
+        ["its parts and model.safetensors.index.json"],
+    ),
+    "a variant alone": (
+        {**CONFIG, "model.fp16.safetensors": b"h", "pytorch_model.bin": b"p"},
+        "ModelIncomplete",
+        ["the name of a variant (model.fp16.safetensors)", "store them without one", "name a model, or a revision"],
+    ),
+    "a variant alone in parts": (
+        {**CONFIG, "model.fp16-00001-of-00001.safetensors": b"h", "model.safetensors.index.fp16.json": b"{}"},
+        "ModelIncomplete",
+        ["the name of a variant (model.fp16-00001-of-00001.safetensors)"],
     ),
     "a component": (
         {"model_index.json": SDXL.encode(), f"{UNET}.safetensors": b"u", "vae/diffusion_pytorch_model.bin": b"p"},
@@ -114,6 +130,30 @@ def test_a_model_in_parts_is_ready_with_all_that_its_index_names(place: Place) -
     assert contents(place.item("model")) == files
 
 
+PICKLES = {f"pytorch_model-0000{n}-of-00002.bin": b"p%d" % n for n in (1, 2)}
+INDEX_OF_PICKLES = {
+    "pytorch_model.bin.index.json": json.dumps({"weight_map": dict(zip("ab", PICKLES, strict=True))}).encode()
+}
+
+
+def test_a_model_with_its_weights_as_safetensors_and_as_pickles_is_ready_without_the_pickles(place: Place) -> None:
+    wanted = {**CONFIG, **PARTS, "model.safetensors.index.json": INDEX.encode()}
+    place.hub.add("acme/model", {**wanted, **PICKLES, **INDEX_OF_PICKLES})
+    place.prepare(model())
+    assert contents(place.item("model")) == wanted
+    # What somebody has chosen otherwise can hold the index alone, which nobody reads.
+    place.prepare(model(source={"hub": {"allowPatterns": ["*.json", "*.safetensors"]}}), jobName="b")
+    assert contents(place.item("model", "b")) == {**wanted, **INDEX_OF_PICKLES}
+
+
+def test_pickles_that_would_be_loaded_have_to_be_all_there(place: Place) -> None:
+    first = next(iter(PICKLES))
+    place.hub.add("acme/model", {**CONFIG, first: PICKLES[first], "model.fp16.safetensors": b"h", **INDEX_OF_PICKLES})
+    error = place.refusal(model(source={"hub": {"allowPatterns": ["*"]}}))
+    assert (error.code, error.reason) == (ExitCode.NO_MODEL, "ModelIncomplete")
+    assert "the first is pytorch_model-00002-of-00002.bin" in error.message
+
+
 def test_a_pipeline_of_the_hub_comes_once_and_in_full_precision(place: Place) -> None:
     wanted = {
         "model_index.json": b"{}",
@@ -130,7 +170,7 @@ def test_a_pipeline_of_the_hub_comes_once_and_in_full_precision(place: Place) ->
 
 def test_patterns_take_the_place_of_the_choice(place: Place) -> None:
     place.hub.add("acme/model", {**MODEL, **NOT_READ})
-    patterns = {"allowPatterns": ["*.json", "*.bin", "onnx/"], "ignorePatterns": ["tokenizer*"]}
+    patterns = {"allowPatterns": ["*.json", "*.bin", "onnx/"], "ignorePatterns": ["tokenizer*", "model*"]}
     place.prepare(model(source={"hub": patterns}))
     assert contents(place.item("model")).keys() == {"config.json", "pytorch_model.bin", "onnx/model.onnx"}
 

@@ -186,5 +186,9 @@ def test_the_fingerprint_counts_what_changes_the_weights_and_nothing_else(base_c
     first = fingerprint(RunConfig.model_validate(wire))
     same = {**wire, "attempt": 5, "outputDir": "/p", "samplePrompts": ["?"], "deadline": "2030-01-01T00:00:00Z"}
     assert fingerprint(RunConfig.model_validate(same)) == first
-    for change in ({"gpus": 2}, {"lora": {"r": 9}}, {"train": {**wire["train"], "seed": 7}}):
+    stored = [{**wire, "data": {**wire["data"], "fileFormat": kind}} for kind in (None, "parquet", "hf")]
+    # An operator of another version may leave out what is found all the same.
+    assert {fingerprint(RunConfig.model_validate(one)) for one in stored} == {first}
+    elsewhere = {"data": {**wire["data"], "path": "/elsewhere"}}
+    for change in (elsewhere, {"gpus": 2}, {"lora": {"r": 9}}, {"train": {**wire["train"], "seed": 7}}):
         assert fingerprint(RunConfig.model_validate({**wire, **change})) != first

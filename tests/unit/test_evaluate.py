@@ -130,6 +130,10 @@ def claimless(field: str) -> dict[str, Any]:
     return {"spec": {field: None}}
 
 
+def of_one_file(url: str) -> dict[str, Any]:
+    return {"spec": {"dataset": {"fileFormat": "hf", "source": {"persistentVolumeClaim": None, "url": {"url": url}}}}}
+
+
 FEATURES: list[tuple[dict[str, Any], str]] = [
     ({"spec": {"model": {"source": None}}}, "model.source"),
     ({"spec": {"dataset": {"source": None}}}, "dataset.source"),
@@ -141,6 +145,8 @@ FEATURES: list[tuple[dict[str, Any], str]] = [
     ({"task_type": "Image", "spec": {"dataset": {"fileFormat": "jsonl"}}}, "dataset.fileFormat"),
     ({"spec": {"dataset": {"fileFormat": "zip"}}}, "dataset.fileFormat"),
     ({"task_type": "Chat", "spec": {"dataset": {"fileFormat": "zip"}}}, "dataset.fileFormat"),
+    (of_one_file("https://data.test/rows?sig=1"), "dataset.fileFormat"),
+    (of_one_file("s3://rows/set"), "dataset.fileFormat"),
     ({"spec": {"klCoefficient": "0.1"}}, "klCoefficient"),
     ({"spec": {"extraDatasets": [{"name": "x/y"}]}}, "extraDatasets"),
     ({"spec": {"model": {"yarnFactor": 2}}}, "model.yarnFactor"),

@@ -76,7 +76,9 @@ def test_a_subset_of_a_data_set_is_asked_for_by_its_name() -> None:
 FORMATS: list[tuple[Object, FileFormat | None, FileFormat]] = [
     ({"source": {"hub": {"name": "acme/rows"}}}, None, FileFormat.PARQUET),
     ({"source": {"hub": {"name": "acme/rows"}}, "fileFormat": "csv"}, FileFormat.CSV, FileFormat.CSV),
+    ({"source": {"hub": {"name": "acme/rows"}}, "fileFormat": "hf"}, None, FileFormat.HF),
     ({"source": {"url": {"url": "https://data.test/rows"}}}, FileFormat.JSONL, FileFormat.JSONL),
+    ({"source": {"url": {"url": "s3://rows/set/"}}, "fileFormat": "hf"}, FileFormat.HF, FileFormat.HF),
     ({"type": "Image", "instruct": None, "image": {}, "source": {"hub": {"name": "acme/pictures"}}},
      FileFormat.ZIP, FileFormat.ZIP),
 ]  # fmt: skip
@@ -92,6 +94,25 @@ def test_a_format_that_nobody_has_told_is_looked_for_on_a_hub_alone(
     steps = Steps.model_validate(STEPS)
     assert data_item(dataset, steps).file_format is ours
     assert data_item(dataset, steps, told_format(dataset)).file_format is foreign
+
+
+FOLDERS: list[Object] = [{"hub": {"name": "acme/rows"}}, {"url": {"url": "s3://rows/set/"}}]
+
+
+@pytest.mark.parametrize(("source"), FOLDERS, ids=["hub", "prefix"])
+def test_a_data_sets_folder_is_taken_from_where_there_are_folders(source: Object) -> None:
+    spec: Object = {"dataset": {"source": {"persistentVolumeClaim": None, **source}, "fileFormat": "hf"}}
+    assert decide(offer(spec=spec), policies=[policy(steps=STEPS)]).answer.reason is Reason.ADMITTED
+
+
+def test_a_data_sets_folder_behind_the_address_of_one_file_is_refused_with_the_formats_of_files() -> None:
+    source: Object = {"persistentVolumeClaim": None, "url": {"url": "s3://rows/set"}}
+    answer = decide(
+        offer(spec={"dataset": {"source": source, "fileFormat": "hf"}}), policies=[policy(steps=STEPS)]
+    ).answer
+    assert answer.reason is Reason.FEATURE_NOT_SERVED
+    assert "set it to one of json, jsonl, csv, parquet, as the file is: hf is a folder" in answer.message
+    assert "s3://bucket/folder/" in answer.message
 
 
 def test_the_example_of_the_guide_names_files_that_are_there() -> None:

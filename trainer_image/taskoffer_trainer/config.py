@@ -215,9 +215,11 @@ _FREE_OF_GRPO = ("reward_call_seconds", "reward_memory_bytes", "reward_failures"
 def identity(config: RunConfig) -> dict[str, object]:
     """Return what a checkpoint depends on: two runs with the same identity can continue each other.
 
-    The number of processes and of rows that go through a model at once do not count, only their product does.
+    The number of processes and of rows that go through a model at once do not count, only their product does. Nor does
+    how the data is said to be stored: that is found out where it is not said, of the same files under the same path.
     """
     said = config.model_dump(mode="json", by_alias=True, include={"task_type", "model", "data", "lora"})
+    said["data"].pop("fileFormat", None)
     free: dict[str, Any] = {**dict.fromkeys(_FREE, True), "grpo": set(_FREE_OF_GRPO)}
     train = config.train.model_dump(mode="json", by_alias=True, exclude=free)
     return {**said, "train": train, "globalBatch": global_batch(config)}

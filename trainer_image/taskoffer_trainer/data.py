@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from taskoffer.api.contract import DataConfig, ExitCode, FileFormat
 from taskoffer_trainer.failures import TrainerError, bad_data
-from taskoffer_trainer.hf_folder import ARROW, hf_files
+from taskoffer_trainer.hf_folder import ARROW, chosen_files, hf_files
 from taskoffer_trainer.row_files import formats_of
 
 __all__ = ["LeftOut", "Row", "Split", "bad_data", "cell_text", "read_rows", "split_rows"]
@@ -86,10 +86,12 @@ def _format_there(path: Path) -> FileFormat:
 
 def _files(path: Path, file_format: FileFormat | None) -> tuple[list[Path], str]:
     """Return the files to read and what they hold, as a file name's suffix."""
+    fetched = file_format is None
     if file_format is None:
         file_format = _format_there(path)
     if file_format is FileFormat.HF:
-        found_in = hf_files(path)
+        # Of what was fetched the split is chosen already; its name need not be that of one to train on.
+        found_in = chosen_files(path) if fetched else hf_files(path)
         of = f"split {found_in.split}" if found_in.split else "the only split"
         there = f" (also there, not read: {', '.join(found_in.others)})" if found_in.others else ""
         print(f"data: {of} of {path}, {len(found_in.paths)} .{found_in.suffix} file(s){there}", flush=True)

@@ -224,9 +224,10 @@ def choose_split(
             of_split = inside
     found = formats_of(of_split)
     there = ", ".join(f"{len(files)} {one.value}" for one, files in found.items()) or "none"
-    wanted = file_format or next(iter(found), None)
+    # A data set's folder is what hf names, in whatever format a repository has it.
+    wanted = next(iter(found), None) if file_format in (None, FileFormat.HF) else file_format
     if wanted is None or wanted not in found:
-        as_what = "" if file_format is None else f" as {file_format.value}"
+        as_what = "" if file_format in (None, FileFormat.HF) else f" as {file_format.value}"
         raise missing(
             ItemKind.DATA,
             "SplitMissing",
@@ -234,7 +235,21 @@ def choose_split(
             f"{', '.join(p for files in formats_of(paths).values() for p in files[:3]) or 'none'}); set split, "
             "configName or fileFormat",
         )
-    return found[wanted], wanted
+    return _one_saved(found[wanted], hub, split) if wanted is FileFormat.HF else found[wanted], wanted
+
+
+def _one_saved(paths: list[str], hub: HubFiles, split: str) -> list[str]:
+    """Keep the one saved data set that is called like the split, or the only one that names it."""
+    folders = sorted({PurePosixPath(path).parent for path in paths})
+    chosen = [folder for folder in folders if folder.name == split] or folders
+    if len(chosen) > 1:
+        raise missing(
+            ItemKind.DATA,
+            "SplitAmbiguous",
+            f"{hub.repository} has {len(chosen)} saved data sets of split {split!r} "
+            f"({', '.join(map(str, chosen[:8]))}); set split or configName to the folder of one",
+        )
+    return [path for path in paths if PurePosixPath(path).parent == chosen[0]]
 
 
 def _names_split(path: str, split: str) -> bool:

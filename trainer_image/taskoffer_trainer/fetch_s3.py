@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 
-from taskoffer.api.contract import ExitCode
+from taskoffer.api.contract import ExitCode, FileFormat
 from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS, check_address
 from taskoffer_trainer.buckets import Bucket, Listed, read_keys
 from taskoffer_trainer.cache import CachedFile, key_of
@@ -57,10 +57,12 @@ def list_s3(context: Context) -> Listing:
     found = _ask(context, bucket, fetching.client, source.url)
     names = {check_path(one.key.removeprefix(bucket.prefix), item.kind): one for one in found}
     chosen = list(names)
-    if item.file_format is not None:
-        chosen = formats_of(chosen).get(item.file_format, [])
+    # Which files of a data set's folder are read is said by others of them.
+    suffix = item.file_format if item.file_format is not FileFormat.HF else None
+    if suffix is not None:
+        chosen = formats_of(chosen).get(suffix, [])
     if not chosen:
-        what = "no objects" if item.file_format is None else f"no objects that end in .{item.file_format.value}"
+        what = "no objects" if suffix is None else f"no objects that end in .{suffix.value}"
         raise missing(item.kind, "NothingToFetch", f"{item.name}: {source.url} holds {what}")
     files = tuple(
         Wanted(path, _getter(fetching, remote(names[path].key, names[path])), names[path].size) for path in chosen

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from taskoffer_trainer.failures import TrainerError, bad_data
 
-__all__ = ["ARROW", "HfFiles", "hf_files"]
+__all__ = ["ARROW", "HfFiles", "chosen_files", "hf_files"]
 
 ARROW = "arrow"
 """Suffix of the files that ``save_to_disk`` writes; not a format of its own in a RunConfig."""
@@ -65,6 +65,19 @@ def hf_files(folder: Path) -> HfFiles:
     if (folder / "state.json").is_file():
         return HfFiles(_saved_files(folder), ARROW, "")
     return _repository(folder)
+
+
+def chosen_files(folder: Path) -> HfFiles:
+    """Find the files of the saved data set that was fetched as one split, however that is called.
+
+    Raises:
+        TrainerError: ``BAD_DATA`` when there is more than one of them.
+    """
+    saved = sorted(path.parent for path in folder.rglob("state.json") if not _hidden(path, folder))
+    if len(saved) != 1:
+        names = [path.relative_to(folder).as_posix() for path in saved]
+        raise _ambiguous(folder, "saved data sets", names)
+    return HfFiles(_saved_files(saved[0]), ARROW, "" if saved[0] == folder else saved[0].name)
 
 
 def _json(path: Path) -> object:

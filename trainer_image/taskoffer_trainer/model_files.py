@@ -17,6 +17,11 @@ _SHARD = r"(-\d+-of-\d+)?"
 _PLAIN = re.compile(rf"{_WEIGHTS}{_SHARD}\.safetensors")
 _VARIANT = re.compile(rf"{_WEIGHTS}\.[^.]+?{_SHARD}\.safetensors|{_WEIGHTS}\.safetensors\.index\.[^.]+\.json")
 _CONSOLIDATED = re.compile(r"consolidated.*\.safetensors(\.index\.json)?")
+_INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[^.]+)?\.json")
+_OF_PICKLES = re.compile(r".*\.bin\.index(\.[^.]+)?\.json")
+_WITH_VARIANT = re.compile(r"[^./]+\.[^./]+\.(safetensors|bin)")
+_LOADED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What transformers looks for beside config.json when it is asked for no variant, in this order."""
 _NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 """Components of the pipelines that are trained here which have weights."""
 
@@ -32,6 +37,8 @@ def choose_model_files(paths: list[str]) -> list[str]:
         path
         for path in paths
         if any(fnmatchcase(PurePosixPath(path).name, pattern) for pattern in _MODEL_FILES)
+        # The parts that such an index names are pickles: without them it names what is not there.
+        and not _OF_PICKLES.fullmatch(path)
         and not path.startswith(("original/", "onnx/", "openvino/", "."))
     ]
     if "model_index.json" in paths:
@@ -63,7 +70,8 @@ def what_is_lacking(folder: Path, paths: list[str]) -> str:
     there = set(paths)
     if not there.intersection(_MARKS):
         return f"it has neither {' nor '.join(_MARKS)}"
-    lost = sorted({shard for path in paths if ".index" in path for shard in _shards(folder, path)} - there)
+    indexes = [path for path in paths if _INDEX.fullmatch(path) and not _is_passed_over(path, there)]
+    lost = sorted({shard for index in indexes for shard in _shards(folder, index)} - there)
     if lost:
         return f"{len(lost)} of the files that its index names are not there, the first is {lost[0]}"
     if "model_index.json" in there:
@@ -74,10 +82,30 @@ def what_is_lacking(folder: Path, paths: list[str]) -> str:
         if bare or not _has_weights(paths, ""):
             return f"there are no weights (*.safetensors) of {', '.join(bare) or 'any component'}"
         return ""
-    top = [path for path in paths if "/" not in path and not _CONSOLIDATED.fullmatch(path)]
-    if not any(path.endswith((".safetensors", ".bin")) for path in top):
-        return "there are no weights beside config.json that training can load: model.safetensors, or its parts"
-    return ""
+    return _lacks_a_text_model(folder, there)
+
+
+def _is_passed_over(index: str, there: set[str]) -> bool:
+    """Tell whether nobody reads an index of pickles: only a text model without safetensors is loaded from them."""
+    if not _OF_PICKLES.fullmatch(index):
+        return False
+    safe = {str(PurePosixPath(index).with_name(name)) for name in _LOADED[:2]}
+    return "model_index.json" in there or bool(safe & there)
+
+
+def _lacks_a_text_model(folder: Path, there: set[str]) -> str:
+    told = _read(folder / "config.json").get("transformers_weights")
+    if there.intersection(_LOADED) or str(told) in there:
+        return ""
+    variants = sorted(path for path in there if _WITH_VARIANT.fullmatch(path) and not _CONSOLIDATED.fullmatch(path))
+    if variants:
+        return (
+            f"its weights have the name of a variant ({', '.join(variants[:3])}), and training loads {_LOADED[0]} or "
+            f"the parts that {_LOADED[1]} names; store them without one, as save_pretrained does"
+        )
+    return (
+        f"there are no weights beside config.json that training can load: {_LOADED[0]}, or its parts and {_LOADED[1]}"
+    )
 
 
 def _has_weights(paths: list[str], prefix: str) -> bool:
@@ -86,8 +114,6 @@ def _has_weights(paths: list[str], prefix: str) -> bool:
 
 def _shards(folder: Path, index: str) -> set[str]:
     """Return the files that an index of weights names, as paths in the model's folder."""
-    if not re.search(r"\.(safetensors|bin)\.index(\.[^.]+)?\.json$", index):
-        return set()
     named = _read(folder / index).get("weight_map")
     files = named.values() if isinstance(named, dict) else ()
     return {(PurePosixPath(index).parent / file).as_posix() for file in files if isinstance(file, str)}

@@ -183,7 +183,9 @@ class FetchItem(WireModel):
     sha256: Sha256 | None = Field(None, description="SHA-256 that a single file must have.")
     size_limit: Bytes | None = Field(None, description="Most bytes that the item may have.")
     file_format: FileFormat | None = Field(
-        None, description="Format of data: of several in a data set only this one is taken."
+        None,
+        description="Format of data: of several in a data set only this one is taken; hf takes a whole folder, and "
+        "of a repository on a hub what is found.",
     )
 
     @model_validator(mode="after")

@@ -30,29 +30,46 @@ from taskoffer.decision.step_needs import data_claim, model_claim
 def format_of(dataset: Dataset) -> FileFormat | None:
     """Return how the rows are stored: as the offer says, else as is usual for where they come from.
 
-    None where a data set on a hub has to be looked at: it comes in one format, and the training reads what has come.
+    None where a data set on a hub has to be looked at, which is also what hf means there: it comes in one format, and
+    the training reads what has come.
     """
-    if dataset.file_format is not None:
+    on_hub = dataset.source is not None and dataset.source.hub is not None
+    if dataset.file_format is not None and not (on_hub and dataset.file_format is FileFormat.HF):
         return dataset.file_format
     if dataset.type is DatasetType.IMAGE:
         return FileFormat.ZIP
-    return None if dataset.source is not None and dataset.source.hub is not None else FileFormat.JSONL
+    return None if on_hub else FileFormat.JSONL
 
 
 def told_format(dataset: Dataset) -> FileFormat:
     """Return the format that a trainer of somebody else is told, which has to know it before anything was looked at."""
-    return format_of(dataset) or FileFormat.PARQUET
+    return dataset.file_format or format_of(dataset) or FileFormat.PARQUET
 
 
 def other_format(spec: TaskOfferSpec) -> str | None:
     """Say which format the trainer reads in place of the offer's, or None where it reads that."""
     given, pictures = spec.dataset.file_format, spec.dataset.type is DatasetType.IMAGE
-    if spec.trainer is not None or given is None or (given is FileFormat.ZIP) == pictures:
+    if spec.trainer is not None or given is None:
         return None
-    if pictures:
+    if pictures and given is not FileFormat.ZIP:
         return "set it to zip: pictures with captions come as an archive, or as a folder of the same files"
-    others = ", ".join(form.value for form in FileFormat if form is not FileFormat.ZIP)
-    return f"set it to one of {others}: zip holds pictures"
+    if not pictures and given is FileFormat.ZIP:
+        return f"set it to one of {_names_without(FileFormat.ZIP)}: zip holds pictures"
+    if given is FileFormat.HF and _is_one_file(spec.dataset.source):
+        return (
+            f"set it to one of {_names_without(FileFormat.ZIP, FileFormat.HF)}, as the file is: hf is a folder, and "
+            "dataset.source.url is one file unless it is a prefix in a bucket, s3://bucket/folder/"
+        )
+    return None
+
+
+def _names_without(*formats: FileFormat) -> str:
+    return ", ".join(form.value for form in FileFormat if form not in formats)
+
+
+def _is_one_file(source: DatasetSource | None) -> bool:
+    url = source.url.url if source is not None and source.url is not None else None
+    return url is not None and not (url.startswith("s3://") and url.endswith("/"))
 
 
 def model_item(model: Model, steps: Steps) -> FetchItem:
