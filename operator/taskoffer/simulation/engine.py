@@ -145,10 +145,6 @@ class _Job:
         return str(self.view.key)
 
     @property
-    def namespace(self) -> str:
-        return self.view.key.namespace
-
-    @property
     def level(self) -> int:
         return self.evaluation.priority.level if self.evaluation.priority is not None else 0
 
@@ -243,7 +239,9 @@ class _World:
             siblings={place: tuple(self._siblings[place].values()) for place in self._shared},
             evaluations=self._evaluations,
             releases=[
-                Release(uid, job.node, job.gpus, job.predicted_end(now), policy, job.lane, job.namespace, job.name)
+                Release(
+                    uid, job.node, job.gpus, job.predicted_end(now), policy, job.lane, job.view.key.namespace, job.name
+                )
                 for uid, job in jobs
             ],
             running=[self._preemptible(uid, job, now) for uid, job in jobs] if self._spec.preemption else (),
