@@ -17,6 +17,7 @@ from taskoffer.decision.job_facts import DeleteJob, EnsureAttempt, EnsureStep, J
 
 FULL = json.dumps({"exitCode": 138, "reason": "CacheFull", "message": "Try again when jobs have ended"})
 DOWN = json.dumps({"exitCode": 138, "reason": "HubUnavailable", "message": "the hub answered 503"})
+PREDICTED: Object = {"trainingSeconds": 250, "durationFactor": "2.0", "peakMemoryBytes": 1, "checkpointBytes": 1}
 PAUSES: Object = {"backoffSeconds": 60, "backoffMaxSeconds": 200}
 
 
@@ -122,6 +123,41 @@ def test_the_last_try_begins_half_a_minute_before_the_deadline(after: float, aga
         assert states(plan) == {"Train": "Succeeded", "Submit": "Failed"}
     else:
         assert step_of(kept(made, plan), StepName.SUBMIT).next_try_at == at(again)
+
+
+SUBMITS_600: Object = merged(SUBMITTED, {"steps": merged(STEPS, {"submitSeconds": 600})})
+LAST_BEGINS: dict[str, tuple[Object, float]] = {
+    # What the job is: when Prepare, first begun after 10 s, is begun again for the last time.
+    "half of the time is left": ({}, 1805),
+    "half of what handing over leaves": (SUBMITS_600, 1505),
+    "the predicted time is left": ({"predicted": PREDICTED}, 3100),
+    "the predicted time is left before the handing over": (merged(SUBMITS_600, {"predicted": PREDICTED}), 2500),
+    "half of the time for a training that needs nearly all": (
+        {"predicted": merged(PREDICTED, {"trainingSeconds": 3000})},
+        1805,
+    ),
+    "a step may not take longer": ({"steps": merged(STEPS, {"timeoutSeconds": 900})}, 880),
+}
+
+
+@pytest.mark.parametrize("case", LAST_BEGINS)
+def test_prepare_is_begun_again_only_while_the_training_can_use_what_it_fetches(case: str) -> None:
+    run, last = LAST_BEGINS[case]
+    made = job(merged(merged({"steps": STEPS}, FETCHED), run))
+    made = kept(made, look(made))
+    early = look(made, {StepName.PREPARE: asks_again("prepare")}, after=last - 20)
+    again = step_of(kept(made, early), StepName.PREPARE)
+    assert again.next_try_at == at(last), "the pause ends early, so that there is one more try"
+    late = look(made, {StepName.PREPARE: asks_again("prepare")}, after=last)
+    reason, message = told(late, "Failed")
+    assert reason == "PrepareFailed"
+    assert "the hub answered 503; try 1 was the last before 2026-01-31T12:" in message
+
+
+def test_prepare_does_not_run_into_the_time_for_handing_over() -> None:
+    (action,) = look(job(merged(FETCHED, SUBMITS_600))).actions
+    assert isinstance(action, EnsureStep)
+    assert (action.seconds, action.deadline) == (2990, at(3600))
 
 
 def test_a_deadline_that_passes_in_a_pause_ends_the_job_with_what_the_step_said() -> None:
