@@ -118,7 +118,8 @@ class StepDraft(JobDraft):
         if name is StepName.PREPARE:
             # The first one counts: the configuration that carries it is written once.
             self.steps[name] = step.model_copy(update={"lease_until": until})
-        return EnsureStep(name, seconds, deadline, until, step.repeats or 0, self.early_end is not None)
+        repeats, failures = step.repeats or 0, step.failures or 0
+        return EnsureStep(name, seconds, deadline, until, repeats, failures, self.early_end is not None)
 
     def _step_runs(self, name: StepName, view: StepView, train: str) -> JobPlan:
         running, _, what = _SAYS[name]
