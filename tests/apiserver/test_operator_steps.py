@@ -62,6 +62,9 @@ def test_a_step_that_asks_to_be_started_again_is_begun_anew_after_a_pause_and_th
     assert {text.partition(":")[0] for text in told} == {"try 1", "try 2"}
     # The Jobs of the tries before are not kept.
     bench.gone(bench.path("jobs", f"{name}-prepare", api="/apis/batch/v1"))
+    kept = bench.api.request("GET", bench.path("configmaps", api="/api/v1"))["items"]
+    of_steps = [one["metadata"]["name"] for one in kept if "taskoffer.dev/step" in one["metadata"].get("labels", {})]
+    assert of_steps == [f"{name}-prepare"], "no try leaves one of its own"
 
 
 def test_an_end_that_would_come_again_fails_the_task_at_once(bench: Bench) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from builders import make_policy
+from builders import make_node, make_policy
 from core_builders import NOW
 from fake_replica import Rig, end_pod, leading
 from played_pods import JOB, created, submits, trains
-from taskoffer.adapters.kube import BATCH_JOBS, CONFIG_MAPS, JOBS_OF_TRAINING, Object
+from taskoffer.adapters.kube import BATCH_JOBS, CONFIG_MAPS, JOBS_OF_TRAINING, NODES, PODS, Object
 from taskoffer.api.base import rfc3339
 from taskoffer.api.contract import ProgressReport, SubmitConfig
 from taskoffer.reconcile import replica
@@ -100,5 +100,49 @@ def test_a_training_that_does_not_end_is_stopped_in_time_and_its_best_adapter_so
             assert status_of(rig)["earlyEnd"]["reason"] == "DeadlineExceeded"
             submits(rig, submit, 0, HANDED)
             await rig.until(lambda: rig.finished() == "Succeeded")
+
+    run_virtually(main())
+
+
+MORE_ATTEMPTS = make_policy(
+    steps={"cache": {"claimName": "cache"}, "submitSeconds": 600},
+    attempts={"maxAttempts": 3, "backoffSeconds": 5, "nodeLostSeconds": 30},
+)
+
+
+async def _loses_its_node(rig: Rig) -> None:
+    """Let a training that has kept an adapter lose its node, while there is no room elsewhere."""
+    rig.offer(spec=TARGET, hours=1)
+    await trains(rig)
+    await rig.until(lambda: "provisional" in status_of(rig))
+    away = {"type": "Ready", "status": "Unknown", "lastTransitionTime": rfc3339(NOW)}
+    rig.kube.change(NODES, "node-a", {"status": {"conditions": [away]}}, "")
+    await rig.until(lambda: status_of(rig)["attempts"][0].get("outcome") == "NodeLost", seconds=200)
+
+
+def test_a_pod_that_stays_on_a_lost_node_does_not_keep_the_best_adapter_from_being_handed_over() -> None:
+    async def main() -> None:
+        async with leading(nodes={"node-a": 1}, policy=MORE_ATTEMPTS) as rig:
+            await _loses_its_node(rig)
+            submit = await created(rig, f"{JOB}-submit")
+            assert status_of(rig)["earlyEnd"]["reason"] == "DeadlineExceeded"
+            assert rig.booked() == {"node-a": 1}, "its pod may still run"
+            submits(rig, submit, 0, HANDED)
+            await rig.until(lambda: rig.finished() == "Succeeded")
+
+    run_virtually(main())
+
+
+def test_a_job_that_hands_its_best_adapter_over_takes_no_gpus_that_come_free() -> None:
+    async def main() -> None:
+        async with leading(nodes={"node-a": 1}, policy=MORE_ATTEMPTS) as rig:
+            await _loses_its_node(rig)
+            rig.kube.remove(PODS, f"{JOB}-1-pod")
+            await rig.until(lambda: rig.session.world.moves)
+            await created(rig, f"{JOB}-submit")
+            rig.kube.put(NODES, make_node("node-b", gpus=1), uid="node-b-uid")
+            rig.offer("rival", hours=0.5)
+            await rig.until(lambda: rig.verdict("rival") == ("True", "Admitted"))
+            assert rig.booked() == {"node-b": 1}
 
     run_virtually(main())

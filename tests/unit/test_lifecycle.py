@@ -375,6 +375,40 @@ def test_a_pod_of_an_earlier_attempt_keeps_a_cancelled_job_from_ending() -> None
     assert said(made, "Failed") is None
 
 
+LOST = {"node-a": NodeHealth(False, at(1000)), "node-b": NodeHealth(True, NOW)}
+STOPPED_WITH_A_POD: dict[str, tuple[float, Object, Mapping[str, NodeHealth], str | None]] = {
+    # After so many seconds, with this attempt and these nodes: how does the cancelled job stand?
+    "its node has just gone away": (1100, attempt(started=5), LOST, None),
+    "its node is away for too long": (1120, attempt(started=5), LOST, "NodeLost"),
+    "it was given up with its node": (1001, attempt(outcome="NodeLost"), LOST, "NodeLost"),
+    "its node is gone, and Kubernetes removes the pod": (1120, attempt(started=5), {}, None),
+    "it was given up with a node that is gone": (1001, attempt(outcome="NodeLost"), {}, "NodeLost"),
+    "its node has come back": (1001, attempt(outcome="NodeLost"), READY, None),
+}
+
+
+@pytest.mark.parametrize("case", STOPPED_WITH_A_POD)
+def test_a_job_that_stops_does_not_wait_for_a_pod_that_is_lost_with_its_node(case: str) -> None:
+    after, made, nodes, outcome = STOPPED_WITH_A_POD[case]
+    offer = replace(admitted(), active=False)
+    plan = look(job([made]), after=after, offer=offer, pods=[pod(started=5)], nodes=nodes)
+    if outcome is None:
+        assert said(plan, "Running") == ("True", "Stopping")
+        assert plan.wake_at == (at(1120) if nodes is LOST else None)
+    else:
+        assert said(plan, "Failed") == ("True", "Cancelled")
+        assert last_outcome(plan) == outcome
+
+
+def test_a_node_that_goes_away_shortly_before_the_end_does_not_keep_a_job_from_ending() -> None:
+    made, away = job([attempt(started=5)]), {"node-a": NodeHealth(False, at(3550))}
+    seen: dict[str, Any] = {"pods": [pod(started=5)], "nodes": away}
+    waits = look(made, after=3601, jobs=[batch()], **seen)
+    assert (waits.actions, waits.wake_at) == ((SuspendJob(FIRST),), at(3670))
+    ends = look(made, after=3670, jobs=[batch(suspended=True)], **seen)
+    assert said(ends, "Failed") == ("True", "DeadlineExceeded")
+
+
 def test_a_job_cancelled_before_anything_was_created_ends_at_once() -> None:
     made = look(job(), offer=replace(admitted(), active=False))
     assert made.actions == ()

@@ -14,9 +14,11 @@ from taskoffer.api.contract import ExitCode
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.trainingjob import StepName, StepStatus, TrainingJob
 from taskoffer.decision.job_facts import DeleteJob, EnsureAttempt, EnsureStep, JobPlan, StepView, SuspendJob
+from taskoffer.render.steps import step_config_map, step_job
 
 FULL = json.dumps({"exitCode": 138, "reason": "CacheFull", "message": "Try again when jobs have ended"})
 DOWN = json.dumps({"exitCode": 138, "reason": "HubUnavailable", "message": "the hub answered 503"})
+PREDICTED: Object = {"trainingSeconds": 250, "durationFactor": "2.0", "peakMemoryBytes": 1, "checkpointBytes": 1}
 PAUSES: Object = {"backoffSeconds": 60, "backoffMaxSeconds": 200}
 
 
@@ -88,7 +90,7 @@ def test_a_full_cache_is_waited_for_before_the_training() -> None:
     assert (again.next_try_at, again.lease_until) == (at(160), lease)
     assert "Try again when jobs have ended" in (again.message or "")
     begun = look(made, after=160)
-    assert begun.actions == (EnsureStep(StepName.PREPARE, 3440, at(3600), lease or at(0), repeats=1),)
+    assert begun.actions == (EnsureStep(StepName.PREPARE, 3440, at(3600), lease or at(0), repeats=1, failures=1),)
     ended = look(made, {StepName.PREPARE: made_by("pre-1", ended=True)}, after=170)
     assert [type(action) for action in ended.actions] == [EnsureAttempt]
 
@@ -122,6 +124,55 @@ def test_the_last_try_begins_half_a_minute_before_the_deadline(after: float, aga
         assert states(plan) == {"Train": "Succeeded", "Submit": "Failed"}
     else:
         assert step_of(kept(made, plan), StepName.SUBMIT).next_try_at == at(again)
+
+
+SUBMITS_600: Object = merged(SUBMITTED, {"steps": merged(STEPS, {"submitSeconds": 600})})
+LAST_BEGINS: dict[str, tuple[Object, float]] = {
+    # What the job is: when Prepare, first begun after 10 s, is begun again for the last time.
+    "half of the time is left": ({}, 1805),
+    "half of what handing over leaves": (SUBMITS_600, 1505),
+    "the predicted time is left": ({"predicted": PREDICTED}, 3100),
+    "the predicted time is left before the handing over": (merged(SUBMITS_600, {"predicted": PREDICTED}), 2500),
+    "half of the time for a training that needs nearly all": (
+        {"predicted": merged(PREDICTED, {"trainingSeconds": 3000})},
+        1805,
+    ),
+    "a step may not take longer": ({"steps": merged(STEPS, {"timeoutSeconds": 900})}, 880),
+}
+
+
+@pytest.mark.parametrize("case", LAST_BEGINS)
+def test_prepare_is_begun_again_only_while_the_training_can_use_what_it_fetches(case: str) -> None:
+    run, last = LAST_BEGINS[case]
+    made = job(merged(merged({"steps": STEPS}, FETCHED), run))
+    made = kept(made, look(made))
+    early = look(made, {StepName.PREPARE: asks_again("prepare")}, after=last - 20)
+    again = step_of(kept(made, early), StepName.PREPARE)
+    assert again.next_try_at == at(last), "the pause ends early, so that there is one more try"
+    late = look(made, {StepName.PREPARE: asks_again("prepare")}, after=last)
+    reason, message = told(late, "Failed")
+    assert reason == "PrepareFailed"
+    assert "the hub answered 503; try 1 was the last before 2026-01-31T12:" in message
+
+
+def test_prepare_does_not_run_into_the_time_for_handing_over() -> None:
+    (action,) = look(job(merged(FETCHED, SUBMITS_600))).actions
+    assert isinstance(action, EnsureStep)
+    assert (action.seconds, action.deadline) == (2990, at(3600))
+
+
+def test_the_tries_of_a_step_share_one_config_map_and_those_of_a_new_round_another() -> None:
+    made = job({**FETCHED, "steps": STEPS})
+    first, third, renewed = (
+        EnsureStep(StepName.PREPARE, 600, at(3600), at(7200), repeats=repeats, failures=failures)
+        for repeats, failures in ((0, 0), (2, 2), (3, 0))
+    )
+    names = [step_config_map(made, action)["metadata"]["name"] for action in (first, third, renewed)]
+    assert names == [f"{NAME}-prepare", f"{NAME}-prepare", f"{NAME}-pre-3"]
+    assert step_config_map(made, first) == step_config_map(made, third)
+    for action, name in zip((first, third, renewed), names, strict=True):
+        (volume,) = (v for v in step_job(made, action)["spec"]["template"]["spec"]["volumes"] if v["name"] == "run")
+        assert volume["configMap"] == {"name": name}
 
 
 def test_a_deadline_that_passes_in_a_pause_ends_the_job_with_what_the_step_said() -> None:

@@ -121,7 +121,7 @@ class Reason(StrEnum):
     PREPARE_FAILED = "PrepareFailed", "Model or data could not be fetched, or are not what the offer says."
     STEP_PAUSED = (
         "StepPaused",
-        "A step around the training asked to be started again; it is, after a pause, until the deadline.",
+        "A step around the training asked to be started again; it is, after a pause, while there is time for it.",
     )
     SUBMITTING = "Submitting", "The training is over and its result is being handed over; its GPUs are free."
     SUBMIT_FAILED = "SubmitFailed", "The result could not be handed over; it is still on its claim."

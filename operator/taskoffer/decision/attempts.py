@@ -66,6 +66,12 @@ def needs_devices(status: TrainingJobStatus, job_name: str) -> bool:
     return last is None or (last.job_name == job_name and last.outcome is None)
 
 
+def needs_no_place(status: TrainingJobStatus) -> bool:
+    """Tell whether no attempt comes any more: the job is over, or hands its best adapter so far over."""
+    over = is_true(status.conditions, "Complete") or is_true(status.conditions, "Failed")
+    return over or status.early_end is not None
+
+
 def need_of(last: Attempt) -> str:
     """Say what the attempt after this one waits for."""
     wanted = " + ".join(f"{a.count} x {a.resource_name}" for a in last.assignments)

@@ -132,6 +132,8 @@ class EnsureStep:
     """Until when the job keeps its files in the cache."""
     repeats: int = 0
     """How often it was begun before."""
+    failures: int = 0
+    """How often of these it has asked to be started again: it was told the same each time."""
     provisional: bool = False
     """Whether it hands over the best adapter so far, of a training that has ended early."""
 

@@ -38,6 +38,7 @@ from taskoffer.decision.job_facts import (
     Refusal,
     SuspendJob,
 )
+from taskoffer.decision.lost_pods import awaited_pods
 from taskoffer.decision.measured import with_measured
 from taskoffer.decision.moments import later
 from taskoffer.decision.placed_jobs import MoveRequest
@@ -358,17 +359,21 @@ class _Pass(EarlyEndDraft):
         return move_request(self.facts, self.current, frozenset(avoided))
 
     def _stop(self, reason: Reason, why: str) -> JobPlan:
-        """Ask the pods to stop, and end the job once all of them have ended."""
-        alive = [p for p in self.facts.pods if not p.terminal]
+        """Ask the pods to stop, and end the job once all of them have ended that are not lost with their node."""
+        alive = awaited_pods(self.facts, self.attempts)
         if self.job is not None and not self.job.finished and not self.job.suspended:
             self.actions.append(SuspendJob(self.job.name))
             self.notices.append(Notice(Reason.STOPPING, f"{why}: the pods are asked to stop"))
         self.actions.extend(steps_to_stop(self.facts))
         if alive:
+            for lost in filter(None, alive):
+                self._wake(lost)
             self._condition("Running", True, Reason.STOPPING, f"{why}; {len(alive)} pod(s) are asked to stop")
             return self._plan("Running")
         if self.current.outcome is None:
-            self._amend(outcome=AttemptOutcome.STOPPED, finished_at=self.facts.now, message=why)
+            own = self.pod is not None and not self.pod.terminal
+            outcome = AttemptOutcome.NODE_LOST if own else AttemptOutcome.STOPPED
+            self._amend(outcome=outcome, finished_at=self.facts.now, message=why)
         return self._end_early(reason, why) if reason is Reason.DEADLINE_EXCEEDED else self._fail(reason, why)
 
     def _complete(self, report: Termination | None) -> JobPlan:

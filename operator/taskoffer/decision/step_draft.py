@@ -11,8 +11,10 @@ from taskoffer.api.v1alpha1.trainingjob import MOST_REPEATS, Result, StepName, S
 from taskoffer.decision.attempts import asked_again_at
 from taskoffer.decision.job_draft import JobDraft
 from taskoffer.decision.job_facts import DeleteJob, EnsureStep, JobPlan, Notice, StepView
+from taskoffer.decision.measured import expected_seconds
 from taskoffer.decision.moments import later
 from taskoffer.decision.naming import step_name
+from taskoffer.decision.own_trainer import submit_seconds
 from taskoffer.decision.step_needs import has_target, is_prepared, is_submitted
 from taskoffer.decision.trainer_words import last_words, parse_termination, result_of
 
@@ -104,8 +106,9 @@ class StepDraft(JobDraft):
         settings, now = self.run_spec.steps, self.facts.now
         assert settings is not None  # noqa: S101
         seconds = settings.timeout_seconds
-        if deadline is not None:
-            seconds = min(seconds, max(_SHORTEST_SECONDS, int((deadline - now).total_seconds())))
+        ends = self._training_ends() if name is StepName.PREPARE else deadline
+        if ends is not None:
+            seconds = min(seconds, max(_SHORTEST_SECONDS, int((ends - now).total_seconds())))
         step = self.steps[name]
         until = step.lease_until
         if until is None:
@@ -115,7 +118,8 @@ class StepDraft(JobDraft):
         if name is StepName.PREPARE:
             # The first one counts: the configuration that carries it is written once.
             self.steps[name] = step.model_copy(update={"lease_until": until})
-        return EnsureStep(name, seconds, deadline, until, step.repeats or 0, self.early_end is not None)
+        repeats, failures = step.repeats or 0, step.failures or 0
+        return EnsureStep(name, seconds, deadline, until, repeats, failures, self.early_end is not None)
 
     def _step_runs(self, name: StepName, view: StepView, train: str) -> JobPlan:
         running, _, what = _SAYS[name]
@@ -146,10 +150,9 @@ class StepDraft(JobDraft):
         assert settings is not None  # noqa: S101 - what is needed says so.
         step = step or StepStatus(name=name, state="Pending", started_at=now)
         failures, repeats = (step.failures or 0) + 1, (step.repeats or 0) + 1
-        limit = self.current.deadline or later(step.started_at or now, settings.timeout_seconds)
-        last = later(limit, -_SHORTEST_SECONDS)
+        last, limit = self._last_try(name, step.started_at or now)
         if now >= last or repeats > MOST_REPEATS:
-            return self._step_fail(name, reason, f"{message}; try {failures} was the last before {rfc3339(limit)}")
+            return self._step_fail(name, reason, f"{message}; try {failures} was the last {limit}")
         pause = min(settings.backoff_max_seconds, settings.backoff_seconds * 2 ** min(failures - 1, 20))
         again = min(later(now, pause), last)
         changes = {"failures": failures, "repeats": repeats, "next_try_at": again, "message": message[:1024]}
@@ -159,6 +162,34 @@ class StepDraft(JobDraft):
         self._condition("Running", False, Reason.STEP_PAUSED, told)
         self._wake(again)
         return self._plan(train)
+
+    def _last_try(self, name: StepName, began: datetime) -> tuple[datetime, str]:
+        """Return when a step that asks for it is begun again at the latest, and in words what bounds it.
+
+        GPUs are kept while model and data are fetched, so that Prepare does not go on to the deadline: what comes then
+        is of no use. The training is to have the time that is predicted, or half of what there was where that is less:
+        one that is cut short by its deadline has a result as well.
+        """
+        assert self.run_spec.steps is not None  # noqa: S101 - what is needed says so.
+        deadline, ends = self.current.deadline, self._training_ends()
+        until = later(began, self.run_spec.steps.timeout_seconds)
+        if deadline is not None:
+            until = deadline if name is StepName.SUBMIT else min(until, deadline)
+        last, words = later(until, -_SHORTEST_SECONDS), f"before {rfc3339(until)}"
+        if name is StepName.SUBMIT or ends is None:
+            return last, words
+        needed = max(0.0, (ends - began).total_seconds() / 2)
+        predicted = expected_seconds(self.run_spec.predicted)
+        begins = later(ends, -(needed if predicted is None else min(needed, predicted)))
+        if begins >= last:
+            return last, words
+        return begins, f"before {rfc3339(begins)}, after which too little time is left for the training"
+
+    def _training_ends(self) -> datetime | None:
+        """Return when the training has to have ended: early enough to hand its result over."""
+        deadline = self.current.deadline
+        kept = submit_seconds(self.run_spec) if is_submitted(self.run_spec) else 0
+        return later(deadline, -kept) if deadline is not None else None
 
     def _paused(self, name: StepName, train: str) -> JobPlan | None:
         """Return what to do while a step waits to be begun again, or None when it does not."""

@@ -30,7 +30,7 @@ from taskoffer.api.contract import ProgressReport
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.meta import API_VERSION
 from taskoffer.api.v1alpha1.trainingjob import Preemptor
-from taskoffer.decision.conditions import is_true
+from taskoffer.decision.attempts import needs_no_place
 from taskoffer.decision.job_facts import (
     Action,
     EnsureAttempt,
@@ -310,7 +310,7 @@ class Jobs:
             self._session.events.emit(_offer_subject(offer), reason, message, warning=True)
 
     async def _apply(self, key: OfferKey, entry: TrainingJobEntry, made: JobPlan, facts: JobFacts) -> None:
-        session = self._session
+        session, status = self._session, made.status or facts.job.status
         for action in made.actions:
             await self._carry_out(entry, facts, action)
         if made.status is not None:
@@ -319,14 +319,13 @@ class Jobs:
                 "status": merge_patch(facts.job.status.to_wire(), made.status.to_wire()),
             }
             await session.write_status(session.world.jobs, JOBS_OF_TRAINING, key, patch)
-            grown = len(made.status.attempts) > len(facts.job.status.attempts)
-            if grown or is_true(made.status.conditions, "Complete") or is_true(made.status.conditions, "Failed"):
-                session.world.moves.pop(key, None)
-                session.world.moved.pop(key, None)
             observe_errors(facts.job, made.status)
             session.cycle_wanted.set()
             session.want_job(key)
-        await give_devices_back(session, entry, made.status or facts.job.status)
+        if len(status.attempts) > len(facts.job.status.attempts) or needs_no_place(status):
+            session.world.moves.pop(key, None)
+            session.world.moved.pop(key, None)
+        await give_devices_back(session, entry, status)
         if facts.preemptor is not None and session.world.preempting.get(key) == facts.preemptor:
             # Its status says so now; or it is not what it was when it was chosen, and the cycle has to choose again.
             del session.world.preempting[key]

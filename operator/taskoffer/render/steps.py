@@ -52,7 +52,7 @@ def step_config_map(job: TrainingJob, action: EnsureStep) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": _metadata(job, action),
+        "metadata": {**_metadata(job, action), "name": _config_name(job, action)},
         "immutable": True,
         "data": {
             _FILES[action.name].rpartition("/")[2]: json.dumps(config.to_wire(), indent=2, sort_keys=True),
@@ -93,6 +93,11 @@ def _steps(run: Run) -> Steps:
 
 def _name(job: TrainingJob, action: EnsureStep) -> str:
     return step_name(job.metadata.name, action.name, action.repeats)
+
+
+def _config_name(job: TrainingJob, action: EnsureStep) -> str:
+    """Return the name of the ConfigMap, which the tries share that ask to be started again: one for each would stay."""
+    return step_name(job.metadata.name, action.name, action.repeats - action.failures)
 
 
 def _metadata(job: TrainingJob, action: EnsureStep) -> Manifest:
@@ -210,7 +215,7 @@ def _resources(steps: Steps) -> Manifest:
 def _volumes(job: TrainingJob, action: EnsureStep) -> tuple[list[Manifest], list[Manifest]]:
     run, steps = job.spec.run, _steps(job.spec.run)
     volumes: list[Manifest] = [
-        {"name": "run", "configMap": {"name": _name(job, action)}},
+        {"name": "run", "configMap": {"name": _config_name(job, action)}},
         {"name": "tmp", "emptyDir": {}},
         {"name": "cache", "persistentVolumeClaim": {"claimName": steps.cache.claim_name}},
     ]

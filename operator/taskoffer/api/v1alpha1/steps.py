@@ -79,8 +79,8 @@ class Steps(WireModel):
     memory: QuantityString | None = Field(None, description="Memory request and limit of a step.")
     timeout_seconds: Annotated[int, Field(ge=60, le=604_800)] = Field(
         21_600,
-        description="Seconds after which a step is ended that has not ended by itself, and within which it is begun "
-        "again where the task has no deadline.",
+        description="Seconds after which a step is ended that has not ended by itself, and within which Prepare, or "
+        "any step of a task without a deadline, is begun again.",
     )
     backoff_limit: Annotated[int, Field(ge=0, le=20)] = Field(
         3, description="Times that a failed step is tried again at once, by Kubernetes."
@@ -88,7 +88,7 @@ class Steps(WireModel):
     backoff_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(
         30,
         description="Pause before a step that asks to be started again (exit code 138) is begun anew; doubled each "
-        "time, until the deadline.",
+        "time, while there is time for it.",
     )
     backoff_max_seconds: Annotated[int, Field(ge=1, le=86_400)] = Field(600, description="The longest of these pauses.")
     lease_seconds: Annotated[int, Field(ge=3600, le=31_536_000)] = Field(
