@@ -60,6 +60,7 @@ def make_offer(
     policy: str | None = None,
     dataset: Object | None = None,
     rows: int | None = None,
+    tokens: int | None = None,
     output: Object | None = None,
     active: bool | None = None,
     expires_at: str | None = None,
@@ -79,7 +80,9 @@ def make_offer(
             {"name": model, "parameters": parameters, "architecture": architecture, "source": claim("models")}
         ),
         "dataset": _present(
-            {**DATASETS[task_type], "source": claim("data"), "rows": rows} if dataset is None else dataset
+            {**DATASETS[task_type], "source": claim("data"), "rows": rows, "tokens": tokens}
+            if dataset is None
+            else dataset
         ),
         "timeLimitSeconds": round(hours * 3600) if seconds is None else seconds,
         "gpuCount": gpus,

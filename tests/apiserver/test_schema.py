@@ -95,6 +95,7 @@ GOOD: dict[str, Object] = {
             "model": {"revision": "main", "yarnFactor": 4, "source": {"persistentVolumeClaim": {"claimName": "m"}}},
             "dataset": {
                 "rows": 100_000,
+                "tokens": 40_000_000,
                 "sizeBytes": 10**12,
                 "fileFormat": "parquet",
                 "source": only("url", {"url": "https://data.example/x?sig=1", "expiresAt": "2027-01-01T00:00:00Z"}),
@@ -240,6 +241,11 @@ BAD: dict[str, tuple[Object, list[str]]] = {
         ["spec.dataset.source.url.url", "begin it with https://"],
     ),
     "no rows": (make_offer(spec={"dataset": {"rows": 0}}), ["spec.dataset.rows", "greater than or equal to 1"]),
+    "no tokens": (make_offer(spec={"dataset": {"tokens": 0}}), ["spec.dataset.tokens", "greater than or equal to 1"]),
+    "tokens of pictures": (
+        image_offer(dataset={"tokens": 1000}),
+        ["spec.dataset: ", "dataset.tokens counts text, and pictures have none", "remove dataset.tokens"],
+    ),
     "an unknown file format": (
         make_offer(spec={"dataset": {"fileFormat": "xls"}}),
         ["spec.dataset.fileFormat", '"jsonl"'],

@@ -198,11 +198,23 @@ CASES: dict[str, tuple[Reason, OfferView, dict[str, Any], str]] = {
         {"policies": [PREDICTING]},
         "with at most",
     ),
+    "time, by the rows and their tokens": (
+        Reason.CANNOT_FINISH_IN_TIME,
+        offer(**{**TASK, "hours": 1, "gpus": 4, "tokens": 300_000_000}),
+        {"policies": [PREDICTING]},
+        "with at most 96283 rows (dataset.rows) and 96283000 tokens (dataset.tokens)",
+    ),
     "a deadline that is too near": (
         Reason.CANNOT_FINISH_IN_TIME,
         offer(**TASK, spec={"deadline": rfc3339(at(600))}),
         {"policies": [PREDICTING]},
         "with a deadline of 2026-01-31T",
+    ),
+    "another task type, without tokens": (
+        Reason.TASK_TYPE_NOT_ACCEPTED,
+        offer(rows=1000, tokens=400_000),
+        {"policies": [policy(task_types=[{"name": "Image", "accepted": True, "weight": "1", "successRate": "1"}])]},
+        "with taskType Image and data of dataset.type Image",
     ),
     "priority": (
         Reason.PRIORITY_NOT_ALLOWED,
@@ -517,6 +529,7 @@ FIELDS = st.fixed_dictionaries(
         "hours": st.sampled_from([0.5, 3, 19, 30]),
         "gpus": st.sampled_from([None, None, 1, 2, 4, 8]),
         "rows": st.sampled_from([None, 1000, 300_000]),
+        "tokens": st.sampled_from([None, None, 90_000_001]),
         "priority_class": st.sampled_from([None, "low", "high"]),
         "active": st.sampled_from([None, None, None, False]),
         "expires_at": st.sampled_from([None, None, rfc3339(at(-10)), rfc3339(at(900))]),

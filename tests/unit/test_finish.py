@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from core_builders import cycle, offer, policy, policy_spec, spec_of
@@ -102,6 +104,76 @@ def test_a_reinforcement_task_takes_what_drawing_and_training_its_completions_ta
     trained = rows * length * per_token / (0.35 * 989e12)
     assert found.finish.training == pytest.approx(trained + rounds * generated * 32 * 0.8e-3, rel=1e-9)
     assert basis in found.finish.basis
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "tokens", "length", "basis"),
+    [
+        # Nothing is declared, so the policy's 1024 count.
+        ("InstructText", 1000, None, 1024, "1000 rows, 3 epoch(s) of 1024 tokens, MFU 0.35"),
+        ("InstructText", 1000, 1_500_000, 1500, "1000 rows, 3 epoch(s) of 1500 tokens (declared), MFU 0.35"),
+        ("Chat", 3, 1000, 1000 / 3, "3 rows, 3 epoch(s) of 333.3 tokens (declared), MFU 0.35"),
+        # The trainer cuts rows at maxLength, 2048.
+        ("InstructText", 1000, 4_000_000, 2048, "1000 rows, 3 epoch(s) of 2048 tokens (4000 declared), MFU 0.35"),
+        # No row is empty.
+        ("InstructText", 1000, 10, 1, "1000 rows, 3 epoch(s) of 1 tokens (declared), MFU 0.35"),
+        # Both of the two sequences of a pair are as long.
+        ("DPO", 1000, 700_000, 700, "1000 rows, 3 epoch(s) of 700 tokens (declared), MFU 0.35"),
+        # The declared tokens are the prompt's; its completions of 256 tokens leave it 1792.
+        ("GRPO", 1000, 300_000, 556, "3 epoch(s) of 300 tokens (declared) and 256 generated ones, 4 times, MFU 0.35"),
+        ("GRPO", 1000, 3_000_000, 2048, "of 1792 tokens (3000 declared) and 256 generated ones, 4 times, MFU 0.35"),
+    ],
+)
+def test_rows_are_as_long_as_the_offer_declares_them(
+    task: str, rows: int, tokens: int | None, length: float, basis: str
+) -> None:
+    spec = spec_of(**LLAMA, task_type=task, rows=rows, tokens=tokens, hours=900)
+    found = predict(spec, estimating(startSeconds=0, evaluationShare="0", reserveSeconds=0), 1)
+    assert found is not None
+    assert found.finish is not None
+    # 8B at rank 64: 6,979,321,856 weights and 167,772,160 of the adapter, checkpointed; attention of 32 layers of 4096;
+    # the head of 128,256 x 4096; 35 % of 989 teraflops. Pairs and drawn rows are compared with the base model; a prompt
+    # has 4 completions, and of 4 rows at a time each token is drawn in 32 x 0.8 ms.
+    per_weight, sequences = (6, 1) if task in ("InstructText", "Chat") else (8, {"DPO": 2, "GRPO": 4}[task])
+    per_token = per_weight * 6_979_321_856 + 8 * 167_772_160 + 2 * length * 4096 * 32 * 4.5 + 6 * 128_256 * 4096
+    trained = 3 * rows * sequences * length * per_token / (0.35 * 989e12)
+    drawn = 3 * rows * 256 * 32 * 0.8e-3 if task == "GRPO" else 0
+    assert found.finish.training == pytest.approx(trained + drawn, rel=1e-9)
+    assert basis in found.finish.basis
+
+
+@given(
+    st.sampled_from(["InstructText", "Chat", "DPO", "GRPO"]),
+    st.integers(1, 10**6),
+    st.tuples(st.integers(1, 10**10), st.integers(1, 10**10)),
+    st.sampled_from([512, 2048, 16_384]),
+)
+@settings(max_examples=200, deadline=None)
+def test_more_tokens_never_take_less_time(task: str, rows: int, tokens: tuple[int, int], length: int) -> None:
+    chosen, took = estimating(length=length), []
+    for declared in sorted(tokens):
+        found = predict(spec_of(**LLAMA, task_type=task, rows=rows, tokens=declared, hours=900), chosen, 1)
+        assert found is not None
+        assert found.finish is not None
+        took.append(found.finish.training)
+    assert took[0] <= took[1]
+
+
+def test_what_the_offer_declares_of_its_rows_decides_whether_it_ends_in_time() -> None:
+    # 10,000 rows of 1024 tokens take 1.2 h, of 2000 twice as long.
+    chosen, fields = estimating(), {**LLAMA, "rows": 10_000, "hours": 2, "gpus": 1}
+    assert evaluate(spec_of(**fields), chosen).refusals == ()
+    (refusal,) = evaluate(spec_of(**fields, tokens=20_000_000), chosen).refusals
+    assert refusal.reason is Reason.CANNOT_FINISH_IN_TIME
+    assert "10000 rows, 3 epoch(s) of 2000 tokens (declared), MFU 0.35" in refusal.message
+
+
+def test_tokens_without_rows_predict_nothing_and_those_of_pictures_are_refused() -> None:
+    silent = predict(spec_of(**LLAMA, rows=None, tokens=10**9, hours=0.1), estimating(), 1)
+    assert silent is not None
+    assert silent.finish is None
+    with pytest.raises(ValidationError, match=r"dataset\.tokens counts text, and pictures have none: remove"):
+        spec_of(task_type="Image", rows=20, tokens=1000)
 
 
 def test_how_completions_are_drawn_counts_for_reinforcement_alone() -> None:

@@ -21,7 +21,7 @@ from taskoffer.decision.facts import gather, traits_of
 from taskoffer.decision.fit import Fit, Subject, fit, fit_by_copies
 from taskoffer.decision.footing import footings_of
 from taskoffer.decision.memory import IMAGE_MODELS
-from taskoffer.decision.outcomes import Estimate, Kind, Learned, group_of
+from taskoffer.decision.outcomes import NOTHING, Estimate, Kind, Learned, group_of
 from taskoffer.decision.prediction import Prediction, outlook_of
 from taskoffer.decision.recipe import estimation_of, requested_settings
 from taskoffer.decision.sizing import family_of, parameters_of, size_class_of
@@ -48,10 +48,11 @@ OFFERS = st.fixed_dictionaries(
         "parameters": st.sampled_from([None, 494_032_768, 8_030_261_248, 8_030_261_249, 70 * 10**9]),
         "task_type": st.sampled_from([kind.value for kind in TaskType]),
         "rows": st.sampled_from([None, 1, 999, 10_000, 77_777_777]),
+        "tokens": st.sampled_from([None, None, 1, 1_000_000, 40_000_001]),
         "seconds": st.sampled_from([200, 3600, 71_000]),
         "spec": st.sampled_from([{}, {"clockMode": "Training"}]),
     }
-)
+).map(lambda fields: {**fields, "tokens": None} if fields["task_type"] == "Image" else fields)
 FACTORS = st.sampled_from(["1", "1.00", "1.07", "3.5"])
 
 
@@ -88,7 +89,10 @@ def training_alone(spec: TaskOfferSpec, policy: CapacityPolicySpec, fits: Fit, g
     else:
         shape = Subject.of(spec.model, parameters, spec.task_type, None).shape
         assert shape is not None
-        tokens, generated, together = min(duration.tokens_per_row, train.max_length), 0, 1.0
+        tokens, generated, together = float(duration.tokens_per_row), 0, 1.0
+        if spec.dataset.tokens is not None and spec.dataset.rows is not None:
+            tokens = max(1, spec.dataset.tokens / spec.dataset.rows)
+        tokens = min(tokens, train.max_length)
         if spec.task_type is TaskType.GRPO:
             # The trainer's defaults: 4 completions of at most 256 tokens; a step is drawn 4 times as fast as trained.
             assert train.grpo is None
@@ -216,6 +220,23 @@ def test_offers_that_train_the_same_share_their_footings_and_others_do_not() -> 
     assert footings_of(spec_of(model="a/Llama-3.1-8B", task_type="DPO"), policy) is not one
     assert footings_of(spec_of(model="a/Mistral-8B"), policy) is not one
     assert footings_of(spec_of(model="a/Llama-3.1-8B"), other) is not one
+
+
+def test_offers_that_train_the_same_share_their_footings_and_not_the_length_of_their_rows() -> None:
+    policy = POLICIES[0]
+    silent, short, long = (
+        spec_of(model="a/Llama-3.1-8B", rows=100_000, hours=9, tokens=tokens) for tokens in (None, 10**7, 10**8)
+    )
+    assert footings_of(silent, policy) is footings_of(short, policy) is footings_of(long, policy)
+    for spec, said in ((short, "100 tokens (declared)"), (long, "1000 tokens (declared)"), (silent, "400 tokens")):
+        found = outlook_of(spec, policy).on(2)
+        assert found is not None
+        assert found.finish is not None
+        assert f"epoch(s) of {said}, MFU" in found.finish.basis
+        gathered = gather(spec, policy, "default", NOTHING).prediction
+        assert gathered is not None
+        assert gathered.finish is not None
+        assert f"epoch(s) of {said}, MFU" in gathered.finish.basis
 
 
 def test_what_outcomes_correct_leaves_the_plan_as_it_was() -> None:

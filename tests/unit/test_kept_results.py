@@ -56,12 +56,13 @@ OFFERS = st.fixed_dictionaries(
         ),
         "parameters": st.sampled_from([None, 500_000, 2_000_000, 7_000_000_000, 8_030_000_000, 70_000_000_000]),
         "rows": st.sampled_from([None, 100, 20_000, 900_000]),
+        "tokens": st.sampled_from([None, 30_000_000, 90_000_000]),
         "seconds": st.sampled_from([600, 7200, 60_000, 90_000]),
         "gpus": st.sampled_from([None, None, 1, 2, 8]),
         "priority_class": st.sampled_from([None, "low", "high", "other"]),
         "spec": st.sampled_from([{}, {"clockMode": "Training"}, {"value": "3.5"}]),
     }
-)
+).map(lambda fields: {**fields, "tokens": None} if fields["task_type"] == "Image" else fields)
 LEARNED = [
     NOTHING,
     *(

@@ -101,6 +101,26 @@ def test_outcomes_that_come_in_meanwhile_are_learned_from_together() -> None:
     assert (known.judged, known.durations, str(known.duration_factor)) == (5, 5, "1.78")  # 2 ** (5/6)
 
 
+@pytest.mark.parametrize("preset", ["market-table", "sound", "expected-value"])
+def test_the_presets_that_are_ours_learn_as_they_are(preset: str) -> None:
+    cluster = Cluster()
+    cluster.policy(preset=preset)
+    cluster.offer("waits", parameters=2_000_000_000, rows=20_000, hours=9, gpus=1)
+
+    def told() -> str:
+        (evaluation,) = cluster.world.snapshot(at(seconds)).evaluations.values()
+        return evaluation.estimates[1].message
+
+    seconds = 0
+    before = told()
+    for number in range(8):
+        cluster.ends(f"j{number}", ended=number, training=2000, predicted=1000, size="UpTo4B")
+    told()
+    seconds = 300
+    # Of eight outcomes at twice the time and a prior of ten: 2 ** (8 / 18).
+    assert told().split(": ", 1)[1] == before.split(": ", 1)[1] + ", x1.36 from 8 outcomes"
+
+
 def standing(cluster: Cluster, name: str, **fields: Any) -> None:
     """Add an offer that waits with an answer that still holds."""
     condition = {

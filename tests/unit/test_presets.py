@@ -6,6 +6,7 @@ billions of parameters.
 
 from __future__ import annotations
 
+import itertools
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from core_builders import answers, at, claim, cycle, node, offer, policy, policy
 from crd_schema import faults, schema_of
 from taskoffer import presets
 from taskoffer.api.reasons import Reason
+from taskoffer.api.v1alpha1.learning import Learning
 from taskoffer.cli.main import main
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.ledger import NodeView, Release
+from taskoffer.decision.outcomes import NOTHING, Learned
 from taskoffer.decision.recipe import requested_settings
 from taskoffer.decision.snapshot import OfferView, PolicyView
 from taskoffer.decision.verdict import Verdict
@@ -370,6 +373,32 @@ def test_the_sound_preset_is_the_markets_table_with_other_training_settings() ->
         for rule in made["task_types"]:
             del rule["lora_rank_factor"], rule["learning_rate_factor"]
     assert sound == market
+
+
+# What is learned
+
+
+LEARNING = [MARKET, EXPECTED, SOUND]
+
+
+@pytest.mark.parametrize("preset", presets.names())
+def test_the_presets_whose_numbers_are_ours_learn_with_the_defaults_and_the_documents_do_not(preset: str) -> None:
+    assert policy_spec(preset=preset).learning == (Learning() if preset in LEARNING else None)
+
+
+@pytest.mark.parametrize("learned", [NOTHING, Learned(Decimal(10))], ids=["nothing yet", "no outcome"])
+@pytest.mark.parametrize("task", TYPES)
+@pytest.mark.parametrize("preset", LEARNING)
+def test_without_outcomes_a_preset_that_learns_answers_with_its_own_numbers(
+    preset: str, task: str, learned: Learned
+) -> None:
+    learns = policy_spec(preset=preset)
+    fixed = learns.model_copy(update={"learning": None})
+    for billions, rows, hours in itertools.product((1, 8, 70), (None, 20_000, 900_000), (1, 12)):
+        spec = spec_of(task_type=task, parameters=billions * BILLION, rows=rows, hours=hours)
+        found, before = evaluate(spec, learns, "default", learned), evaluate(spec, fixed, "default")
+        assert found.estimates == before.estimates
+        assert found._replace(group=None) == before
 
 
 # Concurrency and a full node

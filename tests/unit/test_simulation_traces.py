@@ -19,8 +19,8 @@ from taskoffer.api.reasons import Reason
 from taskoffer.api.tasks import TaskType
 from taskoffer.decision.evaluate import evaluate
 from taskoffer.simulation.market import Market, generate, market_gpus, offered_load, time_limit, worth_of
-from taskoffer.simulation.trace import Trace, TraceError, lines_of, read_trace, write_trace
-from taskoffer.simulation.truth import REFERENCE_SETTINGS, course_of, expiry_of
+from taskoffer.simulation.trace import Header, Trace, TraceError, lines_of, read_trace, write_trace
+from taskoffer.simulation.truth import REFERENCE_SETTINGS, course_of, duration_of, expiry_of
 
 HEADER = {"trace": {}}
 
@@ -47,6 +47,14 @@ def test_namespaces_and_losses_are_written_too() -> None:
     trace = trace_of(entry("team/a", task_id="t", losses=(1.5, 1.25), patience=None), entry("a", at=3))
     again = read_trace(lines_of(trace), "t.jsonl")
     assert again.offers == trace.offers
+
+
+def test_the_tokens_that_an_offer_declares_are_kept_and_count() -> None:
+    (silent, told) = read(HEADER, line(offer={"name": "a"}), line(offer={"name": "b", "tokens": 200_000})).offers
+    (again,) = read_trace(lines_of(Trace(Header(), (told,))), "t.jsonl").offers
+    assert again.spec.dataset.tokens == 200_000
+    # 2,000 tokens in each of 100 rows, where the reference assumes 400.
+    assert duration_of(again, REFERENCE_SETTINGS, 1) > duration_of(silent, REFERENCE_SETTINGS, 1)
 
 
 def test_an_offer_may_stand_as_kubectl_prints_it() -> None:

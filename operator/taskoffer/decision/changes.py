@@ -224,6 +224,8 @@ def _task_types(case: Case) -> Iterator[Change]:
         kind = DATASET_OF_TASK[task]
         dataset: dict[str, Any] = {"type": kind.value, before: None, kind.value.lower(): {}}
         architecture = Architecture.SDXL.value if task is TaskType.IMAGE else None
+        if task is TaskType.IMAGE and case.spec.dataset.tokens is not None:
+            dataset["tokens"] = None
         patch = {"taskType": task.value, "dataset": dataset, "model": {"architecture": architecture}}
         yield Change(f"taskType {task.value} and data of dataset.type {kind.value}", patch)
 
@@ -242,12 +244,19 @@ def _priorities(case: Case) -> Iterator[Change]:
 
 
 def _fewer_rows(case: Case) -> Iterator[Change]:
-    rows = case.spec.dataset.rows
+    rows, tokens = case.spec.dataset.rows, case.spec.dataset.tokens
     if rows is None:
         return
-    found = case.most(1, rows - 1, lambda n: {"dataset": {"rows": n}}, Reason.CANNOT_FINISH_IN_TIME)
+
+    def left(count: int) -> dict[str, int]:
+        # Rows that go take their tokens along, or those that stay would be longer.
+        return {"rows": count} | ({"tokens": max(1, tokens * count // rows)} if tokens is not None else {})
+
+    found = case.most(1, rows - 1, lambda n: {"dataset": left(n)}, Reason.CANNOT_FINISH_IN_TIME)
     if found is not None:
-        yield Change(f"at most {found} rows (dataset.rows)", {"dataset": {"rows": found}})
+        kept = left(found)
+        fields = " and ".join(f"{number} {name} (dataset.{name})" for name, number in kept.items())
+        yield Change(f"at most {fields}", {"dataset": kept})
 
 
 def _more_value(case: Case) -> Iterator[Change]:

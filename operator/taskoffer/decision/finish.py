@@ -137,30 +137,46 @@ def finish_of(
     """Return how long an offer's task takes on so many GPUs.
 
     The rows are those that the offer states; a number of steps in the settings counts before them. Tokens per row are
-    the policy's assumption, cut at the longest sequence.
+    those that it declares, else the policy's assumption, cut at the longest sequence.
 
     Raises:
         ValueError: when neither rows nor steps are known.
     """
     resolution = spec.dataset.image.resolution if spec.dataset.image else None
     subject = Subject.of(spec.model, parameters, spec.task_type, resolution)
-    return _pacing(subject, Itself(settings), Itself(duration), gpus).finish(spec)
+    return _pacing(subject, Itself(settings), Itself(duration), gpus, spec.dataset.tokens_per_row).finish(spec)
 
 
 @lru_cache(maxsize=16_384)
-def _pacing(subject: Subject, settings: Itself[Settings], duration: Itself[DurationEstimation], gpus: int) -> Pacing:
-    return pacing_of(subject, settings.value, duration.value, gpus)
+def _pacing(
+    subject: Subject,
+    settings: Itself[Settings],
+    duration: Itself[DurationEstimation],
+    gpus: int,
+    declared: float | None,
+) -> Pacing:
+    return pacing_of(subject, settings.value, duration.value, gpus, declared)
 
 
-def pacing_of(subject: Subject, settings: Settings, duration: DurationEstimation, gpus: int) -> Pacing:
-    """Return how a task goes on so many GPUs with these settings; the same for all data."""
+def pacing_of(
+    subject: Subject, settings: Settings, duration: DurationEstimation, gpus: int, declared: float | None = None
+) -> Pacing:
+    """Return how a task goes on so many GPUs with these settings; the same for all data of rows of one length.
+
+    Args:
+        subject: What is trained.
+        settings: With which settings.
+        duration: What the policy assumes of GPUs and rows.
+        gpus: The number of GPUs.
+        declared: Tokens of a row as the offer declares them; None means what the policy assumes. Pictures have none.
+    """
     train = settings.train
     speed = _speed(duration, subject.parameters, train.bf16)
     if subject.shape is None:
         pace = image_pace(IMAGE_MODELS[subject.architecture or Architecture.SDXL], subject.resolution, speed, gpus)
         how = f" of {subject.resolution} pixels, MFU {speed.mfu:g}"
     else:
-        pace, how = _text_pace(subject, subject.shape, settings, duration, speed, gpus)
+        pace, how = _text_pace(subject, subject.shape, settings, duration, speed, gpus, declared)
     drawing = _drawing(subject, train)
     return Pacing(
         gpus=gpus,
@@ -196,12 +212,18 @@ def _speed(duration: DurationEstimation, parameters: int, bf16: bool) -> Speed:
 
 
 def _text_pace(
-    subject: Subject, shape: ModelShape, settings: Settings, duration: DurationEstimation, speed: Speed, gpus: int
+    subject: Subject,
+    shape: ModelShape,
+    settings: Settings,
+    duration: DurationEstimation,
+    speed: Speed,
+    gpus: int,
+    declared: float | None,
 ) -> tuple[Pace, str]:
     """Return how fast text is trained on, and on what that rests."""
     lora, train = settings.lora, settings.train
     drawing = _drawing(subject, train)
-    tokens = min(duration.tokens_per_row, train.max_length)
+    tokens: float = min(duration.tokens_per_row if declared is None else declared, train.max_length)
     generated, together = 0, 1.0
     if drawing is not None:
         generated = min(duration.generated_tokens_per_row, drawing.max_completion_length)
@@ -222,10 +244,18 @@ def _text_pace(
         rows_per_generation=together,
         compared=drawing is not None and drawing.beta > 0,
     )
-    how = f" of {tokens} tokens" + (f" and {generated} generated ones" if generated else "")
+    how = f" of {_tokens_text(tokens, declared)}" + (f" and {generated} generated ones" if generated else "")
     if drawing is not None:
         how += f", {drawing.num_generations} times"
     return text_pace(shape, subject.parameters, work, speed, gpus), f"{how}, MFU {speed.mfu:g}"
+
+
+def _tokens_text(tokens: float, declared: float | None) -> str:
+    """Say how many tokens of a row count, and what the offer declares where it does."""
+    counted = f"{round(tokens, 1):.8g} tokens"
+    if declared is None:
+        return counted
+    return f"{counted} (declared)" if declared <= tokens else f"{counted} ({round(declared, 1):.8g} declared)"
 
 
 def duration_text(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """What offers have in common that train the same under one policy: how it fits their GPUs, and how fast it goes.
 
 A queue holds many offers and few models, so both are worked out once for each model and number of GPUs. What is left
-to do for one offer is to multiply with its rows.
+to do for one offer is to multiply with its rows, or to work out its pace, where it declares how long they are.
 """
 
 from __future__ import annotations
@@ -70,6 +70,14 @@ class Footings:
                 faster = Footing(other, pacing_of(subject, other.effective, estimation.duration, gpus))
         return Footing(found, pacing_of(subject, found.effective, estimation.duration, gpus), faster)
 
+    def paced(self, found: Footing, gpus: int, tokens: float) -> Footing:
+        """Return one of these footings for rows of so many tokens, instead of what the policy assumes of them."""
+        duration = self._estimation.duration if self._estimation is not None else None
+        if found.pacing is None or duration is None:
+            return found
+        pacing = pacing_of(self._subject, found.fit.effective, duration, gpus, tokens)
+        return Footing(found.fit, pacing, self.paced(found.faster, gpus, tokens) if found.faster is not None else None)
+
 
 @lru_cache(maxsize=4096)
 def _corrected(footings: Itself[Footings], gpus: int, memory_factor: Decimal) -> Footing | None:
@@ -104,4 +112,6 @@ def footing_on(footings: Footings, spec: TaskOfferSpec, gpus: int, memory_factor
     found = footings.on(gpus, memory_factor)
     if found is None:
         raise ValueError(f"the policy has no settings for {spec.task_type.value} on {spec.model.name}")
-    return found
+    # What is declared is one offer's, and nothing that is kept for others.
+    tokens = spec.dataset.tokens_per_row
+    return found if tokens is None else footings.paced(found, gpus, tokens)

@@ -38,7 +38,9 @@ class DurationEstimation(WireModel):
         json_schema_extra=ATOMIC_LIST,
     )
     tokens_per_row: Annotated[int, Field(ge=1, le=1_048_576)] = Field(
-        400, description="Tokens of a row of text, prompt and answer together."
+        400,
+        description="Tokens of a row of text, prompt and answer together, where the offer does not declare "
+        "dataset.tokens.",
     )
     generated_tokens_per_row: Annotated[int, Field(ge=1, le=1_048_576)] = Field(
         256, description="Tokens that are generated for a row of a GRPO task."

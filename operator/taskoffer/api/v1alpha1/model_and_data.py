@@ -25,6 +25,8 @@ from taskoffer.api.v1alpha1.meta import ATOMIC_LIST, ClaimPath, rule, rules
 DATASET_MEMBERS = {t: t.value.lower() for t in DatasetType}
 """The member of a dataset that is set for each type."""
 
+_TOKENS_OF_PICTURES = "dataset.tokens counts text, and pictures have none: remove dataset.tokens"
+
 
 class ModelSource(WireModel):
     """Where the base model is: on a claim or in a bucket."""
@@ -148,7 +150,12 @@ class Dataset(WireModel):
                     on_create=True,
                 )
                 for kind, member in DATASET_MEMBERS.items()
-            )
+            ),
+            rule(
+                f"!has(self.tokens) || self.type != '{DatasetType.IMAGE.value}'",
+                _TOKENS_OF_PICTURES,
+                on_create=True,
+            ),
         )
     )
 
@@ -160,6 +167,12 @@ class Dataset(WireModel):
     image: ImageColumns | None = Field(None, description="Picture data.")
     rows: Annotated[int, Field(ge=1, le=10**12, json_schema_extra={"format": "int64"})] | None = Field(
         None, description="Number of rows or picture pairs, where it is known."
+    )
+    tokens: Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None = Field(
+        None,
+        description="Tokens of the text in all, as whoever offers it has counted them: prompt and answer of each row, "
+        "of preference data the prompt with one of its answers, of a GRPO task the prompt. The time is predicted with "
+        "tokens/rows for each row, so it takes rows as well; absent means what the policy assumes of a row.",
     )
     size_bytes: Annotated[int, Field(ge=1, le=10**15, json_schema_extra={"format": "int64"})] | None = Field(
         None, description="Size of the data in bytes, where it is known."
@@ -191,4 +204,13 @@ class Dataset(WireModel):
             raise ValueError(
                 f"type {self.type.value} goes with {wanted}, and there is {found}: set {wanted} alone, or change type"
             )
+        if self.type is DatasetType.IMAGE and self.tokens is not None:
+            raise ValueError(_TOKENS_OF_PICTURES)
         return self
+
+    @property
+    def tokens_per_row(self) -> float | None:
+        """Tokens of a row in the mean, at least one; None where the offer does not declare tokens and rows."""
+        if self.tokens is None or self.rows is None:
+            return None
+        return max(1.0, self.tokens / self.rows)
