@@ -30,7 +30,7 @@ from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import open_ledger
 from taskoffer.decision.placed_jobs import MoveRequest, Resumption, Running
 from taskoffer.decision.preemption import Preemptions, goes_on
-from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot
+from taskoffer.decision.snapshot import OfferView, PolicyView, Shape, Snapshot, Waiting, end_of, shape_of, waiting
 
 QUEUE = {"priorities": ["low", "middle", "high"]}
 RULED = policy(queue=QUEUE, preemption=HIGH_TAKES)
@@ -182,9 +182,10 @@ def test_what_is_free_beside_the_leaving_jobs_is_kept_for_the_offer() -> None:
 
 
 def test_a_cycle_comes_when_a_job_has_run_for_long_enough() -> None:
-    made = plan(world([high(gpus=1)], [running("a", 8, started=-500)]))
-    assert stopped(made) == {}
-    assert made.wake_at == at(100)
+    shown = world([high(gpus=1, waits="WaitingForCapacity")], [running("a", 8, started=-500)])
+    for made in (plan(shown), plan(standing(shown, {"new-uid"}))):
+        assert stopped(made) == {}
+        assert made.wake_at == at(100)
 
 
 def leaving(job: Running, for_uid: str) -> Resumption:
@@ -234,6 +235,9 @@ TASK = {"model": "meta-llama/Llama-3.1-8B", "parameters": 8_030_000_000, "rows":
 SOON = rfc3339(at(600))
 
 
+LABELS = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+
+
 def earning(**preemption: Any) -> PolicyView:
     return policy(preset="expected-value", preemption={**GAIN, **preemption})
 
@@ -265,14 +269,14 @@ def test_by_value_a_job_stops_only_where_more_is_won_than_lost(
     fields: dict[str, Any], job: dict[str, Any], rules: dict[str, Any], wanted: dict[str, str]
 ) -> None:
     jobs = [running("a", 8, **{"score": 0.1, "deadline": at(30_000), **job})]
-    h100 = node(labels={"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"})
+    h100 = node(labels=LABELS)
     made = plan(world([offer("new", **TASK, **fields)], jobs, rules=earning(**rules), nodes=[h100]))
     assert set(said(made).values()) <= {"WaitingForPreemption", "WaitingForCapacity"}
     assert stopped(made) == wanted
 
 
 def test_by_value_an_offer_goes_on_waiting_for_those_who_stop_for_it() -> None:
-    h100 = node(labels={"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"})
+    h100 = node(labels=LABELS)
     jobs = [running("a", 8, ends=60, score=0.1, leaving_for="new-uid")]
     waits = offer("new", **TASK, expires_at=SOON, waits="WaitingForPreemption")
     made = plan(world([waits], jobs, rules=earning(), nodes=[h100]))
@@ -398,6 +402,24 @@ def test_what_was_tried_in_vain_would_be_tried_in_vain_again(
         made = plan(shown)
         patch.setattr(Preemptions, "_tried_in_vain", lambda *_: False)
         assert plan(shown) == made
+
+
+def standing(shown: Snapshot, uids: set[str]) -> Snapshot:
+    """Return the same snapshot with these offers put aside, as they are between cycles while they wait for capacity."""
+    groups: dict[Shape, list[Waiting]] = {}
+    for view in shown.offers:
+        evaluation = shown.evaluations[view.uid, "lab"]
+        if view.uid in uids and not evaluation.refusals:
+            shape = shape_of("lab", evaluation, "WaitingForCapacity")
+            groups.setdefault(shape, []).append(waiting(view, evaluation, shown.now))
+    aside = {place.offer.uid for group in groups.values() for place in group}
+    ends = [end_of(place.offer, place.evaluation) for group in groups.values() for place in group]
+    return replace(
+        shown,
+        offers=[view for view in shown.offers if view.uid not in aside],
+        standing={shape: sorted(group) for shape, group in groups.items()},
+        standing_end=min((end for end in ends if end is not None), default=None),
+    )
 
 
 def test_an_offer_that_stands_with_its_wait_is_looked_at_when_jobs_may_be_stopped_for_it() -> None:
