@@ -153,7 +153,7 @@ class _Cycle:
         obstacle = self.room.still_stops(policy, found.evaluation, shape.reason)
         if obstacle is None:
             return 0
-        looks = shape.preempts and self.preemptions.may_stop_any(policy)
+        looks = shape.preempts and self.preemptions.may_stop_any(policy, self.room)
         if looks and self.preemptions.deserves_a_look(policy, found.offer, found.evaluation, self.room):
             return 0
         if shape.preempts:
