@@ -133,6 +133,7 @@ def test_another_error_of_the_system_is_not_taken_for_one_of_the_port(replica: C
         ["run", "--port", "70000"],
         ["run", "--port", "many"],
         ["lint"],
+        ["lint", "policy.yaml", "--gpus", "0"],
         ["explain"],
         ["queue", "--limit", "x"],
     ],
@@ -178,6 +179,46 @@ def test_lint_fails_on_errors_only(
 ) -> None:
     assert main(["lint", written(tmp_path, yaml.safe_dump(make_policy(**fields)))]) == code
     assert text in capsys.readouterr().out
+
+
+SLOTS = {"filters": {"minScore": None, "maxConcurrentJobs": 9}}
+LANE = {
+    "filters": {"minScore": None, "maxConcurrentJobs": None},
+    "lanes": [{"name": "all", "gpus": 4, "rules": [{"gpusPerTask": 1}]}],
+}
+SHARED = {
+    "resources": [{"name": "nvidia.com/gpu.shared", "counts": [1], "unitsPerGpu": 2}],
+    "size_classes": [{"name": "All", "minParameters": 0, "gpus": 1, "sizeEfficiency": "1", "lora": {}, "train": {}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "found"),
+    [
+        (SLOTS, [], []),
+        (SLOTS, ["--gpus", "8"], ["maxConcurrentJobs: 9 never binds: with whole GPUs at most 8 jobs run at a time"]),
+        (SLOTS, ["--nodes", "2", "--gpus", "8"], []),
+        (SLOTS | SHARED, ["--gpus", "4"], ["maxConcurrentJobs: 9 never binds: with shared GPUs at most 8 jobs run"]),
+        (SLOTS | SHARED, ["--nodes", "1"], []),
+        (LANE, [], []),
+        (LANE, ["--nodes", "1"], ["lanes: the lanes hand out 4 of the 8 GPUs that the selected nodes offer"]),
+        (LANE, ["--nodes", "3", "--gpus", "1"], ["lanes: the lanes hand out 4 GPUs and the selected nodes offer 3"]),
+    ],
+)
+def test_lint_compares_limits_and_lanes_with_the_gpus_that_it_is_given_and_else_says_how(
+    fields: dict[str, object],
+    options: list[str],
+    found: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["lint", written(tmp_path, yaml.safe_dump(make_policy(**fields))), *options]) == 0
+    printed = capsys.readouterr()
+    told = [line for line in printed.out.splitlines() if "maxConcurrentJobs" in line or "hand out" in line]
+    assert len(told) == len(found)
+    assert all(text in line for text, line in zip(found, told, strict=True))
+    how = "taskoffer: limits and lanes were not compared with GPUs: give --nodes and --gpus\n"
+    assert printed.err == ("" if options else how)
 
 
 def test_lint_names_the_faults_of_an_invalid_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

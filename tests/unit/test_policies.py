@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from core_builders import at, claim, node, policy, policy_spec
+from core_builders import at, claim, node, policy, policy_spec, spec_of
 from taskoffer import presets
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec, CapacityPolicyStatus
+from taskoffer.decision.evaluate import evaluate
 from taskoffer.decision.ledger import Claim, NodeView, open_ledger
 from taskoffer.decision.lint import lint, score_range
 from taskoffer.decision.policy_status import PolicyFacts, policy_status
@@ -510,6 +511,17 @@ def test_the_score_range_counts_unknown_families_and_the_cap() -> None:
     low, _ = score_range(policy_spec(preset="strategy-8xh100", filters={"unknownFamily": "0"}))
     assert low == Decimal("0.5075") - Decimal("0.25") * Decimal("0.75")
     assert score_range(policy_spec(scoring={"cap": "0.1"})) == (Decimal("0.1"), Decimal("0.1"))
+
+
+def test_without_a_longest_time_limit_the_score_range_has_full_time_efficiency_as_every_score_does() -> None:
+    spec = policy_spec(preset="strategy-8xh100", filters={"maxTimeLimitSeconds": None, "minScore": "0.55"})
+    assert score_range(spec) == (Decimal("0.6075"), Decimal("0.7400"))
+    (found,) = [finding.message for finding in lint(spec) if finding.field == "filters.minScore"]
+    assert found == "filters.minScore: 0.55 rejects nothing: scores of accepted offers run from 0.6075 to 0.7400"
+    lowest = spec_of(model="x/phi-4", task_type="Image", parameters=100_000_000_000, hours=700)
+    score = evaluate(lowest, spec).score
+    assert score is not None
+    assert score.total == Decimal("0.6075")
 
 
 # Presets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,7 @@ from core_builders import (
     at,
     claim,
     claims_of,
+    condition,
     cycle,
     node,
     offer,
@@ -30,7 +32,7 @@ from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.ledger import open_ledger
 from taskoffer.decision.placed_jobs import MoveRequest, Resumption, Running
 from taskoffer.decision.preemption import Preemptions, goes_on
-from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot
+from taskoffer.decision.snapshot import OfferView, PolicyView, Shape, Snapshot, Waiting, end_of, shape_of, waiting
 
 QUEUE = {"priorities": ["low", "middle", "high"]}
 RULED = policy(queue=QUEUE, preemption=HIGH_TAKES)
@@ -182,9 +184,10 @@ def test_what_is_free_beside_the_leaving_jobs_is_kept_for_the_offer() -> None:
 
 
 def test_a_cycle_comes_when_a_job_has_run_for_long_enough() -> None:
-    made = plan(world([high(gpus=1)], [running("a", 8, started=-500)]))
-    assert stopped(made) == {}
-    assert made.wake_at == at(100)
+    shown = world([high(gpus=1, waits="WaitingForCapacity")], [running("a", 8, started=-500)])
+    for made in (plan(shown), plan(standing(shown, {"new-uid"}))):
+        assert stopped(made) == {}
+        assert made.wake_at == at(100)
 
 
 def leaving(job: Running, for_uid: str) -> Resumption:
@@ -234,6 +237,9 @@ TASK = {"model": "meta-llama/Llama-3.1-8B", "parameters": 8_030_000_000, "rows":
 SOON = rfc3339(at(600))
 
 
+LABELS = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+
+
 def earning(**preemption: Any) -> PolicyView:
     return policy(preset="expected-value", preemption={**GAIN, **preemption})
 
@@ -265,18 +271,52 @@ def test_by_value_a_job_stops_only_where_more_is_won_than_lost(
     fields: dict[str, Any], job: dict[str, Any], rules: dict[str, Any], wanted: dict[str, str]
 ) -> None:
     jobs = [running("a", 8, **{"score": 0.1, "deadline": at(30_000), **job})]
-    h100 = node(labels={"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"})
+    h100 = node(labels=LABELS)
     made = plan(world([offer("new", **TASK, **fields)], jobs, rules=earning(**rules), nodes=[h100]))
     assert set(said(made).values()) <= {"WaitingForPreemption", "WaitingForCapacity"}
     assert stopped(made) == wanted
 
 
 def test_by_value_an_offer_goes_on_waiting_for_those_who_stop_for_it() -> None:
-    h100 = node(labels={"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"})
+    h100 = node(labels=LABELS)
     jobs = [running("a", 8, ends=60, score=0.1, leaving_for="new-uid")]
     waits = offer("new", **TASK, expires_at=SOON, waits="WaitingForPreemption")
     made = plan(world([waits], jobs, rules=earning(), nodes=[h100]))
     assert (made.decisions, made.evictions, made.waiting) == ((), (), 1)
+
+
+LARGE = {"model": "meta-llama/Llama-3.1-70B", "parameters": 70_000_000_000, "rows": 20_000, "hours": 30, "gpus": 8}
+KEEPS_FROM_8 = {"reserveFromGpus": 8}
+
+
+@pytest.mark.parametrize(
+    ("queue", "nodes", "wanted"),
+    [(None, 1, {"a": "new"}), (KEEPS_FROM_8, 1, {}), (None, 2, {"a": "new"}), (KEEPS_FROM_8, 2, {"b": "new"})],
+    ids=["nothing is kept", "the only node is kept", "the cheaper job stops", "the job on the other node stops"],
+)
+def test_nobody_stops_on_a_node_that_is_kept_for_another_offer(
+    queue: dict[str, Any] | None, nodes: int, wanted: dict[str, str]
+) -> None:
+    # The new one would be done before the large one is to start, but the stopped job would not.
+    jobs = [running("a", 8, on="n1", ends=9000, score=0.1, deadline=at(90_000))]
+    jobs += [running("b", 8, on="n2", ends=9500, score=0.2, deadline=at(90_000))][: nodes - 1]
+    h100 = [node(f"n{number}", labels=LABELS) for number in range(1, nodes + 1)]
+    pending = [offer("large", **LARGE, created=at(-100_000)), offer("new", **TASK, expires_at=SOON)]
+    made = plan(world(pending, jobs, rules=policy(preset="expected-value", preemption=GAIN, queue=queue), nodes=h100))
+    assert said(made)["large"] == "WaitingForCapacity"
+    assert stopped(made) == wanted
+
+
+def test_behind_an_offer_that_keeps_the_only_node_nobody_is_looked_at_who_might_have_jobs_stopped() -> None:
+    jobs = [running("a", 8, score=0.1, deadline=at(30_000))]
+    small = [offer(f"s{n}", **TASK, expires_at=SOON, waits="WaitingForCapacity") for n in range(50)]
+    shown = world(
+        [offer("large", **LARGE, created=at(-100_000)), *small], jobs, rules=earning(), nodes=[node(labels=LABELS)]
+    )
+    with patch.object(Preemptions, "_would_miss", side_effect=Preemptions._would_miss) as asked:
+        made = plan(standing(shown, {view.uid for view in small}))
+    assert [call.args[2].key.name for call in asked.call_args_list] == ["large"]
+    assert (stopped(made), made.waiting) == ({}, 51)
 
 
 # Looking ahead
@@ -398,6 +438,48 @@ def test_what_was_tried_in_vain_would_be_tried_in_vain_again(
         made = plan(shown)
         patch.setattr(Preemptions, "_tried_in_vain", lambda *_: False)
         assert plan(shown) == made
+
+
+KEEPING: dict[str, Any] = {"queue": {**QUEUE, "reserveFromGpus": 2}, "estimation": HOURLY}
+KEPT = [
+    policy(**KEEPING, preemption=HIGH_TAKES),
+    policy(**KEEPING, preemption={"gainFactor": "1"}, scoring={"expectedValue": {}, "terms": None}),
+]
+
+
+def standing(shown: Snapshot, uids: set[str]) -> Snapshot:
+    """Return the same snapshot with these offers put aside, as they are between cycles while they wait for capacity."""
+    groups: dict[Shape, list[Waiting]] = {}
+    for view in shown.offers:
+        evaluation = shown.evaluations[view.uid, "lab"]
+        if view.uid in uids and not evaluation.refusals:
+            shape = shape_of("lab", evaluation, "WaitingForCapacity")
+            groups.setdefault(shape, []).append(waiting(view, evaluation, shown.now))
+    aside = {place.offer.uid for group in groups.values() for place in group}
+    ends = [end_of(place.offer, place.evaluation) for group in groups.values() for place in group]
+    return replace(
+        shown,
+        offers=[view for view in shown.offers if view.uid not in aside],
+        standing={shape: sorted(group) for shape, group in groups.items()},
+        standing_end=min((end for end in ends if end is not None), default=None),
+    )
+
+
+@given(crowds(), st.sampled_from(KEPT), st.sets(st.integers(0, 7)))
+@fast
+def test_where_nodes_are_kept_offers_that_stand_are_decided_as_if_each_were_looked_at(
+    crowd: tuple[list[OfferView], list[Running]], rules: PolicyView, aside: set[int]
+) -> None:
+    offers, jobs = crowd
+    waits = condition("Admitted", False, "WaitingForCapacity")
+    offers = [replace(view, conditions=(waits,), observed_generation=1) for view in offers]
+    shown = world(offers, jobs, nodes=NODES, rules=rules)
+    uids = {f"o{number}-uid" for number in aside} - shown.heirs
+    each, made = plan(shown), plan(standing(shown, uids))
+    assert {d.offer.uid: d for d in made.decisions} == {d.offer.uid: d for d in each.decisions}
+    assert (made.evictions, made.waiting) == (each.evictions, each.waiting)
+    # One that has just been admitted may still wake the next cycle; one that waits must.
+    assert each.wake_at is None or (made.wake_at is not None and made.wake_at <= each.wake_at)
 
 
 def test_an_offer_that_stands_with_its_wait_is_looked_at_when_jobs_may_be_stopped_for_it() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core_builders import FOUR_GPUS, HIGH_TAKES, ONE_GPU, TWO_GPUS, policy_spec
+from core_builders import FOUR_GPUS, HIGH_TAKES, ONE_GPU, TWO_GPUS, policy_spec, spec_of
 from simulation_builders import POLICY, entry, refusals, run_of, timeline, trace_of
 from taskoffer import presets
 from taskoffer.api.v1alpha1.trainingjob import Settings
@@ -189,6 +189,24 @@ def test_a_large_offer_keeps_its_node_from_what_would_end_after_it_could_start()
         "whole": (1000, 2000, "InTime"),
         "long": (2000, 5000, "InTime"),
     }
+
+
+@pytest.mark.parametrize("value", ["600", "60000"])
+def test_under_expected_value_an_offer_of_eight_gpus_does_not_wait_until_the_small_ones_run_out(value: str) -> None:
+    # Twelve hours of one-GPU tasks, each of which is gone after two and so could have others stopped.
+    text = {"model": "x/llama", "parameters": 8_030_000_000, "hours": 6}
+    small = [
+        TraceOffer(
+            f"s{n}", max(0, n - 8) * 480.0, spec_of(task_id=f"s{n}", rows=40_000 + n * 7919 % 40_000, **text), 7200
+        )
+        for n in range(98)
+    ]
+    whole = {"model": "x/llama", "parameters": 70_000_000_000, "hours": 30, "rows": 20_000, "gpus": 8}
+    large = TraceOffer("large", 1.0, spec_of(task_id="large", spec={"value": value}, **whole))
+    result = simulate(trace_of(large, *small), policy_spec(preset="expected-value"))
+    (found,) = [run for run in result.runs if run.name == "large"]
+    assert (found.gpus, found.outcome) == (8, "InTime")
+    assert found.start < 3 * 3600
 
 
 def test_a_namespace_holds_no_more_than_it_may() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from taskoffer import __version__
 from taskoffer.cli import questions, simulate
 from taskoffer.cli.exit_codes import Exit
-from taskoffer.cli.subcommand import add_command
+from taskoffer.cli.subcommand import add_command, whole
 
 _RUN = """\
 Run one replica of the operator: it hears of offers, and decides and starts them while it holds the lease. Start two, so
@@ -24,8 +24,8 @@ _PRESET = """\
 Print a ready CapacityPolicy as YAML, to be applied as it is or to begin a policy of one's own with."""
 _LINT = """\
 Check a CapacityPolicy file before it is applied: whether it is valid, and which of its rules cannot do what they were
-written for. Findings are printed one a line, as Error, Warning or Info. The nodes of a cluster are not looked at; the
-operator does that once the policy is applied."""
+written for. Findings are printed one a line, as Error, Warning or Info. No cluster is looked at; with --nodes and
+--gpus limits and lanes are compared with what there is to be, as the operator does once the policy is applied."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 
     lint = add_command(commands, "lint", "check a CapacityPolicy file before it is applied", _LINT, _lint)
     lint.add_argument("file", type=Path, metavar="FILE", help="YAML file of one CapacityPolicy")
+    lint.add_argument("--nodes", type=whole, metavar="N", help="nodes that it is to select (default with --gpus: 1)")
+    lint.add_argument("--gpus", type=whole, metavar="N", help="GPUs of each node (default with --nodes: 8)")
 
     simulate.add_commands(commands)
     questions.add_commands(commands)
@@ -203,6 +205,7 @@ def _preset(args: argparse.Namespace) -> int:
 def _lint(args: argparse.Namespace) -> int:
     from taskoffer.cli.errors import CommandError
     from taskoffer.cli.policy_file import read_policy
+    from taskoffer.decision.ledger import NodeView
     from taskoffer.decision.lint import lint
 
     try:
@@ -210,10 +213,16 @@ def _lint(args: argparse.Namespace) -> int:
     except CommandError as error:
         print(f"taskoffer: {error}", file=sys.stderr)
         return error.code
-    findings = lint(spec)
+    given = args.nodes is not None or args.gpus is not None
+    offered = (args.gpus or 8) * (spec.resources[0].units_per_gpu or 1)
+    nodes = tuple(NodeView(f"node-{n}", offered, ready=True) for n in range(args.nodes or 1)) if given else ()
+    findings = lint(spec, nodes)
     for finding in findings:
         print(f"{finding.severity}: {finding.message}")
     print(f"{len(findings)} finding(s)")
+    if not given:
+        # On standard error, so that what is printed stays one finding a line.
+        print("taskoffer: limits and lanes were not compared with GPUs: give --nodes and --gpus", file=sys.stderr)
     return Exit.FAILED if any(f.severity == "Error" for f in findings) else Exit.DONE
 
 

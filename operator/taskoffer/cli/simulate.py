@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from taskoffer.cli import hindsight
 from taskoffer.cli.errors import CommandError
 from taskoffer.cli.output_file import check_writable
-from taskoffer.cli.subcommand import add_command
+from taskoffer.cli.subcommand import add_command, whole
 
 if TYPE_CHECKING:
     from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
@@ -99,16 +99,14 @@ def add_commands(commands: Any) -> None:
         help="trace file, compressed if its name ends in .gz; may be given several times",
     )
     simulate.add_argument(
-        "--seeds", type=_whole, metavar="N", help=f"draw N traces, with the seeds 0 to N-1 (default: {_SEEDS})"
+        "--seeds", type=whole, metavar="N", help=f"draw N traces, with the seeds 0 to N-1 (default: {_SEEDS})"
     )
     simulate.add_argument("--load", type=_load, metavar="LOAD", help=f"{_LOADED}; of drawn traces (default: {_LOAD:g})")
     simulate.add_argument("--count", type=_count, metavar="N", help=f"offers of each drawn trace (default: {_COUNT})")
-    simulate.add_argument("--nodes", type=_whole, default=1, metavar="N", help="simulated nodes (default: %(default)s)")
+    simulate.add_argument("--nodes", type=whole, default=1, metavar="N", help="simulated nodes (default: %(default)s)")
+    simulate.add_argument("--gpus", type=whole, default=8, metavar="N", help="GPUs of each node (default: %(default)s)")
     simulate.add_argument(
-        "--gpus", type=_whole, default=8, metavar="N", help="GPUs of each node (default: %(default)s)"
-    )
-    simulate.add_argument(
-        "--jobs", type=_whole, metavar="N", help="processes that share the traces (default: one for each CPU)"
+        "--jobs", type=whole, metavar="N", help="processes that share the traces (default: one for each CPU)"
     )
     simulate.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures of every trace as JSON; - prints them instead"
@@ -128,7 +126,7 @@ def add_commands(commands: Any) -> None:
         "--count", type=_count, default=_COUNT, metavar="N", help="number of offers to draw (default: %(default)s)"
     )
     trace.add_argument(
-        "--gpus", type=_whole, default=8, metavar="N", help="GPUs that the load refers to (default: %(default)s)"
+        "--gpus", type=whole, default=8, metavar="N", help="GPUs that the load refers to (default: %(default)s)"
     )
     trace.add_argument(
         "-o",
@@ -139,13 +137,6 @@ def add_commands(commands: Any) -> None:
     )
 
 
-def _whole(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small: give 1 or more")
-    return number
-
-
 def _seed(text: str) -> int:
     number = int(text)
     if number < 0:
@@ -154,7 +145,7 @@ def _seed(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    number = _whole(text)
+    number = whole(text)
     if number > 1_000_000:
         raise argparse.ArgumentTypeError(f"{number} is too many: give a million or less")
     return number

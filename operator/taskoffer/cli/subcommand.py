@@ -22,3 +22,11 @@ def add_command(
     )
     made.set_defaults(command=run)
     return made
+
+
+def whole(text: str) -> int:
+    """Read the number of an option that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small: give 1 or more")
+    return number

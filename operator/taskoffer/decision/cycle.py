@@ -153,9 +153,11 @@ class _Cycle:
         obstacle = self.room.still_stops(policy, found.evaluation, shape.reason)
         if obstacle is None:
             return 0
-        looks = shape.preempts and self.preemptions.may_stop_any(policy)
+        looks = shape.preempts and self.preemptions.may_stop_any(policy, self.room)
         if looks and self.preemptions.deserves_a_look(policy, found.offer, found.evaluation, self.room):
             return 0
+        if shape.preempts:
+            self._wake(self.preemptions.next_at(policy.name))
         keeps = self._stopped(found, policy, obstacle)
         # A shorter task of the same kind may still get past, and each large one may keep a node of its own. Whether
         # jobs are stopped for an offer depends on its own end.
@@ -317,8 +319,7 @@ class _Cycle:
             return False
         choice = self.preemptions.choose(self.room, policy, offer, evaluation, obstacle)
         if choice is None:
-            if (ripe := self.preemptions.next_at(policy.name)) is not None:
-                self._wake(ripe)
+            self._wake(self.preemptions.next_at(policy.name))
             return False
         self.preemptions.take(self.room, policy, offer, evaluation, choice)
         told = offer.says(Reason.WAITING_FOR_PREEMPTION)
@@ -333,9 +334,7 @@ class _Cycle:
         evaluation = found.evaluation
         if obstacle.reason is Reason.WAITING_BEHIND_RESERVATION:
             # Once its waiting has raised it, it may come before the offer that the node is kept for.
-            rises = next_raise(found.offer, evaluation, self.snapshot.now)
-            if rises is not None:
-                self._wake(rises)
+            self._wake(next_raise(found.offer, evaluation, self.snapshot.now))
         if evaluation.lane is not None:
             self.room.lanes_wanted.add((policy.name, evaluation.lane))
         if not evaluation.reserves or obstacle.reason is not Reason.WAITING_FOR_CAPACITY:
@@ -380,9 +379,7 @@ class _Cycle:
         """Put an answer into the plan, unless the offer says it already; None is a wait that it says already."""
         if answer is None or answer.verdict is Verdict.WAIT:
             self.waiting += 1
-            ends = end_of(offer, evaluation)
-            if ends is not None:
-                self._wake(ends)
+            self._wake(end_of(offer, evaluation))
         if answer is not None and not (answer.verdict is Verdict.WAIT and offer.says(answer.reason)):
             self.decisions.append(Decision(offer, answer, self._ref(policy) if policy else None))
 
@@ -392,6 +389,6 @@ class _Cycle:
             self._refs[policy.name] = policy.ref
         return self._refs[policy.name]
 
-    def _wake(self, moment: datetime) -> None:
-        if self.wake_at is None or moment < self.wake_at:
+    def _wake(self, moment: datetime | None) -> None:
+        if moment is not None and (self.wake_at is None or moment < self.wake_at):
             self.wake_at = moment

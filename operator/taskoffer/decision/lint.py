@@ -50,8 +50,8 @@ def lint(
 def score_range(spec: CapacityPolicySpec) -> tuple[Decimal, Decimal] | None:
     """Return the lowest and the highest score that an accepted offer can get, before the time limit is known.
 
-    Time efficiency runs from 0 (at the longest limit) to 1; the other terms take the values that the policy lists.
-    None for expected values: what an offer is worth has no bound.
+    Time efficiency runs from 0 (at the longest limit) to 1, and is 1 where the policy names no longest limit; the other
+    terms take the values that the policy lists. None for expected values: what an offer is worth has no bound.
     """
     if spec.scoring.expected_value is not None:
         return None
@@ -65,11 +65,12 @@ def _uncapped_range(spec: CapacityPolicySpec) -> tuple[Decimal, Decimal]:
     rates = [Decimal(f.success_rate) for f in spec.families]
     if spec.filters.unknown_family is not None:
         rates.append(Decimal(spec.filters.unknown_family))
+    longest = spec.filters.max_time_limit_seconds
     values = {
         TermName.TASK_WEIGHT: [Decimal(t.weight) for t in accepted],
         TermName.MODEL_PERFORMANCE: rates,
         TermName.TASK_SUCCESS_RATE: [Decimal(t.success_rate) for t in accepted],
-        TermName.TIME_EFFICIENCY: [Decimal(0), Decimal(1)],
+        TermName.TIME_EFFICIENCY: [Decimal(0), Decimal(1)] if longest is not None else [Decimal(1)],
         TermName.SIZE_EFFICIENCY: [Decimal(s.size_efficiency) for s in spec.size_classes],
         TermName.BONUS: [Decimal(1)],
         TermName.ACCURACY_BONUS: [Decimal(1)],

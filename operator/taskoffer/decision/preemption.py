@@ -124,13 +124,13 @@ class Preemptions:
         """Return when another job of the policy has run long enough, or None where time changes nothing."""
         return self._young.get(policy)
 
-    def may_stop_any(self, policy: PolicyView) -> bool:
-        """Tell whether there is any job of the policy left to stop."""
-        return bool(self._jobs.get(policy.name))
+    def may_stop_any(self, policy: PolicyView, room: Room) -> bool:
+        """Tell whether there is any job of the policy left to stop, on a node that is not kept."""
+        return any(name not in room.reservations for name in self._jobs.get(policy.name, ()))
 
     def deserves_a_look(self, policy: PolicyView, offer: OfferView, evaluation: Evaluation, room: Room) -> bool:
         """Tell whether jobs may be stopped for an offer, as far as that can be told without a search."""
-        if policy.spec is None or policy.spec.preemption is None or not self._jobs.get(policy.name):
+        if policy.spec is None or policy.spec.preemption is None or not self.may_stop_any(policy, room):
             return False
         # That something ends in time for an heir is because of it.
         weighed = policy.spec.preemption.gain_factor is not None and offer.uid not in self._heirs
@@ -147,13 +147,12 @@ class Preemptions:
             return None
         if self._tried_in_vain(policy, offer, evaluation):
             return None
-        ends = later(self.snapshot.now, evaluation.occupies)
         nodes = (n for n in room.nodes(policy.name) if n.ready and n.allocatable >= evaluation.gpus)
-        lent = (n for n in nodes if room.lends(n, evaluation.gpus, ends))
-        jobs = self._jobs[policy.name]
+        # Whoever stops goes on later, so on a kept node each stop would put off the start that it is kept for.
+        jobs = {name: on for name, on in self._jobs[policy.name].items() if name not in room.reservations}
         found = (
             self._on(spec, room.lack(policy, n, evaluation), offer, evaluation, jobs[n.name])
-            for n in lent
+            for n in nodes
             if n.name in jobs
         )
         best = min((c for c in found if c is not None), key=lambda c: (c.cost, c.gpus, c.node), default=None)
