@@ -6,12 +6,14 @@ import random
 from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
+from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
 from core_builders import at, claim, condition, cycle, node, offer, policy, policy_spec, snapshot, spec_of
+from taskoffer.api.base import rfc3339
 from taskoffer.api.tasks import TaskType
 from taskoffer.decision.cycle import Plan, plan
 from taskoffer.decision.evaluate import evaluate
@@ -38,7 +40,24 @@ EARNING = policy(
     filters={"minScore": "0", "unknownFamily": "0.5"},
     scoring={"terms": None, "expectedValue": {"urgencySeconds": 600, "spareShare": "0.75"}},
 )
-fast = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+ALL = {"name": "All", "minParameters": 0, "gpus": 1, "sizeEfficiency": "1", "lora": {}, "train": {"maxLength": 2048}}
+BY_VALUE = {"terms": None, "expectedValue": {"urgencySeconds": 600, "spareShare": "0.75"}}
+
+
+def hurrying(choice: str, **fields: Any) -> PolicyView:
+    """Return a policy under which the deadlines of its offers decide their counts."""
+    shared = {"estimation": PREDICTING, "size_classes": [ALL], "filters": {"minScore": "0"}}
+    return policy(gpu_choice=choice, **shared, **fields)
+
+
+HURRYING = [
+    hurrying("FewestGpuHours"),
+    hurrying("MostValue", scoring={"terms": None, "expectedValue": {}}),
+    hurrying("MostValue", scoring=BY_VALUE),
+    hurrying("MostValue", scoring=BY_VALUE, namespaces=[{"name": "default", "gpus": 3}]),
+]
+DEADLINES = [None, *(rfc3339(at(seconds)) for seconds in (300, 1000, 3600, 6000, 20_000))]
+fast = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
@@ -54,6 +73,24 @@ def offers(draw: st.DrawFn, most: int = 12) -> list[OfferView]:
             task_id=f"t{draw(st.integers(0, 9))}",
             active=draw(st.sampled_from([None, None, None, False])),
             expires_at=draw(st.sampled_from([None, None, "2026-01-31T11:00:00Z", "2026-01-31T13:00:00Z"])),
+        )
+        for i in range(draw(st.integers(0, most)))
+    ]
+
+
+@st.composite
+def hurries(draw: st.DrawFn, most: int = 12) -> list[OfferView]:
+    """Draw offers that take 30 minutes or 2.75 hours on one GPU, and a good quarter of that on four."""
+    return [
+        offer(
+            f"o{i}",
+            created=at(draw(st.integers(0, 3))),
+            hours=draw(st.sampled_from([1.0, 19.0])),
+            parameters=8_030_000_000,
+            rows=draw(st.sampled_from([30_000, 170_000])),
+            model=draw(st.sampled_from(MODELS)),
+            gpus=draw(st.sampled_from([None, None, None, 1])),
+            spec={"deadline": due} if (due := draw(st.sampled_from(DEADLINES))) else {},
         )
         for i in range(draw(st.integers(0, most)))
     ]
@@ -82,6 +119,10 @@ claims = st.lists(
 policies = st.sampled_from([PLAIN, LANED, FEW, BORROWING, QUOTA, FLOORED, KEEPING, FASTEST, EARNING])
 
 
+def worlds(most: int = 12) -> st.SearchStrategy[tuple[list[OfferView], PolicyView]]:
+    return st.one_of(st.tuples(offers(most), policies), st.tuples(hurries(most), st.sampled_from(HURRYING)))
+
+
 def admissions(made: Plan) -> list[tuple[str, str, int, str | None]]:
     return [
         (d.offer.uid, a.node_name, a.count, a.lane)
@@ -92,10 +133,11 @@ def admissions(made: Plan) -> list[tuple[str, str, int, str | None]]:
 
 
 @fast
-@given(offers(), nodes, claims, policies)
+@given(worlds(), nodes, claims)
 def test_a_cycle_never_books_more_than_a_node_a_lane_or_the_job_slots_have(
-    pending: list[OfferView], inventory: list[NodeView], booked: list[Claim], chosen: PolicyView
+    world: tuple[list[OfferView], PolicyView], inventory: list[NodeView], booked: list[Claim]
 ) -> None:
+    pending, chosen = world
     made = cycle(pending, nodes=inventory, claims=booked, policies=[chosen])
     assert chosen.spec is not None
     before = open_ledger(booked)
@@ -113,7 +155,7 @@ def test_a_cycle_never_books_more_than_a_node_a_lane_or_the_job_slots_have(
         assert not lanes[lane.name] or before.lane_used("lab", lane.name) + lanes[lane.name] <= lane.gpus
     if chosen.spec.filters.max_concurrent_jobs is not None:
         assert not added or before.running("lab") + len(admissions(made)) <= chosen.spec.filters.max_concurrent_jobs
-    if chosen is QUOTA:
+    if chosen.spec.namespaces:
         assert added.total() <= 3
     if chosen is FLOORED:
         low = [d for d in made.decisions if d.answer.admission and d.answer.score and d.answer.score <= Decimal("0.7")]
@@ -135,10 +177,12 @@ def test_a_score_is_the_sum_of_its_terms_and_never_above_its_cap(
 
 
 @fast
-@given(offers(most=1), nodes, claims, policies, st.integers(1, 8))
+@given(worlds(most=1), nodes, claims, st.integers(1, 8))
 def test_more_free_capacity_never_turns_an_admission_into_a_wait(
-    pending: list[OfferView], inventory: list[NodeView], booked: list[Claim], chosen: PolicyView, more: int
+    world: tuple[list[OfferView], PolicyView], inventory: list[NodeView], booked: list[Claim], more: int
 ) -> None:
+    pending, chosen = world
+
     def admitted(inventory: list[NodeView]) -> bool:
         return bool(admissions(cycle(pending, nodes=inventory, claims=booked, policies=[chosen])))
 
@@ -148,12 +192,14 @@ def test_more_free_capacity_never_turns_an_admission_into_a_wait(
 
 
 @fast
-@given(offers(), nodes, claims, policies, st.randoms(use_true_random=False))
+@given(worlds(), nodes, claims, st.randoms(use_true_random=False))
 def test_the_order_of_what_is_known_does_not_matter(
-    pending: list[OfferView], inventory: list[NodeView], booked: list[Claim], chosen: object, shuffle: random.Random
+    world: tuple[list[OfferView], PolicyView], inventory: list[NodeView], booked: list[Claim], shuffle: random.Random
 ) -> None:
+    pending, chosen = world
+
     def decided(pending: list[OfferView], inventory: list[NodeView], booked: list[Claim]) -> object:
-        made = cycle(pending, nodes=inventory, claims=booked, policies=[chosen])  # type: ignore[list-item]
+        made = cycle(pending, nodes=inventory, claims=booked, policies=[chosen])
         return {d.offer.uid: d.answer for d in made.decisions}, made.wake_at, made.waiting
 
     mixed = [shuffle.sample(part, len(part)) for part in (pending, inventory, booked)]
@@ -161,11 +207,12 @@ def test_the_order_of_what_is_known_does_not_matter(
 
 
 @fast
-@given(offers(), nodes, claims, policies)
+@given(worlds(), nodes, claims)
 def test_a_plan_that_is_applied_leaves_nothing_to_decide(
-    pending: list[OfferView], inventory: list[NodeView], booked: list[Claim], chosen: object
+    world: tuple[list[OfferView], PolicyView], inventory: list[NodeView], booked: list[Claim]
 ) -> None:
-    made = cycle(pending, nodes=inventory, claims=booked, policies=[chosen])  # type: ignore[list-item]
+    pending, chosen = world
+    made = cycle(pending, nodes=inventory, claims=booked, policies=[chosen])
     answered = {d.offer.uid: d.answer for d in made.decisions}
     assert set(answered) == {o.uid for o in pending}
     left = [
@@ -173,14 +220,17 @@ def test_a_plan_that_is_applied_leaves_nothing_to_decide(
         for o in pending
         if answered[o.uid].verdict is Verdict.WAIT
     ]
-    now_booked = [*booked, *(claim(uid, n, count, lane=lane) for uid, n, count, lane in admissions(made))]
+    now_booked = [
+        *booked,
+        *(claim(uid, n, count, lane=lane, namespace="default") for uid, n, count, lane in admissions(made)),
+    ]
     gone = [o for o in pending if o not in left and answered[o.uid].verdict is not Verdict.WAIT]
     again = plan(
         snapshot(
             left,
             nodes=inventory,
             claims=now_booked,
-            policies=[chosen],  # type: ignore[list-item]
+            policies=[chosen],
             admitted_today=Counter(("lab", TaskType.INSTRUCT_TEXT) for _ in admissions(made)),
             siblings=[o for o in gone if o.uid not in {x.uid for x in left}],
         )

@@ -202,11 +202,11 @@ ONE_SIZE = {
 }
 
 
-def hurried(slots: int | None = None, **fields: Any) -> Object:
+def hurried(slots: int | None = None, choice: str = "EarliestEnd", **fields: Any) -> Object:
     """Return a policy under which offers may choose their count, as their deadlines allow."""
     return make_policy(
         name="lab",
-        gpu_choice="EarliestEnd",
+        gpu_choice=choice,
         size_classes=[ONE_SIZE],
         resources=[{"name": "nvidia.com/gpu", "counts": [1, 2, 4, 8]}],
         filters={"maxTimeLimitSeconds": 100_000, "minScore": "0", "maxConcurrentJobs": slots},
@@ -215,12 +215,19 @@ def hurried(slots: int | None = None, **fields: Any) -> Object:
     )
 
 
+SPARING = {"terms": None, "expectedValue": {"urgencySeconds": 600, "spareShare": "0.75"}}
 HURRIED = [
     hurried(),
     hurried(slots=2),
     hurried(queue={"reserveFromGpus": 8}),
     hurried(queue={"reserveFromGpus": 2, "priorities": ["low", "high"]}),
     hurried(namespaces=[{"name": "default", "gpus": 4, "highestPriority": None}]),
+    hurried(choice="FewestGpuHours"),
+    hurried(choice="FewestGpuHours", queue={"reserveFromGpus": 2, "priorities": ["low", "high"]}),
+    hurried(choice="MostValue", scoring={"terms": None, "expectedValue": {"urgencySeconds": 600}}),
+    hurried(choice="MostValue", scoring=SPARING, queue={"reserveFromGpus": 4}),
+    hurried(slots=3, choice="MostValue", scoring=SPARING),
+    hurried(choice="MostValue", scoring=SPARING, namespaces=[{"name": "default", "gpus": 4, "highestPriority": None}]),
 ]
 LLAMA: dict[str, Any] = {"model": "meta-llama/Meta-Llama-3-8B", "parameters": 8_030_000_000, "hours": 20}
 """10,000 rows take 77 minutes on one GPU and 10 on eight, so that a deadline decides the count."""
@@ -387,6 +394,24 @@ def test_a_kept_node_that_is_lent_to_short_tasks_only_is_no_answer_for_the_whole
     assert [len(group) for group in cluster.world.snapshot(cluster.now).standing.values()] == [2]
     cluster.put("offers", "large", make_offer(name="large", gpus=4, rows=100, priority_class="high", **LLAMA))
     assert told(cluster) == {"large": "WaitingForCapacity", "very-long": "WaitingBehindReservation"}
+
+
+def test_those_that_prefer_a_count_stand_for_the_next_one_once_theirs_has_become_too_slow() -> None:
+    cluster = in_a_hurry(5, hurried(choice="FewestGpuHours"))
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=8, node="node-a"))
+    run_cycle(cluster, [])
+    made = cluster.world.snapshot(cluster.now)
+    assert [(shape.gpus, len(group)) for shape, group in made.standing.items()] == [(2, 5)]
+    woken = plan(made).wake_at
+    assert woken is not None
+    cluster.now = woken
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=5, node="node-a"))
+    made = cluster.world.snapshot(cluster.now)
+    assert [(shape.gpus, len(group)) for shape, group in made.standing.items()] == [(4, 5)]
+    assert plan(made).decisions == ()
+    run_cycle(cluster, [])
+    cluster.put("pods", "foreign", make_pod("foreign", gpus=4, node="node-a"))
+    assert told(cluster) == {"o0": "Admitted"}
 
 
 def test_a_long_queue_is_asked_once_and_not_offer_by_offer() -> None:

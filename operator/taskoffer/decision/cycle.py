@@ -28,6 +28,7 @@ from taskoffer.decision.answers import (
 )
 from taskoffer.decision.by_rank import by_rank
 from taskoffer.decision.evaluate import Evaluation, Option
+from taskoffer.decision.in_time import next_look
 from taskoffer.decision.moments import later
 from taskoffer.decision.moves import Move, find_moves, resume
 from taskoffer.decision.placed_jobs import Order, Resumption
@@ -288,15 +289,10 @@ class _Cycle:
         ledger = self.room.timeline.ledger
         free = sum(max(0, ledger.free(node)) for node in self.room.nodes(policy.name))
         spare = share * (free - (self.wanted - evaluation.gpus))
-        now = self.snapshot.now
-        in_time = [option for option in evaluation.options if can_start(offer, evaluation, option, now)]
-        larger = (evaluation.on(option) for option in reversed(in_time) if option.gpus <= spare)
-        found = next((choice for choice in larger if self.room.obstacle(policy, choice) is None), None)
-        if found is not None:
-            return found
-        # Its own count may have become too slow for its deadline, while a larger one is not.
-        rest = (evaluation.on(option) for option in in_time)
-        return next((choice for choice in rest if self.room.obstacle(policy, choice) is None), evaluation)
+        now, own = self.snapshot.now, evaluation.gpus
+        larger = [it for it in evaluation.options if own < it.gpus <= spare and can_start(offer, evaluation, it, now)]
+        choices = (evaluation.on(option) for option in sorted(larger, key=lambda it: it.gpus, reverse=True))
+        return next((choice for choice in choices if self.room.obstacle(policy, choice) is None), evaluation)
 
     def _admit(self, offer: OfferView, policy: PolicyView, evaluation: Evaluation, wanted: int) -> Answer:
         node = self.room.book(policy, offer, evaluation)
@@ -379,7 +375,7 @@ class _Cycle:
         """Put an answer into the plan, unless the offer says it already; None is a wait that it says already."""
         if answer is None or answer.verdict is Verdict.WAIT:
             self.waiting += 1
-            self._wake(end_of(offer, evaluation))
+            self._wake(next_look(offer, evaluation, self.snapshot.now))
         if answer is not None and not (answer.verdict is Verdict.WAIT and offer.says(answer.reason)):
             self.decisions.append(Decision(offer, answer, self._ref(policy) if policy else None))
 

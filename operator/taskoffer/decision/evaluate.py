@@ -77,12 +77,12 @@ class Evaluation(NamedTuple):
     borrows_from: tuple[str, ...] = ()
     """Lanes in which it may be placed when its own is booked."""
     options: tuple[Option, ...] = ()
-    """Counts of GPUs among which the cycle chooses; empty where ``gpus`` is all there is."""
+    """Counts of GPUs among which the cycle chooses, the preferred one first; empty where ``gpus`` is all there is."""
     spare_share: float | None = None
     """Share of the GPUs that nobody waits for which an offer may get on top; None where it gets the count with which
     it ends first."""
-    reserves: bool = False
-    """Whether a node is kept for it while it waits for capacity."""
+    reserve_from: int | None = None
+    """GPUs from which on a node is kept for an offer while it waits for capacity; None where none is."""
     preempts: bool = False
     """Whether running jobs may be stopped for it."""
     at_stake: float = 0.0
@@ -108,6 +108,11 @@ class Evaluation(NamedTuple):
     def least_seconds(self) -> float:
         """What the task takes at least, with the reserve, on any of its counts; 0 where nothing is predicted."""
         return min([option.needed for option in self.options]) if self.options else self.seconds
+
+    @property
+    def reserves(self) -> bool:
+        """Whether a node is kept for it while it waits for capacity."""
+        return self.reserve_from is not None and self.gpus >= self.reserve_from
 
     def in_lane(self, lane: str) -> Evaluation:
         """Return the same for another lane."""
@@ -159,19 +164,14 @@ def evaluate(
             for gpus, found in facts.options
             if found.finish is not None
         ),
-        spare_share=_spare_share(facts),
-        reserves=_reserves(facts),
+        spare_share=facts.spare_share,
+        reserve_from=policy.queue.reserve_from_gpus if policy.queue is not None else None,
         preempts=_preempts(facts, priority),
         at_stake=facts.stakes.lateness(facts.known) if facts.stakes is not None and policy.preemption else 0.0,
         floor=_floor(facts),
         group=facts.group if policy.learning is not None else None,
         own_trainer=spec.trainer is not None,
     )
-
-
-def _spare_share(facts: Facts) -> float | None:
-    scoring = facts.policy.scoring.expected_value
-    return float(scoring.spare_share) if scoring is not None and scoring.spare_share is not None else None
 
 
 def _priority(facts: Facts) -> Priority | None:
@@ -191,11 +191,6 @@ def _priority_in(among: Itself[Queue], asked: str | None, highest: str | None) -
         # Nobody has asked for the default, so it gives way to the namespace's limit instead of being refused.
         level = min(level, names.index(highest))
     return Priority(level, max(0, len(names) - 1), queue.raise_after_seconds)
-
-
-def _reserves(facts: Facts) -> bool:
-    least = facts.policy.queue.reserve_from_gpus if facts.policy.queue is not None else None
-    return least is not None and facts.gpus is not None and facts.gpus >= least
 
 
 def _preempts(facts: Facts, priority: Priority | None) -> bool:

@@ -19,7 +19,7 @@ from taskoffer.decision.identity import Itself
 from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Group, Learned
 from taskoffer.decision.prediction import Outlook, Prediction
 from taskoffer.decision.sizing import family_of, size_class_of, size_of
-from taskoffer.decision.value import Stakes, most_valuable
+from taskoffer.decision.value import Stakes, by_value
 
 
 class Traits(NamedTuple):
@@ -94,7 +94,9 @@ class Facts(NamedTuple):
     gpus: int | None = None
     """GPUs to book."""
     options: tuple[tuple[int, Prediction], ...] = ()
-    """Counts among which the cycle may choose, with what is predicted on them."""
+    """Counts among which the cycle may choose, the preferred one first, with what is predicted on them."""
+    spare_share: float | None = None
+    """Share of the GPUs that nobody waits for which it may get on top; None where it gets the count that ends first."""
     prediction: Prediction | None = None
     outlook: Outlook | None = None
     """What is predicted on any count, where the policy has settings for such a task."""
@@ -130,7 +132,7 @@ def gather(
     elif lane_rule is not None:
         gpus = lane_rule.gpus_per_task
     else:
-        chosen, options = _choose(outlook, policy, limit, stakes) if outlook is not None else (None, ())
+        chosen, options = _choose(spec, outlook, policy, limit, stakes) if outlook is not None else (None, ())
         gpus = chosen if chosen is not None else traits.usual_gpus
     return Facts(
         spec=spec,
@@ -144,6 +146,7 @@ def gather(
         limit=limit,
         gpus=gpus,
         options=options,
+        spare_share=_spare_share(policy),
         prediction=outlook.on(gpus) if outlook is not None and gpus is not None else None,
         outlook=outlook,
         stakes=stakes,
@@ -153,23 +156,40 @@ def gather(
 
 
 def _choose(
-    outlook: Outlook, policy: CapacityPolicySpec, limit: NamespaceLimit | None, stakes: Stakes | None
+    spec: TaskOfferSpec,
+    outlook: Outlook,
+    policy: CapacityPolicySpec,
+    limit: NamespaceLimit | None,
+    stakes: Stakes | None,
 ) -> tuple[int | None, tuple[tuple[int, Prediction], ...]]:
-    """Choose the number of GPUs where neither the offer nor a lane says it, or the counts for the cycle to choose."""
+    """Choose the number of GPUs where neither the offer nor a lane says it, and the counts for the cycle to choose."""
     most = limit.gpus if limit is not None else None
-    if policy.gpu_choice is GpuChoice.FEWEST_GPU_HOURS:
-        return outlook.fewest_gpu_hours(), ()
-    if policy.gpu_choice is GpuChoice.MOST_VALUE:
-        chosen, scoring = most_valuable(outlook, stakes) if stakes is not None else None, policy.scoring.expected_value
-        if chosen is None or scoring is None or scoring.spare_share is None:
-            return chosen, ()
-        larger = ((gpus, it) for gpus, it, _ in outlook.holding() if gpus >= chosen)
-        return chosen, tuple((gpus, it) for gpus, it in larger if most is None or gpus <= most)
     if policy.gpu_choice is GpuChoice.EARLIEST_END:
         found = tuple((gpus, it) for gpus, it, _ in outlook.holding() if most is None or gpus <= most)
         # The smallest count stands for the offer as long as nothing is free for it.
         return min((gpus for gpus, _ in found), default=None), found
-    return None, ()
+    ranked: list[tuple[int, Prediction]] = []
+    if policy.gpu_choice is GpuChoice.FEWEST_GPU_HOURS:
+        ranked = outlook.by_gpu_hours()
+    elif policy.gpu_choice is GpuChoice.MOST_VALUE and stakes is not None:
+        ranked = by_value(outlook, stakes)
+    # Where its namespace may hold none of them, the refusal is to say how many the task takes.
+    ranked = [(gpus, it) for gpus, it in ranked if most is None or gpus <= most] or ranked
+    if not ranked:
+        return None, ()
+    chosen = ranked[0][0]
+    if spec.deadline is None and not _spare_share(policy):
+        # All of them stay in time however long the offer waits, so it never gets another one.
+        return chosen, ()
+    # One that is smaller and not slower would take fewer GPU-hours and be preferred, so it is of no use here.
+    return chosen, tuple((gpus, it) for gpus, it in ranked if gpus >= chosen)
+
+
+def _spare_share(policy: CapacityPolicySpec) -> float | None:
+    if policy.gpu_choice is GpuChoice.EARLIEST_END:
+        return None
+    scoring = policy.scoring.expected_value if policy.gpu_choice is GpuChoice.MOST_VALUE else None
+    return float(scoring.spare_share) if scoring is not None and scoring.spare_share is not None else 0.0
 
 
 def _usual_gpus(

@@ -9,7 +9,7 @@ from taskoffer.api.reasons import Reason
 from taskoffer.decision.evaluate import Evaluation
 from taskoffer.decision.moments import later
 from taskoffer.decision.room import Room
-from taskoffer.decision.snapshot import OfferView, PolicyView, can_start
+from taskoffer.decision.snapshot import OfferView, PolicyView, can_start, end_of
 from taskoffer.decision.want import Asked
 
 
@@ -29,6 +29,12 @@ def next_too_slow(offer: OfferView, evaluation: Evaluation, now: datetime) -> da
     return min((end for end in ends if end > now), default=None)
 
 
+def next_look(offer: OfferView, evaluation: Evaluation | None, now: datetime) -> datetime | None:
+    """Return when time alone changes what an offer waits for: it ends, or one of its counts becomes too slow."""
+    moments = (end_of(offer, evaluation), next_too_slow(offer, evaluation, now) if evaluation is not None else None)
+    return min((moment for moment in moments if moment is not None), default=None)
+
+
 def none_in_time(room: Room, policy: PolicyView, evaluation: Evaluation, in_time: Collection[int], reason: str) -> bool:
     """Tell whether offers of one kind go on waiting for this reason.
 
@@ -43,6 +49,9 @@ def none_in_time(room: Room, policy: PolicyView, evaluation: Evaluation, in_time
         in_time: The counts on which one of them may still be in time for its deadline.
         reason: What their status gives.
     """
+    if evaluation.spare_share is not None:
+        # They wait for one count at a time, and that is one on which they are in time.
+        return False
     told = None
     for option in evaluation.options:
         asked = Asked(option.gpus, evaluation.lane, evaluation.quota, option.seconds)

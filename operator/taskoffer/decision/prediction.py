@@ -136,13 +136,13 @@ class Outlook:
                 # Nothing says so, on whatever count.
                 return
 
-    def fewest_gpu_hours(self) -> int | None:
-        """Return the count with which the task holds and takes the fewest GPU-hours, or None.
+    def by_gpu_hours(self) -> list[tuple[int, Prediction]]:
+        """Return the counts with which the task holds, first the one on which it takes the fewest GPU-hours.
 
         A pod's start takes as long on four GPUs as on one, so that as a rule it is the smallest count that holds.
         """
-        hours = ((gpus * finish.seconds, gpus) for gpus, _, finish in self.holding())
-        return min(hours, default=(0, None))[1]
+        ranked = sorted(self.holding(), key=lambda found: (found[0] * found[2].seconds, found[0]))
+        return [(gpus, it) for gpus, it, _ in ranked]
 
 
 def _predicted(spec: TaskOfferSpec, footing: Footing, known: Estimate) -> Prediction:

@@ -10,7 +10,7 @@ from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.cycle import plan
 from taskoffer.decision.evaluate import Evaluation, evaluate
 from taskoffer.decision.outcomes import NOTHING
-from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot
+from taskoffer.decision.snapshot import OfferView, PolicyView, Snapshot, on_count_in_time
 from taskoffer.decision.verdict import Answer
 
 _MOST_RUNS, _FEWEST_RUNS = 64, 8
@@ -96,6 +96,7 @@ class Rerun:
         policy, evaluation = self.evaluate(spec) if spec is not None else (None, None)
         evaluations = dict(self.snapshot.evaluations)
         if policy is not None and evaluation is not None:
+            evaluation = on_count_in_time(view, evaluation, self.snapshot.now)
             evaluations[view.uid, policy.name] = evaluation
         world = released(self.snapshot, ended) if ended else self.snapshot
         made = plan(replace(world, offers=[*world.offers, view], evaluations=evaluations))

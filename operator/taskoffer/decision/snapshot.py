@@ -181,6 +181,18 @@ def can_start(offer: OfferView, evaluation: Evaluation, option: Option, moment: 
     return all(end is None or moment < end for end in ends)
 
 
+def on_count_in_time(offer: OfferView, evaluation: Evaluation, moment: datetime) -> Evaluation:
+    """Return an offer's evaluation on the first of its counts on which it is in time when it starts at a moment.
+
+    Where it gets the count with which it ends first, one stands for all of them, and this changes nothing.
+    """
+    if evaluation.spare_share is None:
+        return evaluation
+    in_time = (option for option in evaluation.options if can_start(offer, evaluation, option, moment))
+    first = next(in_time, None)
+    return evaluation if first is None or first.gpus == evaluation.gpus else evaluation.on(first)
+
+
 def ttl_end(offer: OfferView, evaluation: Evaluation | None) -> datetime | None:
     """Return when the time ends that the policy gives an offer, or None where it gives any time."""
     ttl = evaluation.ttl if evaluation is not None else None
@@ -200,8 +212,10 @@ def waiting(offer: OfferView, evaluation: Evaluation, now: datetime, *, is_heir:
 
     Where the policy knows no priorities its offers have the lowest one, and deadlines do not count. Where it scores by
     expected value with an urgency, both score and the end of the wait count, in the place of the deadline. An offer for
-    which jobs have been stopped comes first in its priority, or others would take what is freed for it.
+    which jobs have been stopped comes first in its priority, or others would take what is freed for it. What it waits
+    for is the first of its counts on which it is in time now.
     """
+    evaluation = on_count_in_time(offer, evaluation, now)
     level, deadline = 0, math.inf
     if evaluation.priority is not None:
         level = evaluation.priority.level + raises(offer, evaluation.priority, now)
@@ -264,7 +278,7 @@ class Snapshot:
     """Offers beside ``offers`` whose answer still holds as long as the same thing stands in their way: they have a
     policy in force, are refused by nothing in it, are active, are no duplicates and have not expired. In order."""
     standing_end: datetime | None = None
-    """No standing offer expires before."""
+    """No standing offer expires, or becomes too late for one of its counts, before."""
     releases: Sequence[Release] = ()
     """When what is booked is predicted to come free; what nothing is known of is not in it."""
     learned: Mapping[str, Learned] = field(default_factory=dict)

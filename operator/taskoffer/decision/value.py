@@ -17,7 +17,7 @@ from taskoffer.api.v1alpha1.scoring import ExpectedValue
 from taskoffer.api.v1alpha1.taskoffer import TaskOfferSpec
 from taskoffer.decision.finish import Finish
 from taskoffer.decision.outcomes import Estimate, Learned
-from taskoffer.decision.prediction import Outlook
+from taskoffer.decision.prediction import Outlook, Prediction
 
 _PLACES = Decimal("0.0001")
 _MOST = 1e8
@@ -94,13 +94,15 @@ def value_of(spec: TaskOfferSpec, task: TaskTypeRule, parameters: int, scoring: 
     return float(scoring.factor) * math.sqrt(spec.time_limit_seconds / 3600 * billions) * float(task.weight)
 
 
-def most_valuable(outlook: Outlook, stakes: Stakes) -> int | None:
-    """Return the count with which the task holds and is expected to earn most for each GPU-hour, or None."""
-    worth: dict[int, Decimal] = {}
-    for gpus, found, finish in outlook.holding():
-        expected = stakes.on(finish, found.known)
-        worth[gpus] = expected.gain + expected.loss
-    return max(worth, key=lambda gpus: (worth[gpus], -gpus), default=None)
+def by_value(outlook: Outlook, stakes: Stakes) -> list[tuple[int, Prediction]]:
+    """Return the counts with which the task holds, first the one that is expected to earn most for each GPU-hour."""
+
+    def place(found: tuple[int, Prediction, Finish]) -> tuple[Decimal, int]:
+        gpus, prediction, finish = found
+        expected = stakes.on(finish, prediction.known)
+        return -(expected.gain + expected.loss), gpus
+
+    return [(gpus, it) for gpus, it, _ in sorted(outlook.holding(), key=place)]
 
 
 def _places(number: float) -> Decimal:

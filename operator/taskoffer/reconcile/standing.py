@@ -11,8 +11,8 @@ from bisect import bisect_left, insort
 from datetime import datetime
 
 from taskoffer.decision.evaluate import Evaluation
-from taskoffer.decision.in_time import next_too_slow
-from taskoffer.decision.snapshot import OfferView, Shape, Waiting, end_of, next_raise, waiting
+from taskoffer.decision.in_time import next_look
+from taskoffer.decision.snapshot import OfferView, Shape, Waiting, next_raise, waiting
 
 _FEW = 256
 """As long as changes are fewer than one in so many, they are made one by one; more are sorted in together."""
@@ -51,12 +51,6 @@ class _Group:
         return ordered
 
 
-def _next_turn(offer: OfferView, evaluation: Evaluation, now: datetime) -> datetime | None:
-    """Return when an offer comes into another group, or to another place in its own."""
-    turns = (next_raise(offer, evaluation, now), next_too_slow(offer, evaluation, now))
-    return min((turn for turn in turns if turn is not None), default=None)
-
-
 class Standing:
     """The groups, and where each offer is in them."""
 
@@ -88,7 +82,7 @@ class Standing:
         """
         place = waiting(offer, evaluation, now)
         self._groups.setdefault(shape, _Group()).add(place)
-        ends, turns = end_of(offer, evaluation), _next_turn(offer, evaluation, now)
+        ends, turns = next_look(offer, evaluation, now), next_raise(offer, evaluation, now)
         self._place[offer.uid] = shape, place, ends, turns
         if ends is not None:
             heapq.heappush(self._ends, (ends, offer.uid))
@@ -135,7 +129,7 @@ class Standing:
 
     @property
     def soonest_end(self) -> datetime | None:
-        """The next end of a standing offer, as far as ``drop_ended`` has left one."""
+        """When the next standing offer ends or loses one of its counts, as far as ``drop_ended`` has left one."""
         return self._ends[0][0] if self._ends else None
 
     def _stale(self, moment: tuple[datetime, str], which: int) -> bool:

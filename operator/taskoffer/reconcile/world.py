@@ -21,7 +21,7 @@ from taskoffer.decision.ledger import Claim, open_ledger
 from taskoffer.decision.moves import Move
 from taskoffer.decision.placed_jobs import MoveRequest
 from taskoffer.decision.room import CAPACITY_REASONS
-from taskoffer.decision.snapshot import OfferView, PolicyView, Sibling, Snapshot, end_of, shape_of
+from taskoffer.decision.snapshot import OfferView, PolicyView, Sibling, Snapshot, end_of, on_count_in_time, shape_of
 from taskoffer.reconcile.admitted import Admitted
 from taskoffer.reconcile.cache import Store
 from taskoffer.reconcile.charges import Charges, claim_of
@@ -296,6 +296,7 @@ class World:
             if policy is None or policy.spec is None:
                 continue
             evaluation = evaluation_of(entry, policy, policy.spec, self.outcomes.learned(policy.name))
+            evaluation = on_count_in_time(view, evaluation, snapshot.now)
             if self._stands(entry, view, evaluation, snapshot.now):
                 in_time = counts_in_time(view, evaluation, snapshot.now)
                 shape = shape_of(policy.name, evaluation, view.reason or "", in_time)
