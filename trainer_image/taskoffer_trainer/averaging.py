@@ -20,6 +20,7 @@ from taskoffer_trainer.checkpoints import (
     Checkpoint,
     best_checkpoint,
     complete_checkpoints,
+    is_refused,
     write_json,
 )
 from taskoffer_trainer.sharding import gathered, is_shared_out, local, read_adapter
@@ -130,12 +131,15 @@ def chosen(course: Course, between: Callable[[], None]) -> Checkpoint:
     best, newest = best_checkpoint(found), found[0]
     if course.average is None or not (newest.folder / AVERAGED_FILE).is_file():
         return best
+    if is_refused(newest.folder, AVERAGED_FILE):
+        # An attempt before this one has verified it in vain.
+        return best
     course.progress.enter(RunState.EVALUATING)
     course.average.restore(newest.folder)
     with course.average.in_place():
         # Without a figure it is not chosen.
         loss = course.measure(course.trainer.model, True, between).get("eval_loss", math.inf)
-    trained = math.inf if best.eval_loss is None else best.eval_loss
+    trained = math.inf if best.eval_loss is None or best.refused else best.eval_loss
     course.candidates = {
         name: value for name, value in {"trained": trained, "averaged": loss}.items() if math.isfinite(value)
     }
