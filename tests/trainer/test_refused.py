@@ -24,6 +24,7 @@ from taskoffer_trainer.checkpoints import (
 )
 from taskoffer_trainer.failures import StopRequestedError, TrainerError
 from taskoffer_trainer.mirror import mirror_best, provisional_adapter
+from taskoffer_trainer.rewards import REWARD_FAILED
 
 from .test_mirror import checkpoint
 
@@ -208,3 +209,19 @@ def test_the_average_is_chosen_where_all_that_was_trained_was_refused(config: Ru
     assert the_choice(course) == (16, ADAPTER_FILE)
     refuse(complete(config, 16), "its held-out loss is off")
     assert the_choice(course) == (16, AVERAGED_FILE)
+
+
+def test_rewards_that_fail_when_the_average_is_measured_do_not_cost_what_was_trained(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = REWARD_FAILED
+
+    def measure() -> dict[str, float]:
+        raise TrainerError(ExitCode.BAD_CONFIG, reason, "in 3 evaluations in a row mine gave no value")
+
+    course = course_with_an_average(config, measure)
+    assert the_choice(course) == (8, ADAPTER_FILE)
+    assert "the average is not measured: in 3 evaluations in a row mine gave no value" in capsys.readouterr().out
+    reason = "Another"
+    with pytest.raises(TrainerError):
+        chosen(course, lambda: None)
