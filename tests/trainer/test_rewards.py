@@ -238,6 +238,16 @@ def test_in_an_evaluation_a_failed_call_is_made_once_more() -> None:
 
 
 @needs_sandbox
+def test_evaluations_that_fail_one_after_the_other_are_none_and_only_a_step_ends_the_run() -> None:
+    """One rank alone would leave the others waiting, and the last evaluations must not cost a finished training."""
+    bad = Asked(["p"], ["bad"], [None])
+    with RewardSet(columns(source("def reward(completions):\n    raise ValueError")), SETTINGS) as rewards:
+        assert [rewards.measured(bad) for _ in range(3)] == [{"mine": None}] * 3
+        with pytest.raises(TrainerError, match="mine failed 7 times in a row"):
+            rewards(bad)
+
+
+@needs_sandbox
 @pytest.mark.parametrize(
     ("text", "said"),
     [

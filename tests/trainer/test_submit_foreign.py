@@ -277,6 +277,40 @@ def test_of_a_training_that_ended_early_the_latest_of_its_best_adapters_is_hande
     assert "its best checkpoint, of step 10" in (out / "README.md").read_text()
 
 
+VERIFIED = {"provisional": False, "jobName": "job", "taskID": "task", "sampleAnswers": [{"after": "yes"}]}
+
+
+def put_in_place(result: Path, **about: Any) -> Path:
+    """Lay down what is left where the node dies when the training has just verified its adapter."""
+    said = json.loads((mirrored(result, 10) / "manifest.json").read_text())
+    shutil.rmtree(result.parent / "provisional")
+    (result / "manifest.json").write_text(json.dumps({**said, **VERIFIED, **about}))
+    return result.parent / "provisional"
+
+
+def test_where_a_training_ended_early_beside_its_verified_adapter_that_one_is_handed_over(
+    place: Place, result: Path, fixtures_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    what = config(place, put_in_place(result), fixtures_dir / "llama", out, provisional=True)
+    ended = place.submit(what)
+    assert ended.adapter_dir == str(result)
+    assert ended.message.endswith("the verified adapter, which the training had put in place before it ended")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["provisional"], manifest["sampleAnswers"]) == (False, [{"after": "yes"}])
+    assert "reason" not in manifest
+
+
+@pytest.mark.parametrize("about", [{"provisional": True}, {"jobName": "other"}, {"taskID": "other"}])
+def test_an_adapter_in_place_that_this_job_has_not_verified_is_not_handed_over(
+    about: dict[str, Any], place: Place, result: Path, fixtures_dir: Path, tmp_path: Path
+) -> None:
+    what = config(place, put_in_place(result, **about), fixtures_dir / "llama", tmp_path / "out", provisional=True)
+    with pytest.raises(TrainerError, match="holds no adapter: the training has left nothing"):
+        place.submit(what)
+    assert not (tmp_path / "out").exists()
+
+
 NOT_THE_BEST: dict[str, tuple[Callable[[Path], Any], str]] = {
     "there is none": (shutil.rmtree, "ResultEmpty"),
     "it is of another job": (

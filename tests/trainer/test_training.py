@@ -142,6 +142,10 @@ def test_an_adapter_that_does_not_do_what_it_did_in_training_fails_verification(
     assert "after loading" in outcome.termination["message"]
     # What is there as the best so far is the same adapter, so it is not left either.
     assert {path.name for path in training.output.iterdir()} == {"report.json", "report.md", "log.txt"}
+    # Started again it ends the same way.
+    again = Training(training.folder, training.config).run()
+    assert (again.code, again.termination["reason"]) == (74, "VerifyFailed")
+    assert {path.name for path in training.output.iterdir()} == {"report.json", "report.md", "log.txt"}
 
 
 def test_where_the_best_checkpoint_fails_verification_the_next_best_is_handed_over(

@@ -20,8 +20,11 @@ from taskoffer_trainer.checkpoints import (
     Checkpoint,
     best_checkpoint,
     complete_checkpoints,
+    is_refused,
     write_json,
 )
+from taskoffer_trainer.failures import TrainerError
+from taskoffer_trainer.rewards import REWARD_FAILED
 from taskoffer_trainer.sharding import gathered, is_shared_out, local, read_adapter
 
 if TYPE_CHECKING:
@@ -130,12 +133,12 @@ def chosen(course: Course, between: Callable[[], None]) -> Checkpoint:
     best, newest = best_checkpoint(found), found[0]
     if course.average is None or not (newest.folder / AVERAGED_FILE).is_file():
         return best
+    if is_refused(newest.folder, AVERAGED_FILE):
+        # An attempt before this one has verified it in vain.
+        return best
     course.progress.enter(RunState.EVALUATING)
-    course.average.restore(newest.folder)
-    with course.average.in_place():
-        # Without a figure it is not chosen.
-        loss = course.measure(course.trainer.model, True, between).get("eval_loss", math.inf)
-    trained = math.inf if best.eval_loss is None else best.eval_loss
+    loss = _measured(course, course.average, newest, between)
+    trained = math.inf if best.eval_loss is None or best.refused else best.eval_loss
     course.candidates = {
         name: value for name, value in {"trained": trained, "averaged": loss}.items() if math.isfinite(value)
     }
@@ -144,3 +147,17 @@ def chosen(course: Course, between: Callable[[], None]) -> Checkpoint:
     name = "the average" if better else f"the weights of step {best.step}"
     print(f"train: held-out loss trained {trained:.4f}, averaged {loss:.4f}; exported: {name}", flush=True)
     return Checkpoint(newest.folder, newest.step, loss, AVERAGED_FILE) if better else best
+
+
+def _measured(course: Course, average: Average, newest: Checkpoint, between: Callable[[], None]) -> float:
+    """Return the held-out loss of the average; infinite, so that it is not chosen, where it cannot be measured."""
+    average.restore(newest.folder)
+    try:
+        with average.in_place():
+            return course.measure(course.trainer.model, True, between).get("eval_loss", math.inf)
+    except TrainerError as error:
+        # Rewards that fail in an evaluation fail for all ranks at once, and the training is over: nothing is in vain.
+        if error.reason != REWARD_FAILED:
+            raise
+        print(f"train: the average is not measured: {error.message}", flush=True)
+        return math.inf

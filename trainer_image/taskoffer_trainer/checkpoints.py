@@ -6,7 +6,8 @@ kill, or that went bad on disk, is never resumed from: it is removed and the nex
 
 The folder also holds ``run.json`` (what the checkpoints belong to, and the figures of the base model) and, at
 the end, ``FINISHED.json`` (the termination message of the finished run). The checkpoints of a finished run are
-removed, unless they are to be kept.
+removed, unless they are to be kept. A checkpoint whose adapter failed verification says so in ``REFUSED.json``: the
+training may go on from it, but no other attempt takes it for the best.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ __all__ = [
     "check_identity",
     "complete_checkpoints",
     "finished_run",
+    "is_refused",
     "logged",
     "mark_complete",
     "mark_finished",
     "read_run",
+    "refuse",
     "remove_checkpoints",
     "rotate",
     "sha256_of",
@@ -60,6 +63,8 @@ ADAPTER_FOLDER = "adapter"
 """Folder below the output folder that receives the verified adapter."""
 _RUN = "run.json"
 _FINISHED = "FINISHED.json"
+_REFUSED = "REFUSED.json"
+"""File of a checkpoint with what was wrong with its adapter, by the name of the weight file."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Checkpoint:
     """A complete checkpoint: its folder, its step, and the held-out loss where the step was evaluated.
 
     ``weights`` is the file that is meant by it: the weights that are trained, or their average. Without ``learned``
-    the trained ones change nothing yet.
+    the trained ones change nothing yet; ``refused`` ones have failed verification.
     """
 
     folder: Path
@@ -75,6 +80,7 @@ class Checkpoint:
     eval_loss: float | None
     weights: str = ADAPTER_FILE
     learned: bool = True
+    refused: bool = False
 
 
 def sha256_of(path: Path) -> str:
@@ -241,9 +247,26 @@ def complete_checkpoints(config: RunConfig, remove_broken: bool = False) -> list
             print(f"trainer: checkpoint {folder.name} is left out and removed: {fault}", flush=True)
             shutil.rmtree(folder)
         elif record is not None:
-            learned = bool(record.get("learned", True))
-            found.append(Checkpoint(folder, int(record["step"]), record["eval_loss"], learned=learned))
+            learned, refused = bool(record.get("learned", True)), is_refused(folder)
+            found.append(Checkpoint(folder, int(record["step"]), record["eval_loss"], learned=learned, refused=refused))
     return found
+
+
+def refuse(checkpoint: Checkpoint, why: str) -> None:
+    """Record that an adapter has failed verification, so that no other attempt takes it for the best.
+
+    Where that cannot be written it is told and left, for the next best is worth more than the record.
+    """
+    path = checkpoint.folder / _REFUSED
+    try:
+        write_json(path, {**(_read_json(path) or {}), checkpoint.weights: why})
+    except OSError as error:
+        print(f"trainer: {path} could not be written: {error}", flush=True)
+
+
+def is_refused(folder: Path, weights: str = ADAPTER_FILE) -> bool:
+    """Tell whether an adapter of a checkpoint has failed verification, in this attempt or in one before it."""
+    return weights in (_read_json(folder / _REFUSED) or {})
 
 
 def logged(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -255,7 +278,8 @@ def logged(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
     """Return the checkpoint with the smallest held-out loss, or the newest when none was evaluated.
 
-    One that has learned nothing is only returned when all are so, whatever its loss is.
+    One that has learned nothing is only returned when all are so, whatever its loss is; one that has failed
+    verification only when there is none else that has learned something.
 
     Raises:
         ValueError: when there is no checkpoint at all.
@@ -263,9 +287,10 @@ def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
     if not checkpoints:
         raise ValueError("no complete checkpoint")
     learned = [one for one in checkpoints if one.learned] or checkpoints
-    evaluated = [one for one in learned if one.eval_loss is not None and math.isfinite(one.eval_loss)]
+    standing = [one for one in learned if not one.refused] or learned
+    evaluated = [one for one in standing if one.eval_loss is not None and math.isfinite(one.eval_loss)]
     if not evaluated:
-        return max(learned, key=lambda one: one.step)
+        return max(standing, key=lambda one: one.step)
     return min(evaluated, key=lambda one: (one.eval_loss, -one.step))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from taskoffer.api.contract import ExitCode, RunState, Termination
 from taskoffer_trainer.baseline import Baseline
-from taskoffer_trainer.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints, mark_finished
+from taskoffer_trainer.checkpoints import Checkpoint, best_checkpoint, complete_checkpoints, mark_finished, refuse
 from taskoffer_trainer.export import Result, prepared, publish
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.figures import as_held_out, metrics_of, peaks
@@ -31,7 +31,7 @@ def concluded(course: Course, baseline: Baseline, summary: Termination, best: Ch
     """Publish what was chosen, or the best of the other checkpoints that passes verification.
 
     The best adapter so far stays in the output folder until then. It goes when nothing has passed, for it is one of
-    those.
+    those. What has failed in an attempt before is verified again only when all have, and is not kept meanwhile.
 
     Args:
         course: the run, whose training has ended.
@@ -44,22 +44,26 @@ def concluded(course: Course, baseline: Baseline, summary: Termination, best: Ch
         StopRequestedError: on a signal; the next attempt comes straight here.
     """
     failures: list[TrainerError] = []
-    left = [one for one in complete_checkpoints(course.config) if one.learned and not _same(one, best)]
+    others = [one for one in complete_checkpoints(course.config) if one.learned and not _same(one, best)]
+    left = [one for one in others if one.refused == best.refused]
+    before = len(others) - len(left)
     candidate: Checkpoint | None = best
     while candidate is not None:
         try:
-            return _published(course, baseline, summary, candidate, len(failures))
+            return _published(course, baseline, summary, candidate, before + len(failures))
         except TrainerError as error:
             if error.code is not ExitCode.VERIFY_FAILED:
                 raise
             # Made anew, for the traceback of what was caught holds on to the model that was loaded.
             failures.append(TrainerError(error.code, error.reason, error.message))
+            refuse(candidate, error.message)
             print(f"train: the adapter of step {candidate.step} is not published: {error.message}", flush=True)
         candidate = best_checkpoint(left) if left else None
         if candidate is not None:
             left.remove(candidate)
             _make_room(course)
-            mirror(course.config, candidate, course.accompany)
+            if not candidate.refused:
+                mirror(course.config, candidate, course.accompany)
     remove_provisional(course.config)
     raise failures[0]
 

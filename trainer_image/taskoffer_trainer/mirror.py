@@ -63,6 +63,8 @@ def best_so_far(config: RunConfig) -> Provisional | None:
 def mirror_best(config: RunConfig, accompany: Callable[[Path], None] = lambda _: None) -> Path | None:
     """Bring the output folder up to the best complete checkpoint; without one that has learned nothing is done.
 
+    Where all of them have failed verification, the one that is kept is one of those and goes.
+
     Args:
         config: the run.
         accompany: writes into an adapter's folder what its user needs beside it.
@@ -72,7 +74,12 @@ def mirror_best(config: RunConfig, accompany: Callable[[Path], None] = lambda _:
     """
     complete = complete_checkpoints(config)
     best = best_checkpoint(complete) if complete else None
-    return mirror(config, best, accompany) if best is not None and best.learned else None
+    if best is None or not best.learned:
+        return None
+    if best.refused:
+        remove_provisional(config)
+        return None
+    return mirror(config, best, accompany)
 
 
 def mirror(config: RunConfig, best: Checkpoint, accompany: Callable[[Path], None] = lambda _: None) -> Path:

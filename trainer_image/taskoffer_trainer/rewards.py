@@ -2,7 +2,8 @@
 
 A call that fails gives no reward to any of its completions (``None``, TRL's word for not applicable), so it moves
 the model nowhere. In an evaluation it is made once more, and the evaluation is none when that fails too. A reward that
-fails several times in a row ends the run, because it would only be trained for what is left of its task.
+fails several times in a row ends the run, because it would only be trained for what is left of its task. It ends in a
+step: an evaluation is counted by all ranks alike (``reward_figures.py``), and the last one must not cost the training.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ class Asked:
 
 class _Reward(Protocol):
     def __call__(self, asked: Asked) -> Rewards | None: ...
+
+    def tried(self, asked: Asked) -> Rewards | None:
+        """Return the rewards, or ``None`` when the call fails, however often."""
 
 
 def _source_of(reward: RewardFunction) -> str | None:
@@ -121,6 +125,18 @@ class SourceReward:
         Raises:
             TrainerError: ``BAD_CONFIG`` when so many calls in a row failed that the run makes no sense any more.
         """
+        rewards = self.tried(asked)
+        if rewards is None and self.in_a_row >= self.limit:
+            raise TrainerError(
+                ExitCode.BAD_CONFIG,
+                REWARD_FAILED,
+                f"data.grpo.rewardFunctions: {self.name} failed {self.in_a_row} times in a row, the last time because "
+                f"{self.last_failure}; mend it or remove it",
+            )
+        return rewards
+
+    def tried(self, asked: Asked) -> Rewards | None:
+        """Return the rewards, or ``None`` when the call fails; it counts as one in a row, and does not end the run."""
         self.calls += 1
         try:
             rewards = self.sandbox.call(asked.completions, self._arguments(asked))
@@ -129,14 +145,7 @@ class SourceReward:
             self.in_a_row += 1
             self.last_failure = str(error)
             print(f"reward: a call of {self.name} failed ({self.in_a_row} in a row): {error}", flush=True)
-            if self.in_a_row < self.limit:
-                return None
-            raise TrainerError(
-                ExitCode.BAD_CONFIG,
-                REWARD_FAILED,
-                f"data.grpo.rewardFunctions: {self.name} failed {self.in_a_row} times in a row, the last time because "
-                f"{error}; mend it or remove it",
-            ) from error
+            return None
         self.in_a_row = 0
         return rewards
 
@@ -156,6 +165,8 @@ class _Builtin:
 
     def __call__(self, asked: Asked) -> Rewards:
         return [self.function(text, extra) for text, extra in zip(asked.completions, asked.extras, strict=True)]
+
+    tried = __call__
 
 
 def normalised_weights(functions: Sequence[RewardFunction]) -> dict[str, float]:
@@ -212,21 +223,20 @@ class RewardSet:
     def measured(self, asked: Asked, without: Collection[str] = ()) -> dict[str, Rewards | None]:
         """Return what each reward gives in an evaluation, where a call that fails is made once more.
 
+        It does not end the run, however often a call has failed: whether there is a figure is found over all ranks.
+
         Args:
             asked: what to reward.
             without: rewards that are not asked any more.
 
         Returns:
             The rewards by their name; ``None`` for one that failed twice.
-
-        Raises:
-            TrainerError: ``BAD_CONFIG`` when one of them failed too often.
         """
         found: dict[str, Rewards | None] = {}
         for name, reward in self._rewards.items():
             if name not in without:
-                first = reward(asked)
-                found[name] = reward(asked) if first is None else first
+                first = reward.tried(asked)
+                found[name] = reward.tried(asked) if first is None else first
         return found
 
     def report(self) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from taskoffer.api.contract import SUBMIT_CONFIG_PATH, ExitCode, Published, SubmitConfig, Termination
 from taskoffer_trainer.buckets import read_keys
 from taskoffer_trainer.cache import Cache
+from taskoffer_trainer.checkpoints import ADAPTER_FOLDER
 from taskoffer_trainer.failures import COMPLETED, TrainerError
 from taskoffer_trainer.interrupt import Interrupt
 from taskoffer_trainer.listing import secret
 from taskoffer_trainer.mirror import provisional_folders
 from taskoffer_trainer.step_command import run_step
-from taskoffer_trainer.submit_verify import Part, check_mirrored, check_result, failed
+from taskoffer_trainer.submit_verify import Part, check_mirrored, check_result, failed, is_verified
 
 __all__ = ["main", "submit"]
 
@@ -56,12 +57,14 @@ def submit(config: SubmitConfig, interrupt: Interrupt) -> Termination:
         TrainerError: with what is wrong.
     """
     _check_secrets(config)
-    config = _located(config)
+    early, config = config.provisional, _located(config)
     parts = _checked(config, interrupt)
     published = _hand_over(config, parts, interrupt)
     if config.cache is not None:
         Cache.open(Path(config.cache.path), interrupt).release(config.job_name)
     message = f"{published.files} files of {published.bytes} bytes are at {published.to}"
+    if early and not config.provisional:
+        message += ": the verified adapter, which the training had put in place before it ended"
     return Termination(
         exit_code=ExitCode.DONE,
         reason=COMPLETED,
@@ -83,12 +86,17 @@ def _checked(config: SubmitConfig, interrupt: Interrupt) -> list[Part]:
 def _located(config: SubmitConfig) -> SubmitConfig:
     """Return the configuration with the folder of the adapter itself, where one of several is to be handed over.
 
+    A training whose node died when it had just verified its adapter has left that instead.
+
     Raises:
         TrainerError: ``VERIFY_FAILED`` when there is none.
     """
     if not config.provisional:
         return config
     found = provisional_folders(Path(config.adapter_dir))
+    verified = Path(config.adapter_dir).parent / ADAPTER_FOLDER
+    if not found and is_verified(verified, config):
+        return config.model_copy(update={"adapter_dir": str(verified), "unverified": False, "provisional": False})
     if not found:
         raise failed("ResultEmpty", f"adapterDir: {config.adapter_dir} holds no adapter: the training has left nothing")
     return config.model_copy(update={"adapter_dir": str(found[-1])})

@@ -25,6 +25,7 @@ __all__ = [
     "check_result",
     "check_weights",
     "failed",
+    "is_verified",
     "with_base_model",
 ]
 
@@ -102,6 +103,16 @@ def check_mirrored(config: SubmitConfig, interrupt: Interrupt) -> dict[str, Any]
     for name, about in sorted(manifest["files"].items()):
         _part(folder, name, about, interrupt)
     return manifest
+
+
+def is_verified(folder: Path, config: SubmitConfig) -> bool:
+    """Tell whether a folder's manifest says that a training of this very job and task has verified what is in it."""
+    try:
+        manifest = _manifest(folder)
+    except TrainerError:
+        return False
+    said = (manifest.get("provisional"), manifest.get("jobName"), manifest.get("taskID"))
+    return said == (False, config.job_name, config.task_id)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
