@@ -72,8 +72,8 @@ END = {
     "it says that it is done": [Moment(PROGRESS, "Done", after=True)],
     "the launcher begins its report": [Moment("taskoffer_trainer.launcher:report_end")],
     "one of two reports is written": [Moment("pathlib:Path.replace", "report.json")],
-    "its first checkpoint has been removed": [Moment("shutil:rmtree", f"checkpoint-{STEPS}", after=True)],
-    "its last checkpoint is being removed": [Moment("shutil:rmtree", f"checkpoint-{EVERY}")],
+    "its checkpoint is being removed": [Moment("shutil:rmtree", f"checkpoint-{STEPS}")],
+    "its checkpoint has been removed": [Moment("shutil:rmtree", f"checkpoint-{STEPS}", after=True)],
     "the launcher is about to say how it ended": [Moment(LAUNCHER_SAYS)],
 }
 

@@ -368,7 +368,7 @@ def test_a_policy_for_another_resource_than_the_oldest_policys_is_told_so_and_ch
             assert rig.verdict("b") == ("False", "PolicyNotReady")
             assert rig.booked() == {"node-a": 2}
             message = rig.kube.get_now(POLICIES, "a-other")["status"]["conditions"][0]["message"]
-            assert "example.com/fpga is not what the oldest policy, lab, hands out (nvidia.com/gpu)" in message
+            assert "example.com/fpga is not nvidia.com/gpu, which this cluster hands out (by lab)" in message
 
     run_virtually(main())
 

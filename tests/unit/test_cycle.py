@@ -452,7 +452,11 @@ def test_a_rejection_lists_every_refusal_in_its_explanation() -> None:
         "GpuCountNotAllowed",
         "FeatureNotServed",
     ]
-    assert [i.name for i in answer.explanation if i.type == "Counterfactual"] == ["TimeLimitTooLong"]
+    assert [i.name for i in answer.explanation if i.type == "Counterfactual"] == [
+        "TimeLimitTooLong",
+        "GpuCountNotAllowed",
+        "FeatureNotServed",
+    ]
 
 
 def test_the_explanation_keeps_within_sixteen_items_however_much_is_wrong() -> None:

@@ -264,7 +264,7 @@ def test_a_remedy_is_one_that_lane_and_policy_take() -> None:
     bound = base.filters.model_copy(update={"max_time_limit_seconds": 3600})
     narrow = base.model_copy(update={"lanes": (lane,), "filters": bound})
     (refusal,) = evaluate(spec_of(**LLAMA, rows=10_000, hours=0.6), narrow).refusals
-    assert refusal.counterfactual == "accepted with fewer rows or a smaller model"
+    assert refusal.counterfactual == "this filter passes with fewer rows or a smaller model"
     (refusal,) = evaluate(spec_of(**LLAMA, rows=4_000, hours=0.4), narrow).refusals
     assert refusal.counterfactual.startswith("accepted with gpuCount 2 or timeLimitSeconds of at least 2")
 

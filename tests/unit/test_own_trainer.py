@@ -106,14 +106,14 @@ REFUSALS: dict[str, tuple[Object, Object, Reason, str, str]] = {
         ALLOWING,
         Reason.TRAINER_NOT_ALLOWED,
         "image evil.test/x:1 is not one that the policy allows, which are images that match registry.example.com",
-        "accepted with one of the images that match registry.example.com/trainers/*",
+        "this filter passes with one of the images that match registry.example.com/trainers/*",
     ),
     "a repository that is not listed": (
         {"trainer": {"repository": {"url": "https://evil.test/x", "commit": COMMIT}}},
         ALLOWING,
         Reason.TRAINER_NOT_ALLOWED,
         "repository https://evil.test/x is not one that the policy allows",
-        "accepted with one of the repositories below https://git.example.com/team/",
+        "this filter passes with one of the repositories below https://git.example.com/team/",
     ),
     "a repository where images are allowed": (
         {"trainer": REPOSITORY},
@@ -127,7 +127,7 @@ REFUSALS: dict[str, tuple[Object, Object, Reason, str, str]] = {
         {"steps": STEPS, "trainers": {"repositories": ["http://git.example.com"]}},
         Reason.TRAINER_NOT_ALLOWED,
         "is not fetched over http unless steps.network.allowHttp says so",
-        "accepted with an https address",
+        "this filter passes with an https address",
     ),
     "no time to train": (
         {"trainer": IMAGE, "timeLimitSeconds": 600},

@@ -37,7 +37,7 @@ def expired(spec: TaskOfferSpec | OfferTerms, ends: datetime, now: datetime) -> 
         f"the data cannot be fetched: its address stops to work at {rfc3339(ends)}, as spec.dataset.source.url says by "
         f"expiresAt or by its signature, and now it is {rfc3339(now.replace(microsecond=0))}"
     )
-    remedy = _remedy(Reason.SOURCE_EXPIRES, "accepted with a new address that works until the task has begun")
+    remedy = _remedy(Reason.SOURCE_EXPIRES, "decided with a new address that works until the task has begun")
     return Answer(Verdict.REJECT, Reason.SOURCE_EXPIRES, message, explanation=(remedy,))
 
 
@@ -84,14 +84,15 @@ def rejection(evaluation: Evaluation) -> Answer:
     """Answer an offer that the policy refuses, with all causes."""
     first = evaluation.refusals[0]
     more = len(evaluation.refusals) - 1
-    constraints = [_constraint(refusal.reason, refusal.message) for refusal in evaluation.refusals[:_TOLD_CONSTRAINTS]]
-    remedy = [_remedy(first.reason, first.counterfactual)] if first.counterfactual else []
+    told = evaluation.refusals[:_TOLD_CONSTRAINTS]
+    constraints = [_constraint(refusal.reason, refusal.message) for refusal in told]
+    remedies = [_remedy(refusal.reason, refusal.counterfactual) for refusal in told if refusal.counterfactual]
     return Answer(
         verdict=Verdict.REJECT,
         reason=first.reason,
         message=first.message + (f" (and {more} more in status.explanation)" if more else ""),
         score=evaluation.score.total if evaluation.score else None,
-        explanation=_explanation(evaluation, [*constraints, *remedy]),
+        explanation=_explanation(evaluation, [*constraints, *remedies]),
     )
 
 

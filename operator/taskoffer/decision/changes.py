@@ -15,7 +15,7 @@ from taskoffer.api.tasks import DATASET_OF_TASK, TaskType
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.model_and_data import Architecture
 from taskoffer.api.v1alpha1.taskoffer import LONGEST_TIME_LIMIT, TaskOfferSpec
-from taskoffer.decision.evaluate import Evaluation, evaluate
+from taskoffer.decision.evaluate import Evaluation, refused
 from taskoffer.decision.finish import duration_text
 from taskoffer.decision.items import other_format
 from taskoffer.decision.moments import later
@@ -76,8 +76,8 @@ class Case:
 
     def refused(self, patch: Patch) -> frozenset[Reason]:
         """Return why the offer is refused once its spec is patched."""
-        made = evaluate(patched(self.spec, patch), self.policy, self.namespace, self.learned)
-        return frozenset(refusal.reason for refusal in made.refusals)
+        made = refused(patched(self.spec, patch), self.policy, self.namespace, self.learned)
+        return frozenset(refusal.reason for refusal in made)
 
     def least(self, low: int, high: int, patch: Callable[[int], Patch], *gone: Reason) -> int | None:
         """Return the least number of low..high with which these reasons are gone; None if high has one."""

@@ -23,10 +23,14 @@ from taskoffer.decision.items import misnamed, other_format
 from taskoffer.decision.outcomes import NOTHING, Group, Learned
 from taskoffer.decision.own_trainer import check_trainer
 from taskoffer.decision.prediction import NOT_ESTIMATED, Prediction, estimates_of, refusals_of
+from taskoffer.decision.remedies import told
 from taskoffer.decision.score import PLACES, score_of
 from taskoffer.decision.sizing import billions
 from taskoffer.decision.step_needs import unserved
-from taskoffer.decision.verdict import Refusal, Score
+from taskoffer.decision.verdict import Refusal, Remedy, Score
+
+_MOST_COUNTS = 2
+"""Counts of GPUs that are proposed in the place of one that is not allowed; each is tried."""
 
 
 class Priority(NamedTuple):
@@ -138,14 +142,12 @@ def evaluate(
         learned: What the policy has learned from finished jobs.
     """
     facts = gather(spec, policy, namespace, learned)
-    refusals = [refusal for check in _FILTERS for refusal in check(facts)]
     score = score_of(facts)
-    if score is not None:
-        refusals.extend(_check_score(facts, score))
+    refusals = told(_refusals(facts, score), spec, lambda changed: refused(changed, policy, namespace, learned))
     finish = facts.prediction.finish if facts.prediction is not None else None
     priority = _priority(facts)
     return Evaluation(
-        refusals=tuple(refusals),
+        refusals=refusals,
         score=score,
         gpus=facts.gpus or 0,
         size_class=facts.size.name if facts.size else "",
@@ -172,6 +174,21 @@ def evaluate(
         group=facts.group if policy.learning is not None else None,
         own_trainer=spec.trainer is not None,
     )
+
+
+def refused(
+    spec: TaskOfferSpec, policy: CapacityPolicySpec, namespace: str = "", learned: Learned = NOTHING
+) -> list[Refusal]:
+    """Return what stands against an offer, without a word about remedies."""
+    facts = gather(spec, policy, namespace, learned)
+    return _refusals(facts, score_of(facts))
+
+
+def _refusals(facts: Facts, score: Score | None) -> list[Refusal]:
+    refusals = [refusal for check in _FILTERS for refusal in check(facts)]
+    if score is not None:
+        refusals.extend(_check_score(facts, score))
+    return refusals
 
 
 def _priority(facts: Facts) -> Priority | None:
@@ -214,7 +231,7 @@ def _check_task_type(facts: Facts) -> Iterator[Refusal]:
         yield Refusal(
             Reason.TASK_TYPE_NOT_ACCEPTED,
             f"taskType {facts.spec.task_type.value} is not accepted by the policy, which takes {', '.join(accepted)}",
-            f"accepted with taskType {' or '.join(accepted)}",
+            remedies=(Remedy(f"with taskType {' or '.join(accepted)}"),),
         )
 
 
@@ -251,7 +268,7 @@ def _check_model(facts: Facts) -> Iterator[Refusal]:
         yield Refusal(
             Reason.MODEL_FAMILY_NOT_ACCEPTED,
             f"model {name} belongs to no family that the policy accepts ({families})",
-            f"accepted with a model of the families {families}",
+            remedies=(Remedy(f"with a model of the families {families}"),),
         )
     if facts.parameters is None:
         yield Refusal(
@@ -264,7 +281,7 @@ def _check_model(facts: Facts) -> Iterator[Refusal]:
         yield Refusal(
             Reason.MODEL_SIZE_NOT_ACCEPTED,
             f"no size class of the policy takes {billions(facts.parameters)} parameters (classes: {sizes})",
-            "accepted with a model inside one of the size classes",
+            remedies=(Remedy("with a model inside one of the size classes"),),
         )
 
 
@@ -276,7 +293,7 @@ def _check_time_limit(facts: Facts) -> Iterator[Refusal]:
             Reason.TIME_LIMIT_TOO_LONG,
             f"timeLimitSeconds {asked} ({duration_text(asked)}) is not below the policy's {longest} "
             f"({duration_text(longest)})",
-            f"accepted with timeLimitSeconds below {longest}",
+            remedies=(Remedy(f"with timeLimitSeconds below {longest}", {"time_limit_seconds": max(1, longest - 1)}),),
         )
 
 
@@ -293,7 +310,7 @@ def _check_priority(facts: Facts) -> Iterator[Refusal]:
         yield Refusal(
             Reason.PRIORITY_NOT_ALLOWED,
             f"priorityClassName {asked} is not among those that the policy lets {whose} ask for: {', '.join(allowed)}",
-            f"accepted with priorityClassName {' or '.join(allowed)}",
+            remedies=(Remedy(f"with priorityClassName {' or '.join(allowed)}", {"priority_class_name": allowed[0]}),),
         )
 
 
@@ -314,27 +331,32 @@ def _check_gpus(facts: Facts) -> Iterator[Refusal]:
         yield Refusal(
             Reason.GPU_COUNT_NOT_ALLOWED,
             f"{gpus} x {resource.name} is not allowed; the policy hands out {allowed}",
-            f"accepted with gpuCount {allowed}",
+            remedies=_counts(facts, gpus),
         )
     elif facts.lane is not None and gpus > facts.lane.gpus:
         yield Refusal(
             Reason.GPU_COUNT_NOT_ALLOWED,
             f"{gpus} x {resource.name} is more than lane {facts.lane.name} has ({facts.lane.gpus})",
-            f"accepted with gpuCount up to {facts.lane.gpus}",
+            remedies=(*_counts(facts, gpus), Remedy(f"once lanes[{facts.lane.name}].gpus is raised")),
         )
     elif facts.limit is not None and facts.limit.gpus is not None and gpus > facts.limit.gpus:
         yield Refusal(
             Reason.GPU_COUNT_NOT_ALLOWED,
             f"{gpus} x {resource.name} is more than the policy lets namespace {facts.limit.name} hold "
             f"({facts.limit.gpus})",
-            f"accepted with gpuCount up to {facts.limit.gpus}, or once namespaces[{facts.limit.name}].gpus is raised",
+            remedies=(*_counts(facts, gpus), Remedy(f"once namespaces[{facts.limit.name}].gpus is raised")),
         )
 
 
+def _counts(facts: Facts, gpus: int) -> tuple[Remedy, ...]:
+    """Return the nearest counts that the policy hands out here, as remedies."""
+    nearest = sorted(facts.possible_counts, key=lambda n: (abs(n - gpus), n))[:_MOST_COUNTS]
+    return tuple(Remedy(f"with gpuCount {n}", {"gpu_count": n}) for n in nearest)
+
+
 def _check_prediction(facts: Facts) -> Iterator[Refusal]:
-    lane_gpus = facts.lane.gpus if facts.lane is not None else None
     if facts.outlook is not None and facts.gpus is not None:
-        yield from refusals_of(facts.outlook, facts.spec, facts.policy, facts.gpus, lane_gpus)
+        yield from refusals_of(facts.outlook, facts.spec, facts.policy, facts.gpus, facts.possible_counts)
 
 
 def _check_trainer(facts: Facts) -> Iterator[Refusal]:
@@ -347,7 +369,9 @@ def _check_score(facts: Facts, score: Score) -> Iterator[Refusal]:
         yield Refusal(
             Reason.SCORE_TOO_LOW,
             f"score {score.total} does not exceed the policy's {least}",
-            f"accepted with a score above {least}; it lacks {(Decimal(least) - score.total).quantize(PLACES)}",
+            remedies=(
+                Remedy(f"with a score above {least}; it lacks {(Decimal(least) - score.total).quantize(PLACES)}"),
+            ),
         )
 
 

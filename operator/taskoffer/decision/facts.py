@@ -107,6 +107,14 @@ class Facts(NamedTuple):
     """What outcomes have shown of tasks like this one."""
     """Task types that a trainer has a method for."""
 
+    @property
+    def possible_counts(self) -> list[int]:
+        """The counts of GPUs that the policy hands out and that the offer's lane and namespace hold."""
+        bounds = [self.lane.gpus] if self.lane is not None else []
+        if self.limit is not None and self.limit.gpus is not None:
+            bounds.append(self.limit.gpus)
+        return [n for n in self.policy.resources[0].counts if all(n <= bound for bound in bounds)]
+
 
 def gather(
     spec: TaskOfferSpec,

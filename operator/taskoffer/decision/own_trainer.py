@@ -20,10 +20,10 @@ from taskoffer.api.v1alpha1.trainers import DEFAULT_ENTRYPOINT, OwnTrainer, Trai
 from taskoffer.api.v1alpha1.trainingjob import Attempt, Run
 from taskoffer.decision.moments import later
 from taskoffer.decision.trainer_arguments import LONGEST_ARGUMENT, described
-from taskoffer.decision.verdict import Refusal
+from taskoffer.decision.verdict import Refusal, Remedy
 
 _TOLD_PATTERNS = 4
-_WITHOUT = "without spec.trainer"
+_WITHOUT = Remedy("without spec.trainer", {"trainer": None})
 _PLAIN = re.compile(
     r"(https?)://([A-Za-z0-9.-]+(?::[0-9]{1,5})?)((?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*)/?", re.IGNORECASE
 )
@@ -76,7 +76,7 @@ def check_trainer(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Iterator[R
             Reason.CANNOT_FINISH_IN_TIME,
             f"timeLimitSeconds {spec.time_limit_seconds} leaves no time to train: the policy's steps.submitSeconds "
             f"keeps {steps.submit_seconds} for verifying and handing over",
-            f"accepted with timeLimitSeconds of at least {least}",
+            remedies=(Remedy(f"with timeLimitSeconds of at least {least}", {"time_limit_seconds": least}),),
         )
     for field, wrong, remedy in _untold(spec):
         message = f"spec.{field} is not served with a trainer of the offer's own: {wrong}; {remedy}"
@@ -87,7 +87,7 @@ def _not_allowed(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Refusal | N
     asked, allowed = spec.trainer, policy.trainers
     assert asked is not None  # noqa: S101 - asked by the caller.
     if allowed is None:
-        return _refusal("the policy lets no offer bring its own trainer", f"accepted {_WITHOUT}")
+        return _refusal("the policy lets no offer bring its own trainer")
     if asked.image is not None:
         if image_allowed(asked.image, allowed):
             return None
@@ -97,25 +97,26 @@ def _not_allowed(spec: TaskOfferSpec, policy: CapacityPolicySpec) -> Refusal | N
     if not repository_allowed(url, allowed):
         return _refused(f"repository {url}", "repositories below", allowed.repositories)
     if url.startswith("http://") and not (policy.steps is not None and policy.steps.network.allow_http):
-        remedy = f"accepted with an https address, or {_WITHOUT}"
-        return _refusal(f"repository {url} is not fetched over http unless steps.network.allowHttp says so", remedy)
+        message = f"repository {url} is not fetched over http unless steps.network.allowHttp says so"
+        return _refusal(message, "with an https address")
     return None
 
 
 def _refused(what: str, which: str, allowed: Sequence[str]) -> Refusal:
     if not allowed:
         kind = what.partition(" ")[0]
-        return _refusal(f"{what}: the policy allows none of this kind ({kind})", f"accepted {_WITHOUT}")
+        return _refusal(f"{what}: the policy allows none of this kind ({kind})")
     told = ", ".join(allowed[:_TOLD_PATTERNS])
     more = f" and {len(allowed) - _TOLD_PATTERNS} more" if len(allowed) > _TOLD_PATTERNS else ""
     return _refusal(
         f"{what} is not one that the policy allows, which are {which} {told}{more}",
-        f"accepted with one of the {which} {told}{more}, or {_WITHOUT}",
+        f"with one of the {which} {told}{more}",
     )
 
 
-def _refusal(message: str, remedy: str) -> Refusal:
-    return Refusal(Reason.TRAINER_NOT_ALLOWED, f"spec.trainer: {message}", remedy)
+def _refusal(message: str, remedy: str | None = None) -> Refusal:
+    remedies = (_WITHOUT,) if remedy is None else (Remedy(remedy), _WITHOUT)
+    return Refusal(Reason.TRAINER_NOT_ALLOWED, f"spec.trainer: {message}", remedies=remedies)
 
 
 def image_allowed(image: str, trainers: Trainers) -> bool:

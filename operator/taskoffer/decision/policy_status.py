@@ -51,10 +51,7 @@ def policy_status(facts: PolicyFacts) -> CapacityPolicyStatus:
         # The spec is as it should be, and comes into force by itself once the cluster has what it asks for.
         put("Ready", False, Reason.DEVICES_NOT_AVAILABLE, facts.policy.problem)
     else:
-        kept = (
-            f"generation {facts.policy.generation} stays in force" if spec else "no valid version is known: mend spec"
-        )
-        put("Ready", False, Reason.INVALID_POLICY, f"{facts.policy.problem}; {kept}")
+        put("Ready", False, Reason.INVALID_POLICY, f"{facts.policy.problem}; {_kept(facts)}")
     below = [n for n in capacity.nodes if n.ready and n.booked > n.allocatable]
     if below:
         named = ", ".join(f"{n.name} offers {n.allocatable} and {n.booked} are booked" for n in below)
@@ -72,7 +69,8 @@ def policy_status(facts: PolicyFacts) -> CapacityPolicyStatus:
     else:
         put("Linted", True, Reason.NO_FINDINGS, "no findings")
     active, generation = spec, facts.policy.generation if spec is not None else None
-    if facts.policy.cause is Reason.DEVICES_NOT_AVAILABLE:
+    if spec is None:
+        # Nothing is in force now. What was so last may be again, once the spec or the cluster has been mended.
         active, generation = facts.before.active_spec, facts.before.active_generation
     return CapacityPolicyStatus(
         observed_generation=facts.generation,
@@ -82,6 +80,15 @@ def policy_status(facts: PolicyFacts) -> CapacityPolicyStatus:
         lint=findings,
         capacity=capacity,
     )
+
+
+def _kept(facts: PolicyFacts) -> str:
+    """Say which version is in force where the stored spec is not."""
+    if facts.policy.spec is not None:
+        return f"generation {facts.policy.generation} stays in force"
+    if facts.before.active_spec is not None:
+        return f"generation {facts.before.active_generation}, in force last, cannot be so either: mend spec"
+    return "no valid version is known: mend spec"
 
 
 def _capacity(facts: PolicyFacts) -> Capacity:

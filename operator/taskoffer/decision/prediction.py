@@ -17,7 +17,7 @@ from taskoffer.decision.footing import Footing, Footings, footing_on, footings_o
 from taskoffer.decision.identity import Itself
 from taskoffer.decision.memory import GIB
 from taskoffer.decision.outcomes import NOTHING, UNKNOWN, Estimate, Group, Kind, Learned, group_of
-from taskoffer.decision.verdict import Refusal
+from taskoffer.decision.verdict import Refusal, Remedy
 
 _TOLD_CLAMPS = 3
 
@@ -173,7 +173,7 @@ def predict(
 
 
 def refusals_of(
-    outlook: Outlook, spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, most_gpus: int | None
+    outlook: Outlook, spec: TaskOfferSpec, policy: CapacityPolicySpec, gpus: int, possible: Sequence[int]
 ) -> Iterator[Refusal]:
     """Say what stands against the offer on its GPUs, and what would be taken under the policy.
 
@@ -182,33 +182,32 @@ def refusals_of(
         spec: The offer.
         policy: The policy.
         gpus: Its GPUs.
-        most_gpus: The most that its lane has, where it has one.
+        possible: The counts that it may have in its lane and namespace.
     """
     found = outlook.on(gpus)
     if found is None or found.holds:
         return
-    counts = (n for n in outlook.counts if n != gpus and (most_gpus is None or n <= most_gpus))
-    nearest = sorted(counts, key=lambda n: (abs(n - gpus), n))
+    nearest = sorted((n for n in possible if n != gpus), key=lambda n: (abs(n - gpus), n))
     others = ((n, outlook.on(n)) for n in nearest)
     enough = next((n for n, other in others if other is not None and other.holds), None)
-    remedies = [f"gpuCount {enough}"] if enough is not None else []
+    remedies = [Remedy(f"with gpuCount {enough}", {"gpu_count": enough})] if enough is not None else []
     if found.fit.lacks_storage:
         yield _lacks_storage(found.fit, spec, policy)
     elif not found.fit.fits:
         yield Refusal(
             Reason.INSUFFICIENT_MEMORY,
             f"{spec.model.name} needs {found.memory_numbers}, with LoRA rank {found.fit.effective.lora.r}",
-            f"accepted with {' or '.join(remedies or ['a smaller model'])}",
+            remedies=tuple(remedies) or (Remedy("with a smaller model"),),
         )
     elif found.finish is not None:
         longest = policy.filters.max_time_limit_seconds
         bound = LONGEST_TIME_LIMIT if longest is None else min(LONGEST_TIME_LIMIT, longest - 1)
-        if found.finish.least_limit <= bound:
-            remedies.append(f"timeLimitSeconds of at least {found.finish.least_limit}")
+        if (least := found.finish.least_limit) <= bound:
+            remedies.append(Remedy(f"with timeLimitSeconds of at least {least}", {"time_limit_seconds": least}))
         yield Refusal(
             Reason.CANNOT_FINISH_IN_TIME,
             f"predicted to take {found.finish.numbers}",
-            f"accepted with {' or '.join(remedies or ['fewer rows or a smaller model'])}",
+            remedies=tuple(remedies) or (Remedy("with fewer rows or a smaller model"),),
         )
 
 
@@ -219,7 +218,7 @@ def _lacks_storage(fit: Fit, spec: TaskOfferSpec, policy: CapacityPolicySpec) ->
         f"the best checkpoint of {spec.model.name}, the newest and one being written take "
         f"{fit.checkpoint_bytes / 1e9:.3g} GB, with LoRA rank {fit.effective.lora.r}, and the policy's "
         f"estimation.checkpointVolume is {volume}",
-        "accepted with a smaller model, or once estimation.checkpointVolume is raised",
+        remedies=(Remedy("with a smaller model"), Remedy("once estimation.checkpointVolume is raised")),
     )
 
 

@@ -105,6 +105,8 @@ class PolicyView:
     problem: str = ""
     cause: Reason = Reason.INVALID_POLICY
     """Of what kind the problem is, if there is one."""
+    last: tuple[int, CapacityPolicySpec] | None = None
+    """Generation and spec that were in force last, as its status keeps them."""
 
     @property
     def ref(self) -> PolicyRef:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
+from typing import Any, NamedTuple
 
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.taskoffer import Admission, ExplanationItem
@@ -18,6 +20,15 @@ class Verdict(StrEnum):
     REJECT = "Reject"
 
 
+class Remedy(NamedTuple):
+    """Something with which one filter passes; whether the offer is accepted then takes another look at it."""
+
+    says: str
+    """In words that follow "accepted"."""
+    change: Mapping[str, Any] | None = None
+    """Fields of the spec that say it, where they are known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """One cause why an offer is not taken: the reason, the numbers, and what would have changed the answer."""
@@ -25,6 +36,8 @@ class Refusal:
     reason: Reason
     message: str
     counterfactual: str = ""
+    remedies: tuple[Remedy, ...] = ()
+    """What ``remedies.told`` makes the counterfactual of, where a filter has not said it itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,7 +236,7 @@ class Admission:
         """Tell whether the policy that a decision was made under is still the one in force."""
         if ref is None:
             return True
-        return any(entry.view.ref == ref for entry in self._session.world.policies)
+        return any(policy.ref == ref for policy in self._session.world.policy_versions())
 
     def _tell(self, decision: Decision) -> None:
         offer, answer = decision.offer, decision.answer

@@ -76,6 +76,7 @@ async def until_devices_come(session: Session) -> None:
 
 
 def _wanted(world: World) -> bool:
-    """Tell whether a policy names a DeviceClass."""
-    specs = (entry.view.spec for entry in world.policies)
-    return any(spec is not None and spec.resources[0].device_class_name is not None for spec in specs)
+    """Tell whether a policy names a DeviceClass, or did so when it was in force last."""
+    views = [entry.view for entry in world.policies]
+    specs = [view.spec for view in views if view.spec is not None] + [view.last[1] for view in views if view.last]
+    return any(spec.resources[0].device_class_name is not None for spec in specs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,25 +16,62 @@ if TYPE_CHECKING:
     from taskoffer.reconcile.world import World
 
 USUAL_RESOURCE = "nvidia.com/gpu"
+_TOLD = 3
+"""Policies that a message names."""
 
 
 def usable(views: Iterable[PolicyView], devices: Devices) -> dict[str, PolicyView]:
-    """Return policies by name. One that hands out another resource than the oldest does has no spec.
+    """Return policies by name, with the specs that are in force.
 
-    The ledger counts one resource: with two, GPUs of the one would be lent as the other.
+    The ledger counts one resource: with two, GPUs of the one would be lent as the other. It is the one that all specs
+    name. While they name several nothing changes hands, or one mistyped name would put all the others out of force: it
+    stays the one that the oldest policy handed out last. A policy that names another one keeps its last version with
+    this one, or has no spec where it has none. Thus a cluster changes over once the last of its policies names the new
+    resource.
     """
     found = {view.name: view for view in views}
-    specified = [(view, view.spec) for view in found.values() if view.spec is not None]
-    oldest = min(specified, key=lambda one: (one[0].created is not None, one[0].created, one[0].name), default=None)
-    for view, spec in specified:
-        assert oldest is not None  # noqa: S101
-        name, wanted = _handed_out(spec), _handed_out(oldest[1])
-        if name != wanted:
-            problem = f"resources: {name} is not what the oldest policy, {oldest[0].name}, hands out ({wanted})"
-            found[view.name] = replace(view, spec=None, problem=problem)
-        elif (lacks := devices.problem(spec.resources[0])) is not None:
-            found[view.name] = replace(view, spec=None, problem=lacks, cause=Reason.DEVICES_NOT_AVAILABLE)
-    return found
+    wanted = _in_use(found.values())
+    kept = {name: _with(view, wanted) for name, view in found.items()}
+    names = [name for name, view in kept.items() if view.spec is not None]
+    for name, view in kept.items():
+        problems = [view.problem] if view.problem else []
+        if view is not found[name]:
+            problems.append(_is_another(found[name], wanted, names))
+            kept[name] = view = replace(view, problem="; ".join(problems))
+        if view.spec is not None and (lacks := devices.problem(view.spec.resources[0])) is not None:
+            problem = "; ".join([*problems, lacks])
+            kept[name] = replace(view, spec=None, problem=problem, cause=Reason.DEVICES_NOT_AVAILABLE)
+    return kept
+
+
+def _is_another(view: PolicyView, wanted: str | None, names: list[str]) -> str:
+    """Say that a policy names another resource than these policies hand out, and what helps."""
+    assert view.spec is not None  # noqa: S101 - asked by the caller.
+    by = ", ".join(names[:_TOLD]) + (f" and {len(names) - _TOLD} more" if len(names) > _TOLD else "")
+    return (
+        f"resources: {_handed_out(view.spec)} is not {wanted}, which this cluster hands out (by {by}): correct it, or "
+        "name the new resource in every policy"
+    )
+
+
+def _in_use(views: Collection[PolicyView]) -> str | None:
+    """Say what policies hand out: what all of them name, else what the oldest one did that was in force."""
+    specs = {view.name: view.spec for view in views if view.spec is not None}
+    if len(named := {_handed_out(spec) for spec in specs.values()}) == 1:
+        return named.pop()
+    by_age = sorted(views, key=lambda view: (view.created is not None, view.created, view.name))
+    lasting = [view.last[1] for view in by_age if view.last is not None]
+    specified = [specs[view.name] for view in by_age if view.name in specs]
+    return next((_handed_out(spec) for spec in (*lasting, *specified)), None)
+
+
+def _with(view: PolicyView, wanted: str | None) -> PolicyView:
+    """Return a policy's version that hands out what is wanted: its own, or its last one; without a spec if neither."""
+    if view.spec is None or _handed_out(view.spec) == wanted:
+        return view
+    if view.last is not None and _handed_out(view.last[1]) == wanted:
+        return replace(view, generation=view.last[0], spec=view.last[1])
+    return replace(view, spec=None)
 
 
 def _handed_out(spec: CapacityPolicySpec) -> str:

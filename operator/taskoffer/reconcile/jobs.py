@@ -270,10 +270,11 @@ class Jobs:
             await self._take_back(offer, Reason.INVALID_OFFER, message)
             return None
         ref = offer.admission.policy_ref
-        policy = next((p.view for p in world.policies if p.view.ref == ref), None)
+        policy = next((policy for policy in world.policy_versions() if policy.ref == ref), None)
         if policy is None and (world.batch_of.get(offer.job_key) or world.pods_of.get(offer.job_key)):
             # Something has come of the admission already, so that it stands; what is still open follows the policy.
-            policy = next((p.view for p in world.policies if p.view.name == ref.name), None)
+            named = [found for found in world.policy_versions() if found.name == ref.name and found.spec is not None]
+            policy = named[-1] if named else None
         if policy is None or policy.spec is None:
             await self._take_back(
                 offer, Reason.POLICY_CHANGED, f"policy {ref.name} is no longer at generation {ref.generation}"

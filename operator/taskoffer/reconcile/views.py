@@ -235,11 +235,9 @@ def policy_view(raw: Raw) -> PolicyView:
     annotations = metadata.get("annotations") or {}
     generation = metadata.get("generation", 0)
     spec, problem = read(CapacityPolicySpec, mapping(raw.get("spec")), "CapacityPolicy")
-    status = mapping(raw.get("status"))
-    if spec is None and status.get("activeSpec") is not None:
-        spec, _ = read(CapacityPolicySpec, status["activeSpec"], "CapacityPolicy")
-        active = count(status.get("activeGeneration"))
-        generation = generation if active is None else active
+    last = _last_in_force(mapping(raw.get("status")), generation, spec)
+    if spec is None and last is not None:
+        generation, spec = last
     return PolicyView(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -248,7 +246,21 @@ def policy_view(raw: Raw) -> PolicyView:
         is_default=annotations.get(DEFAULT_POLICY_ANNOTATION) == "true",
         created=datetime.fromisoformat(metadata["creationTimestamp"]),
         problem=problem or "",
+        last=last,
     )
+
+
+def _last_in_force(
+    status: Raw, generation: int, spec: CapacityPolicySpec | None
+) -> tuple[int, CapacityPolicySpec] | None:
+    """Return generation and spec that a policy's status keeps as those in force."""
+    if status.get("activeSpec") is None:
+        return None
+    active = count(status.get("activeGeneration"))
+    if spec is not None and active == generation:
+        return generation, spec
+    kept, _ = read(CapacityPolicySpec, status["activeSpec"], "CapacityPolicy")
+    return None if kept is None else (generation if active is None else active, kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -319,6 +319,11 @@ class World:
         """Return the policies by name; only the usable ones have a spec."""
         return usable([entry.view for entry in self.policies], self.devices)
 
+    def policy_versions(self) -> Iterator[PolicyView]:
+        """Yield the policies as they are stored, then as they are in force: one may go on with its last version."""
+        yield from (entry.view for entry in self.policies)
+        yield from self.policy_views().values()
+
     def claims(self, resource: str, pool: ResourcePool | None = None) -> Iterator[Claim]:
         """Yield every claim on a GPU, from every source; with a policy's pool those of others on its devices too."""
         if resource != self.charges.resource:
