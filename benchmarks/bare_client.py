@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
@@ -206,5 +207,6 @@ def cpu_seconds(pid: int | None) -> float:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Return a quantile of sorted values."""
-    return values[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+    """Return a quantile of sorted values by nearest rank: the smallest that this share of them does not exceed."""
+    # A product like 0.99 * 100 may come out a little above the whole number that it is.
+    return values[max(0, math.ceil(share * len(values) - 1e-9) - 1)] if values else float("nan")
