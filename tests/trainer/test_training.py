@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,11 +130,7 @@ def test_an_adapter_that_does_not_do_what_it_did_in_training_fails_verification(
     """The checkpoint says another loss than its weights give, as when the export had lost a part of them."""
     source, _ = one_process
     training = shared_training("unverified")
-    for path in sorted(source.checkpoints.rglob("*")):
-        target = training.checkpoints / path.relative_to(source.checkpoints)
-        if path.is_file() and path.name != "FINISHED.json":
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    shutil.copytree(source.checkpoints, training.checkpoints, ignore=shutil.ignore_patterns("FINISHED.json"))
     for marker in training.checkpoints.glob("checkpoint-*/COMPLETE"):
         record = json.loads(marker.read_text())
         marker.write_text(json.dumps({**record, "eval_loss": record["eval_loss"] - 1}))
@@ -153,11 +150,7 @@ def test_where_the_best_checkpoint_fails_verification_the_next_best_is_handed_ov
 ) -> None:
     source, _ = one_process
     training = shared_training("second-best")
-    for path in sorted(source.checkpoints.rglob("*")):
-        target = training.checkpoints / path.relative_to(source.checkpoints)
-        if path.is_file() and path.name != "FINISHED.json":
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    shutil.copytree(source.checkpoints, training.checkpoints, ignore=shutil.ignore_patterns("FINISHED.json"))
     marker = training.checkpoints / "checkpoint-24" / "COMPLETE"
     record = json.loads(marker.read_text())
     marker.write_text(json.dumps({**record, "eval_loss": record["eval_loss"] - 1}))

@@ -15,7 +15,7 @@ from typing import Any
 from taskoffer import __version__
 from taskoffer.cli import questions, simulate
 from taskoffer.cli.exit_codes import Exit
-from taskoffer.cli.subcommand import add_command, whole
+from taskoffer.cli.subcommand import GPUS, NODES, add_command, whole
 
 _RUN = """\
 Run one replica of the operator: it hears of offers, and decides and starts them while it holds the lease. Start two, so
@@ -59,8 +59,10 @@ def _parser() -> argparse.ArgumentParser:
 
     lint = add_command(commands, "lint", "check a CapacityPolicy file before it is applied", _LINT, _lint)
     lint.add_argument("file", type=Path, metavar="FILE", help="YAML file of one CapacityPolicy")
-    lint.add_argument("--nodes", type=whole, metavar="N", help="nodes that it is to select (default with --gpus: 1)")
-    lint.add_argument("--gpus", type=whole, metavar="N", help="GPUs of each node (default with --nodes: 8)")
+    lint.add_argument(
+        "--nodes", type=whole, metavar="N", help=f"nodes that it is to select (default with --gpus: {NODES})"
+    )
+    lint.add_argument("--gpus", type=whole, metavar="N", help=f"GPUs of each node (default with --nodes: {GPUS})")
 
     simulate.add_commands(commands)
     questions.add_commands(commands)
@@ -214,8 +216,8 @@ def _lint(args: argparse.Namespace) -> int:
         print(f"taskoffer: {error}", file=sys.stderr)
         return error.code
     given = args.nodes is not None or args.gpus is not None
-    offered = (args.gpus or 8) * (spec.resources[0].units_per_gpu or 1)
-    nodes = tuple(NodeView(f"node-{n}", offered, ready=True) for n in range(args.nodes or 1)) if given else ()
+    offered = (args.gpus or GPUS) * (spec.resources[0].units_per_gpu or 1)
+    nodes = tuple(NodeView(f"node-{n}", offered, ready=True) for n in range(args.nodes or NODES)) if given else ()
     findings = lint(spec, nodes)
     for finding in findings:
         print(f"{finding.severity}: {finding.message}")

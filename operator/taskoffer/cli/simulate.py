@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from taskoffer.cli import hindsight
 from taskoffer.cli.errors import CommandError
 from taskoffer.cli.output_file import check_writable
-from taskoffer.cli.subcommand import add_command, whole
+from taskoffer.cli.subcommand import GPUS, NODES, add_command, whole
 
 if TYPE_CHECKING:
     from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
@@ -103,8 +103,12 @@ def add_commands(commands: Any) -> None:
     )
     simulate.add_argument("--load", type=_load, metavar="LOAD", help=f"{_LOADED}; of drawn traces (default: {_LOAD:g})")
     simulate.add_argument("--count", type=_count, metavar="N", help=f"offers of each drawn trace (default: {_COUNT})")
-    simulate.add_argument("--nodes", type=whole, default=1, metavar="N", help="simulated nodes (default: %(default)s)")
-    simulate.add_argument("--gpus", type=whole, default=8, metavar="N", help="GPUs of each node (default: %(default)s)")
+    simulate.add_argument(
+        "--nodes", type=whole, default=NODES, metavar="N", help="simulated nodes (default: %(default)s)"
+    )
+    simulate.add_argument(
+        "--gpus", type=whole, default=GPUS, metavar="N", help="GPUs of each node (default: %(default)s)"
+    )
     simulate.add_argument(
         "--jobs", type=whole, metavar="N", help="processes that share the traces (default: one for each CPU)"
     )
@@ -126,7 +130,7 @@ def add_commands(commands: Any) -> None:
         "--count", type=_count, default=_COUNT, metavar="N", help="number of offers to draw (default: %(default)s)"
     )
     trace.add_argument(
-        "--gpus", type=whole, default=8, metavar="N", help="GPUs that the load refers to (default: %(default)s)"
+        "--gpus", type=whole, default=GPUS, metavar="N", help="GPUs that the load refers to (default: %(default)s)"
     )
     trace.add_argument(
         "-o",

@@ -24,6 +24,10 @@ def add_command(
     return made
 
 
+NODES, GPUS = 1, 8
+"""Nodes, and GPUs of each, where a command that pictures a cluster is told nothing else."""
+
+
 def whole(text: str) -> int:
     """Read the number of an option that counts something."""
     number = int(text)

@@ -105,7 +105,6 @@ class Facts(NamedTuple):
     learned: Learned = NOTHING
     known: Estimate = UNKNOWN
     """What outcomes have shown of tasks like this one."""
-    """Task types that a trainer has a method for."""
 
     @property
     def possible_counts(self) -> list[int]:

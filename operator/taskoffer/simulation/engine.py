@@ -367,9 +367,9 @@ class _World:
         if due < math.inf:
             heapq.heappush(self._events, (due, _END, uid))
         stretches = (*run.stretches[:-1], Stretch(job.started, now, job.node))
-        again = again_of(self._offers[uid]) - now
         self._runs[uid] = replace(run, end=now, outcome="Late", worth=0.0, stretches=stretches)
-        self._left[uid] = job.ends + again, job.whole + again, run.outcome
+        again = again_of(self._offers[uid])
+        self._left[uid] = job.ends - now + again, job.whole - now + again, run.outcome
 
     def _go_on(self, move: Move, now: float) -> None:
         """Let a job go on that was stopped for another."""
