@@ -46,8 +46,19 @@ check: setup ## lint, types, layer contracts, drift of generated files
 	$(PY) hack/gen_crds.py --check
 	$(PY) hack/gen_reference.py --check
 
+# Trainings are many short programs that wait for files and for each other: two of them fill two cores. What is above and
+# below on the ladder brings up clusters, or is about times, and stays in one process. A rung with failures does not keep
+# the next one from being climbed; anything else that ends pytest does, an interrupt first of all.
+SHARED := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+EARLIER := $(CURDIR)/.earlier-rungs.json
+
 test: check ## everything: check, then every rung that this machine can run
-	$(PYTEST)
+	@rm -f $(EARLIER); export TASKOFFER_EARLIER_RUNGS=$(EARLIER); failed=0; \
+	climb() { echo "$(PYTEST) $$*"; $(PYTEST) "$$@" || { code=$$?; [ $$code = 1 ] || exit $$code; failed=1; }; }; \
+	climb --ignore=tests/trainer --ignore=tests/node; \
+	climb $(SHARED) tests/trainer; \
+	climb tests/node; \
+	exit $$failed
 
 test-unit: setup ## the quick rungs: unit and kmock
 	$(PYTEST) tests/unit tests/kmock
@@ -59,7 +70,7 @@ chaos: setup ## the fault campaigns in full length (hours; TASKOFFER_CHAOS_SEED 
 	TASKOFFER_CHAOS=whole $(PYTEST) tests/chaos
 
 test-trainer: setup ## real training steps on a tiny model
-	$(PYTEST) tests/trainer
+	$(PYTEST) $(SHARED) tests/trainer
 
 test-node: setup ## real nodes, images and pods (root, Linux)
 	$(PYTEST) tests/node

@@ -1,0 +1,53 @@
+"""What is said of the rungs at the end of a run, and of several that climb one ladder."""
+
+from pathlib import Path
+
+import pytest
+
+from rungs import LONG, RUNGS, TESTS, Climb, height, rung_of, turn
+
+
+def climb(reasons: dict[str, str] | None = None, **outcomes: dict[str, int]) -> Climb:
+    made = Climb()
+    made.reasons = reasons or {}
+    for rung, counts in outcomes.items():
+        made.outcomes[rung].update(counts)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (climb(unit={"passed": 3}), "unit ran (3 tests)"),
+        (climb(unit={"passed": 3, "failed": 2, "skipped": 1}), "unit ran (5 tests, 2 failed, 1 skipped)"),
+        (climb(unit={"skipped": 4}), "unit skipped (4 tests)"),
+        (climb(unit={}), "unit not run"),
+        (climb({"unit": "no means"}, unit={"skipped": 4}), "unit SKIPPED: no means"),
+    ],
+)
+def test_a_rung_is_said_with_what_became_of_its_tests(given: Climb, said: str) -> None:
+    assert given.line() == f"rungs: {said} · " + " · ".join(f"{rung} not run" for rung in RUNGS[1:])
+
+
+def test_the_last_of_several_runs_says_what_all_of_them_have_counted(tmp_path: Path) -> None:
+    file = tmp_path / "earlier.json"
+    climb({"chaos": "no Go"}, unit={"passed": 3, "failed": 1}, chaos={"skipped": 2}).add_earlier(file)
+    climb(trainer={"passed": 5}).add_earlier(file)
+    last = climb(node={"passed": 7})
+    last.add_earlier(file)
+    assert last.line() == (
+        "rungs: unit ran (4 tests, 1 failed) · kmock not run · lab not run · apiserver not run · "
+        "chaos SKIPPED: no Go · trainer ran (5 tests) · node ran (7 tests)"
+    )
+
+
+def test_a_test_file_stands_on_the_rung_of_its_folder_and_anything_else_on_none() -> None:
+    files = [TESTS / "node" / "deep" / "test_a.py", TESTS / "test_b.py", Path("/elsewhere/unit/test_c.py")]
+    assert [(rung_of(file), height(file)) for file in files] == [("node", 6), (None, -1), (None, -1)]
+
+
+def test_the_files_that_take_long_are_there_and_come_before_the_others() -> None:
+    long = [TESTS / "trainer" / f"test_{name}.py" for name in LONG]
+    assert [file.name for file in long if not file.is_file()] == []
+    assert [turn(file) for file in long] == list(range(len(LONG)))
+    assert turn(TESTS / "trainer" / "test_tokens.py") == len(LONG)
