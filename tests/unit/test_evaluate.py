@@ -149,7 +149,7 @@ FEATURES: list[tuple[dict[str, Any], str]] = [
     (of_one_file("s3://rows/set"), "dataset.fileFormat"),
     ({"spec": {"klCoefficient": "0.1"}}, "klCoefficient"),
     ({"spec": {"extraDatasets": [{"name": "x/y"}]}}, "extraDatasets"),
-    ({"spec": {"model": {"yarnFactor": 2}}}, "model.yarnFactor"),
+    ({"task_type": "Image", "spec": {"model": {"yarnFactor": 2}}}, "model.yarnFactor"),
     ({"spec": {"tracking": {"mode": "Online"}}}, "tracking.mode"),
 ]
 

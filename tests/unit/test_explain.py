@@ -112,20 +112,24 @@ CASES: dict[str, tuple[Reason, OfferView, dict[str, Any], str]] = {
         {},
         "with no dataset.fileFormat",
     ),
+    "a stretched model of pictures": (
+        Reason.FEATURE_NOT_SERVED,
+        offer(task_type="Image", spec={"model": {"yarnFactor": 2}}),
+        {},
+        "with no model.yarnFactor",
+    ),
     "the rest of the features": (
         Reason.FEATURE_NOT_SERVED,
         offer(
             output={"repository": "me/x"},
             spec={
-                "model": {"yarnFactor": 2},
                 "dataset": {"source": {"persistentVolumeClaim": None, "url": {"url": "https://x.test/"}}},
                 "extraDatasets": [{"name": "x"}],
                 "tracking": {"mode": "Online"},
             },
         ),
         {},
-        "with the data on a claim, an output claim, no output.repository, no model.yarnFactor, no extraDatasets, "
-        "tracking.mode Disabled",
+        "with the data on a claim, an output claim, no output.repository, no extraDatasets, tracking.mode Disabled",
     ),
     "family": (
         Reason.MODEL_FAMILY_NOT_ACCEPTED,

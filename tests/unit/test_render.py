@@ -247,6 +247,13 @@ def test_the_offer_says_how_few_rows_are_enough_and_what_the_model_is_asked(
     assert (config.data.min_rows, config.sample_prompts) == (rows, prompts)
 
 
+@pytest.mark.parametrize(("said", "factor"), [({}, None), ({"yarnFactor": 4}, 4)])
+def test_the_offer_says_by_how_much_the_models_context_is_stretched(said: Any, factor: int | None) -> None:
+    config = run_config(made_job(model={**CLAIMS["model"], **said}), attempt(), 1)
+    assert config.model.yarn_factor == factor
+    assert ("yarnFactor" in config.to_wire()["model"]) == (factor is not None)
+
+
 @pytest.mark.parametrize(("seconds", "limit"), [(120, 7080), (7200, 1), (9000, 1)])
 def test_time_for_handing_over_is_taken_off_either_clock(seconds: int, limit: int) -> None:
     output = {**CLAIMS["output"], "repository": "acme/adapter"}

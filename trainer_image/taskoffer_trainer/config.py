@@ -220,6 +220,9 @@ def identity(config: RunConfig) -> dict[str, object]:
     """
     said = config.model_dump(mode="json", by_alias=True, include={"task_type", "model", "data", "lora"})
     said["data"].pop("fileFormat", None)
+    if config.model.yarn_factor is None:
+        # Absent as it was before there was such a setting, so that runs of that time go on.
+        said["model"].pop("yarnFactor")
     free: dict[str, Any] = {**dict.fromkeys(_FREE, True), "grpo": set(_FREE_OF_GRPO)}
     train = config.train.model_dump(mode="json", by_alias=True, exclude=free)
     return {**said, "train": train, "globalBatch": global_batch(config)}

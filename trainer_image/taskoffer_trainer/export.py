@@ -15,6 +15,7 @@ from typing import Any
 from taskoffer.api.contract import Clamp, RunConfig, TaskType
 from taskoffer_trainer.checkpoints import ADAPTER_FILE, ADAPTER_FOLDER, Checkpoint, sha256_of, write_json
 from taskoffer_trainer.config import global_batch
+from taskoffer_trainer.context import context_of, yarn
 
 __all__ = ["Result", "described", "fill", "prepared", "publish"]
 
@@ -150,6 +151,20 @@ def _samples(config: RunConfig, result: Result) -> list[str]:
     return lines
 
 
+def _stretching(config: RunConfig) -> list[str]:
+    """Say how the base model has to be loaded where YaRN has stretched it here, and not before it was published."""
+    context = context_of(config)
+    if context.original is None:
+        return []
+    settings = json.dumps(yarn(config, context.original))
+    return [
+        "",
+        f"The base model's context was stretched from {context.original:,} to {context.positions:,} tokens. Load it "
+        f"with `max_position_embeddings` {context.positions} and these keys in its `rope_parameters`, without which "
+        f"the adapter does not do what it was verified to do: `{settings}`",
+    ]
+
+
 def _card(config: RunConfig, result: Result) -> str:
     """Render the adapter's card."""
     method = _METHODS[config.task_type][1]
@@ -170,6 +185,7 @@ def _card(config: RunConfig, result: Result) -> str:
             for name, value in sorted(result.figures_after.items())
         ),
     ]
+    body += _stretching(config)
     if result.clamps:
         body += ["", "Settings that were changed to fit the model or the machine:", ""]
         body += [

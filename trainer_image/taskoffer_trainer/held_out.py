@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from taskoffer_trainer.context import positions_of
 from taskoffer_trainer.tokens import TokenRow
 
 __all__ = ["answer_losses", "answers", "padded", "turns"]
@@ -71,6 +72,8 @@ def answers(
 ) -> list[str]:
     """Let the model answer each prompt, always taking the likeliest token, and return the answers' texts.
 
+    Of a prompt that leaves no room for an answer in the model's positions, the end is taken.
+
     Args:
         model: a causal language model.
         tokenizer: its tokenizer; a chat template is used where it has one.
@@ -79,6 +82,8 @@ def answers(
     """
     import torch
 
+    positions = positions_of(model.config)
+    longest = ANSWER_TOKENS if positions is None else min(ANSWER_TOKENS, max(1, positions // 2))
     was_training = model.training
     model.eval()
     found = []
@@ -91,11 +96,13 @@ def answers(
                 text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
             inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
             ids = inputs["input_ids"].to(model.device)
+            if positions is not None:
+                ids = ids[:, -(positions - longest) :]
             with torch.no_grad():
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=ANSWER_TOKENS,
+                    max_new_tokens=longest,
                     do_sample=False,
                     temperature=None,
                     top_p=None,

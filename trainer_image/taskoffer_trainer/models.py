@@ -10,6 +10,7 @@ from typing import Any
 
 from taskoffer.api.contract import Clamp, ExitCode, RunConfig
 from taskoffer_trainer.attention import load_with_attention
+from taskoffer_trainer.context import stretched
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.out_of_memory import is_out_of_memory
 
@@ -99,7 +100,7 @@ def load_model(config: RunConfig, device: Device, rank: int = 0) -> Any:
 
     Raises:
         TrainerError: ``NO_MODEL`` when it cannot be loaded or weights are missing (transformers would fill them with
-            random numbers and only warn).
+            random numbers and only warn); ``BAD_CONFIG`` when it cannot be stretched as is asked for.
     """
     if config.train.fsdp and rank > 0:
         return _skeleton(config, device)
@@ -126,7 +127,9 @@ def _skeleton(config: RunConfig, device: Device) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    settings = AutoConfig.from_pretrained(config.model.path, local_files_only=True, trust_remote_code=False)
+    settings = stretched(config)
+    if settings is None:
+        settings = AutoConfig.from_pretrained(config.model.path, local_files_only=True, trust_remote_code=False)
 
     def build(attention: str | None) -> Any:
         with torch.device("meta"):
@@ -157,6 +160,8 @@ def _loaded(config: RunConfig, device: Device, **placement: Any) -> Any:
 
     started = time.monotonic()
     try:
+        if (settings := stretched(config)) is not None:
+            placement["config"] = settings
         model, report = load_with_attention(load, config.train.attn_implementation)
     except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):

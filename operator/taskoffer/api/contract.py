@@ -355,6 +355,7 @@ class ModelConfig(WireModel):
         "with model_index.json."
     )
     architecture: Architecture | None = Field(None, description="Architecture of an image model.")
+    yarn_factor: Annotated[int, Field(ge=2, le=32)] | None = Field(None, description="YaRN factor of its context.")
 
 
 class DataConfig(WireModel):

@@ -170,6 +170,10 @@ class Reason(StrEnum):
         "LearningRateBounded",
         "The factor with which the learning rate follows the held-out loss stays within bounds.",
     )
+    LENGTH_CLAMPED = (
+        "LengthClamped",
+        "Rows, or completions, are cut at fewer tokens than was asked for: the model takes no longer texts.",
+    )
     LOADERS_CLAMPED = "LoadersClamped", "Fewer processes load data, or prepare less of it ahead, than was asked for."
     SETTINGS_CLAMPED = "SettingsClamped", "Settings were not taken literally; each with its reason is in status.clamps."
 

@@ -291,7 +291,7 @@ def _features(case: Case) -> Iterator[Change]:
     if other_format(spec) is not None:
         patch["dataset"] = {**patch.get("dataset", {}), "fileFormat": None}
         says.append("no dataset.fileFormat")
-    if spec.model.yarn_factor is not None:
+    if spec.model.yarn_factor is not None and spec.task_type is TaskType.IMAGE:
         patch["model"] = {**patch.get("model", {}), "yarnFactor": None}
         says.append("no model.yarnFactor")
     for field_name, given in (

@@ -11,7 +11,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import NamedTuple
 
-from taskoffer.api.contract import CHAT_TEMPLATES, chat_template_of
+from taskoffer.api.contract import CHAT_TEMPLATES, TaskType, chat_template_of
 from taskoffer.api.reasons import Reason
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.queueing import Queue
@@ -255,8 +255,8 @@ def _unserved(spec: TaskOfferSpec) -> Iterator[tuple[str, str]]:
         yield "klCoefficient", "remove it"
     if spec.extra_datasets:
         yield "extraDatasets", "remove it"
-    if spec.model.yarn_factor is not None:
-        yield "model.yarnFactor", "remove it"
+    if spec.model.yarn_factor is not None and spec.task_type is TaskType.IMAGE:
+        yield "model.yarnFactor", "remove it; a model of pictures has no context to be stretched"
     if spec.tracking is not None and spec.tracking.mode != "Disabled":
         yield "tracking.mode", "set it to Disabled; progress is in the TrainingJob's status"
 

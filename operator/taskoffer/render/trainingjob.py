@@ -122,6 +122,7 @@ def run_config(job: TrainingJob, attempt: Attempt, number: int) -> RunConfig:
             revision=run.model.revision,
             path=model_path,
             architecture=run.model.architecture,
+            yarn_factor=run.model.yarn_factor,
         ),
         data=DataConfig(
             path=data_path,
