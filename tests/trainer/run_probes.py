@@ -144,6 +144,25 @@ def _judged(course: Any, penalty: float) -> Iterator[None]:
 
 
 @probe
+def silence(found: Probe) -> Any:
+    """Runs of a model that says nothing with its adapter, and something or nothing without."""
+    from taskoffer_trainer import sft
+    from taskoffer_trainer.failures import TrainerError
+
+    answers, said = sft.answers, {}
+    for name, before in {"silent before": "", "silenced": "Paris."}.items():
+        given = iter([[before], [""], [""], [""]])
+        sft.answers = lambda *_, given=given: next(given)  # type: ignore[assignment,misc]
+        course = found.whole(train={"maxSteps": 2, "evalSteps": 2, "saveSteps": 2})
+        try:
+            said[name] = course.run().message
+        except TrainerError as error:
+            said[name] = f"{int(error.code)} {error.message}"
+    sft.answers = answers
+    return said
+
+
+@probe
 def fallback(found: Probe) -> Any:
     """An attempt with the last profile, from a checkpoint of one with none."""
     settings = {

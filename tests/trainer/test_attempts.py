@@ -54,6 +54,15 @@ def test_the_average_is_exported_where_it_is_better_and_both_figures_are_said(fo
         assert said["after"] == pytest.approx(said["candidates"][exported], rel=1e-5)
 
 
+def test_an_adapter_that_silences_its_model_is_refused_and_one_of_a_silent_model_is_not(found: Found) -> None:
+    said = found["silence"]
+    assert said["silent before"].startswith("adapter of step 2 verified: held-out loss ")
+    assert said["silenced"] == (
+        "74 the adapter did not pass verification: it answers none of 1 prompts with any text, and its base model "
+        "answers 1 of them"
+    )
+
+
 def test_the_manifest_says_how_each_technique_was_done(found: Found) -> None:
     said = found["choice"]["worse"]["inForce"]
     assert (said["attnImplementation"], said["torchCompile"], said["fallbackProfile"]) == ("sdpa", "off", "0")

@@ -57,7 +57,7 @@ END = {
     "half of the weights are copied": [Moment("shutil:copyfile", "adapter_model.safetensors", cut=True)],
     "it says that it verifies": [Moment(PROGRESS, "Verifying", after=True)],
     "the adapter is loaded": [Moment("taskoffer_trainer.sft:load_adapter", after=True)],
-    "the adapter has answered": [Moment("taskoffer_trainer.sft:check_answers", after=True)],
+    "the adapter has answered": [Moment("taskoffer_trainer.concluding:check_answers", after=True)],
     "it says that it saves": [Moment(PROGRESS, "Saving", after=True)],
     "the manifest is written": [Moment("pathlib:Path.replace", "manifest.json")],
     "the manifest is in place": [Moment("pathlib:Path.rename", ".adapter.tmp")],

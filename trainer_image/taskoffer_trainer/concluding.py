@@ -19,7 +19,7 @@ from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.figures import as_held_out, metrics_of, peaks
 from taskoffer_trainer.learned import NOTHING_LEARNED, has_learned
 from taskoffer_trainer.mirror import mirror, remove_provisional
-from taskoffer_trainer.verify import Verified
+from taskoffer_trainer.verify import Verified, check_answers
 
 if TYPE_CHECKING:
     from taskoffer_trainer.course import Course
@@ -117,6 +117,7 @@ def _published(course: Course, baseline: Baseline, summary: Termination, best: C
     with prepared(config, best) as folder:
         _check_learned(course, summary, best)
         verified = course.verify(folder, best)
+        check_answers(verified.answers, baseline.answers)
         course.accompany(folder)
         progress.enter(RunState.SAVING)
         final, digest = publish(config, folder, _result(course, baseline, summary, verified))

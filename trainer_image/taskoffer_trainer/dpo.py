@@ -32,7 +32,7 @@ from taskoffer_trainer.pair_figures import PairFigures
 from taskoffer_trainer.steps import PieceLoss
 from taskoffer_trainer.stop import Stop
 from taskoffer_trainer.trainer import CourseTrainer, training_arguments
-from taskoffer_trainer.verify import Verified, check_answers, check_figures, load_adapter, verify_failed
+from taskoffer_trainer.verify import Verified, check_figures, load_adapter, verify_failed
 
 __all__ = ["BETA", "PreferenceTrainer", "check_change", "train"]
 
@@ -176,7 +176,6 @@ class _Preferences(Course):
         check_figures(figures, checkpoint.eval_loss)
         check_change(figures)
         texts = self.answer(model, self.stop.check)
-        check_answers(texts)
         return Verified(figures, texts, parameters)
 
 

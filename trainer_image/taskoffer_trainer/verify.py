@@ -120,11 +120,21 @@ def check_repeated(loss: float, measured: float | None, before: float | None) ->
         )
 
 
-def check_answers(texts: list[str]) -> None:
-    """Refuse an adapter that has nothing to say.
+def check_answers(texts: list[str], before: list[str]) -> None:
+    """Refuse an adapter that silences its model.
+
+    A base model may have nothing to say to the prompts either: it ends at once, or with blank lines, where it was never
+    taught to answer. Then the answers say nothing of the adapter.
+
+    Args:
+        texts: what the model answers with the adapter.
+        before: what it answers without.
 
     Raises:
         TrainerError: ``VERIFY_FAILED``.
     """
-    if not any(texts):
-        raise verify_failed(f"it answers none of {len(texts)} prompts with any text")
+    if any(before) and not any(texts):
+        said = sum(map(bool, before))
+        raise verify_failed(
+            f"it answers none of {len(texts)} prompts with any text, and its base model answers {said} of them"
+        )
