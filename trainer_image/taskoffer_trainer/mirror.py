@@ -29,7 +29,15 @@ from taskoffer_trainer.checkpoints import (
 )
 from taskoffer_trainer.export import described, fill
 
-__all__ = ["best_so_far", "mirror", "mirror_best", "provisional_adapter", "provisional_folders", "remove_provisional"]
+__all__ = [
+    "best_so_far",
+    "mirror",
+    "mirror_best",
+    "provisional_adapter",
+    "provisional_folders",
+    "remove_provisional",
+    "withdraw",
+]
 
 
 def provisional_folders(place: Path) -> list[Path]:
@@ -93,10 +101,8 @@ def mirror(config: RunConfig, best: Checkpoint, accompany: Callable[[Path], None
     Returns:
         The folder with that adapter.
     """
-    record = json.loads((best.folder / COMPLETE).read_text(encoding="utf-8"))
-    digests = {name: str(entry[1]) for name, entry in record["files"].items()}
-    # The name says what is in it, so that what another run has left behind is not taken for this one's.
-    target = Path(config.output_dir) / PROVISIONAL_FOLDER / f"step-{best.step}-{digests[ADAPTER_FILE][:12]}"
+    digests = _digests(best)
+    target = _target(config, best, digests)
     if not target.is_dir():
         with _built(config, best, target) as folder:
             accompany(folder)
@@ -110,6 +116,34 @@ def mirror(config: RunConfig, best: Checkpoint, accompany: Callable[[Path], None
     for leftover in target.parent.glob(".step-*"):
         shutil.rmtree(leftover)
     return target
+
+
+def withdraw(config: RunConfig, refused: Checkpoint) -> None:
+    """Take an adapter that has failed verification out of the output folder, where it is the one that lies there.
+
+    This comes before anything on disk says so: whoever finds it noted as refused finds it nowhere to be handed over,
+    also after a kill between the two, and when no other attempt follows that would take the next best.
+
+    Args:
+        config: the run.
+        refused: what has failed; an average of the weights is never kept there.
+    """
+    if refused.weights != ADAPTER_FILE:
+        return
+    folder = _target(config, refused, _digests(refused))
+    if folder.is_dir():
+        _remove(folder)
+
+
+def _digests(checkpoint: Checkpoint) -> dict[str, str]:
+    record = json.loads((checkpoint.folder / COMPLETE).read_text(encoding="utf-8"))
+    return {name: str(entry[1]) for name, entry in record["files"].items()}
+
+
+def _target(config: RunConfig, checkpoint: Checkpoint, digests: dict[str, str]) -> Path:
+    # The name says what is in it, so that what another run has left behind is not taken for this one's.
+    name = f"step-{checkpoint.step}-{digests[ADAPTER_FILE][:12]}"
+    return Path(config.output_dir) / PROVISIONAL_FOLDER / name
 
 
 @contextlib.contextmanager
