@@ -6,6 +6,7 @@ a class that fills in the steps below.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -164,6 +165,14 @@ class Course(ABC):
             TrainerError: for every failure that has a place in the contract.
             StopRequestedError: when asked to stop outside of the training loop.
         """
+        try:
+            return self._run()
+        finally:
+            # A report is written now and then; the last one says how far the attempt came, whatever has ended it.
+            with contextlib.suppress(OSError):
+                self.progress.write()
+
+    def _run(self) -> Termination:
         self.read()
         self.stop.check()
         arguments = self.arguments()
@@ -305,7 +314,7 @@ class Course(ABC):
         summary = Termination(
             exit_code=ExitCode.STOPPED if stopped else ExitCode.DONE,
             reason=STOPPED if stopped else COMPLETED if step >= total else DEADLINE_REACHED,
-            message=f"stopped by a signal with a checkpoint of step {step} of {total}" if stopped else "",
+            message=_stopped_at(step, total) if stopped else "",
             step=step,
             total_steps=total,
             train_loss=losses[-1] if losses else None,
@@ -330,6 +339,12 @@ class Course(ABC):
                 f"deadline: {clock.deadline:%Y-%m-%dT%H:%M:%SZ} leaves {clock.left():.0f} s, and one step with "
                 f"evaluation and verification takes {needed:.0f} s",
             )
+
+
+def _stopped_at(step: int, total: int) -> str:
+    if step == 0:
+        return f"stopped by a signal before the first of {total} steps"
+    return f"stopped by a signal with a checkpoint of step {step} of {total}"
 
 
 def _go_on() -> None:
