@@ -146,6 +146,10 @@ class Course(ABC):
     def counts(self) -> dict[str, int]:
         """Return how many rows there are: ``train`` and ``held_out``."""
 
+    def rows_measured(self) -> int:
+        """Return how many rows go through the model in an evaluation, as rows of a step are counted."""
+        return self.counts()["held_out"]
+
     def outcome(self, before: dict[str, float], after: dict[str, float]) -> str:
         """Say in a few words what the training changed on the held-out rows."""
         return f"held-out loss {before['eval_loss']:.4f} -> {after['eval_loss']:.4f}"
@@ -271,7 +275,7 @@ class Course(ABC):
 
     def measured(self, figures: dict[str, float]) -> None:
         """Report what the base model does, and how long a step and the whole may take then."""
-        self.timings.guess_step(self.config, self.steps.plan.global_batch * self.unit, self.counts()["held_out"])
+        self.timings.guess_step(self.config, self.steps.plan.global_batch * self.unit, self.rows_measured())
         self.progress.total = self.steps.plan.total_steps
         self.progress.note(**{f"{name}_before": value for name, value in as_held_out(figures).items()})
         self.progress.write()
