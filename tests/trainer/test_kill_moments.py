@@ -301,6 +301,7 @@ def test_a_rank_that_dies_in_the_verification_leaves_a_reason_and_a_provisional_
     (killed,) = run.kills
     assert (killed["struck"], killed["code"], killed["termination"]["reason"]) == (True, 137, "Killed"), killed["log"]
     assert "rank 0 was killed by SIGKILL" in killed["termination"]["message"]
+    assert (killed["termination"]["step"], killed["termination"]["totalSteps"]) == (STEPS, STEPS)
     report = json.loads((run.left(1) / "report.json").read_text())
     assert (report["result"], results(run.left(1))) == ("Provisional", 1)
     assert (run.left(1) / report["adapter"]).is_dir()

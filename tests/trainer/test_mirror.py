@@ -9,14 +9,24 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from taskoffer.api.contract import RunConfig, Termination
-from taskoffer_trainer.checkpoints import finished_run, mark_finished, remove_checkpoints
-from taskoffer_trainer.mirror import mirror_best, provisional_adapter, remove_provisional
+from taskoffer_trainer import launcher
+from taskoffer_trainer.checkpoints import (
+    complete_checkpoints,
+    finished_run,
+    mark_finished,
+    remove_checkpoints,
+    rotate,
+)
+from taskoffer_trainer.mirror import mirror_best, provisional_adapter, provisional_folders, remove_provisional
+from taskoffer_trainer.world import World
 
 pytestmark = pytest.mark.trainer
 
@@ -179,6 +189,95 @@ def test_a_checkpoint_that_cannot_be_removed_is_told_and_costs_nothing_else(
     remove_checkpoints(config.model_copy(update={"train": config.train.model_copy(update={"keep_checkpoints": False})}))
     assert (stuck.is_dir(), other.exists()) == (True, False)
     assert f"{stuck} is not needed any more and could not be removed: [Errno 16]" in capsys.readouterr().out
+
+
+def no_room(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def saved(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a training save a checkpoint, whose tensors nobody looks at."""
+    from taskoffer_trainer import callbacks
+    from taskoffer_trainer.timings import Timings
+
+    monkeypatch.setattr(callbacks, "mark_complete", lambda *_: None)
+    steps: Any = SimpleNamespace(world=World(), keep=lambda _: None)
+    keeper = callbacks.CheckpointKeeper(config, 0, steps, Timings(), lambda _: None)
+    keeper.on_save(SimpleNamespace(output_dir=config.checkpoint_dir), SimpleNamespace(global_step=step), None)
+
+
+def test_an_output_folder_without_room_costs_no_training_and_the_next_checkpoint_tries_again(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(config, 8, 0.9)
+    before = mirror_best(config)
+    checkpoint(config, 16, 0.8)
+    with monkeypatch.context() as full:
+        full.setattr(os, "link", no_room)
+        full.setattr(shutil, "copyfile", no_room)
+        saved(config, 16, full)
+    assert "could not be brought up to step 16: [Errno 28] No space left on device" in capsys.readouterr().out
+    assert provisional_adapter(config) == before
+    saved(config, 24, monkeypatch)
+    after = provisional_adapter(config)
+    assert after is not None
+    assert manifest_of(after)["step"] == 16
+
+
+def busy(*names: str) -> Callable[..., None]:
+    """Remove folders, but not those with such a name, as on a network share where somebody reads what lies there."""
+    remove = shutil.rmtree
+
+    def removed(folder: Path, ignore_errors: bool = False) -> None:
+        if not folder.name.startswith(names):
+            remove(folder, ignore_errors=ignore_errors)
+        elif folder.is_dir() and not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+
+    return removed
+
+
+def test_what_cannot_be_removed_is_out_of_sight_and_costs_neither_training_nor_result(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(config, 8, 0.9)
+    mirror_best(config)
+    checkpoint(config, 16, 0.8)
+    monkeypatch.setattr(shutil, "rmtree", busy(".step-8-", ".provisional.old"))
+    folder = mirror_best(config)
+    assert folder is not None
+    assert provisional_folders(folder.parent) == [folder]
+    remove_provisional(config)
+    assert provisional_adapter(config) is None
+    assert capsys.readouterr().out.count("could not be removed: [Errno 39]") >= 2
+    monkeypatch.undo()
+    remove_provisional(config)
+    assert list(Path(config.output_dir).iterdir()) == []
+
+
+def test_a_finished_run_stays_finished_where_its_provisional_adapter_cannot_even_be_hidden(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(config, 8, 0.9)
+    mirror_best(config)
+    done = Termination(exit_code=0, reason="Completed", adapter_sha256="0")
+    monkeypatch.setattr(launcher, "finished_run", lambda _: done)
+    monkeypatch.setattr(Path, "rename", no_room)
+    monkeypatch.setattr(launcher, "has_report", lambda _: True)
+    assert launcher.launch(config) == done
+    assert "could not be removed: [Errno 28]" in capsys.readouterr().out
+
+
+def test_a_checkpoint_too_many_that_cannot_be_removed_costs_no_training(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, loss in ((8, 0.9), (16, 0.8), (24, 0.7), (32, 0.6)):
+        checkpoint(config, step, loss)
+    monkeypatch.setattr(shutil, "rmtree", busy("checkpoint-16"))
+    rotate(config)
+    assert "checkpoint-16 is one too many and could not be removed: [Errno 39]" in capsys.readouterr().out
+    # It counts no more, and the others that are too many are gone.
+    assert [one.step for one in complete_checkpoints(config)] == [32, 24]
 
 
 # A child brings the output folder up to two checkpoints, each better than the one before, and is killed at its n-th

@@ -182,6 +182,19 @@ def test_nothing_but_gradients_that_are_not_finite_asks_for_a_restart(slow: dict
     assert "train.learningRate" in outcome.termination["message"]
 
 
+def test_a_failure_says_how_far_the_attempt_came_and_so_do_its_report_and_what_is_noted_of_it(
+    slow: dict[str, Outcome], shared_training: MakeTraining
+) -> None:
+    termination, run = slow["all"].termination, shared_training("all")
+    step = termination["step"]
+    assert f"10 steps in a row up to step {step + 1} are not finite" in termination["message"]
+    assert (step >= 9, termination["totalSteps"]) == (True, 24)
+    report = json.loads((run.output / "report.json").read_text())
+    assert [(one["exitCode"], one["step"]) for one in report["attempts"]] == [(138, step)]
+    kept = json.loads((run.checkpoints / "run.json").read_text())
+    assert [(one["reason"], one["step"]) for one in kept["fallbacks"]] == [("GradientsNotFinite", step)]
+
+
 def test_help_explains_exit_codes_and_variables() -> None:
     answer = subprocess.run(
         [sys.executable, "-m", "taskoffer_trainer", "--help"], check=True, capture_output=True, text=True

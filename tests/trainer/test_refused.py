@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from taskoffer.api.contract import ExitCode, RunConfig, Termination
+from taskoffer.api.contract import ExitCode, RunConfig, SubmitConfig, Termination
 from taskoffer_trainer import concluding
 from taskoffer_trainer.averaging import chosen
 from taskoffer_trainer.checkpoints import (
@@ -23,8 +24,9 @@ from taskoffer_trainer.checkpoints import (
     refuse,
 )
 from taskoffer_trainer.failures import StopRequestedError, TrainerError
-from taskoffer_trainer.mirror import mirror_best, provisional_adapter
+from taskoffer_trainer.mirror import mirror_best, provisional_adapter, withdraw
 from taskoffer_trainer.rewards import REWARD_FAILED
+from taskoffer_trainer.submit import _located
 
 from .test_mirror import checkpoint
 
@@ -150,6 +152,83 @@ def test_a_kill_while_the_next_best_is_verified_brings_what_was_refused_not_back
     assert (seen, kept(config)) == ([16], 16)
     assert attempt(failing(16, seen=seen)) == (8, 2)
     assert seen == [16, 16, 8]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nobody in the trainer catches it."""
+
+
+def killed(*_: object) -> None:
+    raise Killed
+
+
+HANDED_OVER = {
+    # What the output folder holds when a kill comes as this function is called, and no other attempt follows.
+    "withdraw": 24,
+    "refuse": None,
+    "mirror": None,
+    "_make_room": None,
+}
+
+
+@pytest.mark.parametrize("moment", HANDED_OVER)
+def test_what_is_noted_as_refused_lies_nowhere_to_be_handed_over_whenever_the_kill_comes(
+    config: RunConfig, attempt: Attempt, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step, loss in ((16, 0.5), (24, 0.1)):
+        checkpoint(config, step, loss)
+    monkeypatch.setattr(concluding, moment, killed)
+    with pytest.raises(Killed):
+        attempt(failing(24))
+    assert kept(config) == HANDED_OVER[moment]
+    # Before the first write nothing on disk tells the kill from one in the middle of the verification.
+    assert not complete(config, 24).refused or kept(config) is None
+    if kept(config) is None:
+        with pytest.raises(TrainerError, match="its own verification did not refuse") as empty:
+            _located(handed_over(config))
+        assert (empty.value.code, empty.value.reason) == (74, "ResultEmpty")
+
+
+def handed_over(config: RunConfig) -> SubmitConfig:
+    """What the submit step is told when no attempt is left."""
+    return SubmitConfig.model_validate(
+        {
+            "jobName": config.job_name,
+            "taskID": config.task_id,
+            "adapterDir": str(Path(config.output_dir) / "provisional"),
+            "baseModel": config.model.name,
+            "baseModelPath": config.model.path,
+            "target": {"folder": "/handed-over"},
+            "unverified": True,
+            "provisional": True,
+        }
+    )
+
+
+def test_an_average_that_is_refused_leaves_the_trained_weights_where_they_are(config: RunConfig) -> None:
+    checkpoint(config, 8, 0.5)
+    mirror_best(config)
+    withdraw(config, Checkpoint(complete(config, 8).folder, 8, 0.4, AVERAGED_FILE))
+    assert kept(config) == 8
+    withdraw(config, complete(config, 8))
+    assert kept(config) is None
+    withdraw(config, complete(config, 8))
+
+
+def test_the_verified_adapter_is_handed_over_and_not_the_best_so_far_that_still_lies_beside_it(
+    config: RunConfig,
+) -> None:
+    checkpoint(config, 8, 0.5)
+    mirror_best(config)
+    told = handed_over(config)
+    assert _located(told).adapter_dir.endswith(str(provisional_adapter(config)))
+    verified = Path(config.output_dir) / "adapter"
+    verified.mkdir()
+    about: dict[str, Any] = {"provisional": False, "jobName": config.job_name, "taskID": config.task_id, "files": {}}
+    for files, found in (({}, False), ({"adapter_model.safetensors": {}}, True)):
+        (verified / "manifest.json").write_text(json.dumps({**about, "files": files}))
+        assert (_located(told).adapter_dir == str(verified)) is found
+    assert (_located(told).unverified, _located(told).provisional) == (False, False)
 
 
 def test_where_all_were_refused_another_attempt_verifies_them_anew_and_keeps_none_of_them(

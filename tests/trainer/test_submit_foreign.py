@@ -306,7 +306,7 @@ def test_an_adapter_in_place_that_this_job_has_not_verified_is_not_handed_over(
     about: dict[str, Any], place: Place, result: Path, fixtures_dir: Path, tmp_path: Path
 ) -> None:
     what = config(place, put_in_place(result, **about), fixtures_dir / "llama", tmp_path / "out", provisional=True)
-    with pytest.raises(TrainerError, match="holds no adapter: the training has left nothing"):
+    with pytest.raises(TrainerError, match="holds no adapter: the training has left none"):
         place.submit(what)
     assert not (tmp_path / "out").exists()
 

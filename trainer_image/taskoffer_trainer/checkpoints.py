@@ -298,7 +298,7 @@ def rotate(config: RunConfig) -> None:
     """Remove old checkpoints beyond ``save_total_limit``; only complete ones count.
 
     The best one and the newest one stay in any case and belong to the number, so that it is the most that the
-    volume has to hold.
+    volume has to hold. What cannot be removed is told, counts no more, and goes with the next attempt.
     """
     complete = complete_checkpoints(config)
     if not complete:
@@ -308,7 +308,10 @@ def rotate(config: RunConfig) -> None:
     keep = {best, complete[0].folder, *others[: config.train.save_total_limit - 1]}
     for one in complete:
         if one.folder not in keep:
-            _remove(one.folder)
+            try:
+                _remove(one.folder)
+            except OSError as error:
+                print(f"train: {one.folder} is one too many and could not be removed: {error}", flush=True)
 
 
 def _remove(folder: Path) -> None:

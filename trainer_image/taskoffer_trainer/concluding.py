@@ -18,7 +18,7 @@ from taskoffer_trainer.export import Result, prepared, publish
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.figures import as_held_out, metrics_of, peaks
 from taskoffer_trainer.learned import NOTHING_LEARNED, has_learned
-from taskoffer_trainer.mirror import mirror, remove_provisional
+from taskoffer_trainer.mirror import mirror, remove_provisional, withdraw
 from taskoffer_trainer.verify import Verified, check_answers
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ __all__ = ["concluded"]
 def concluded(course: Course, baseline: Baseline, summary: Termination, best: Checkpoint) -> Termination:
     """Publish what was chosen, or the best of the other checkpoints that passes verification.
 
-    The best adapter so far stays in the output folder until then. It goes when nothing has passed, for it is one of
-    those. What has failed in an attempt before is verified again only when all have, and is not kept meanwhile.
+    The best adapter so far stays in the output folder until then, or until it has failed: then it leaves before that is
+    noted, and the next best takes its place. What has failed in an attempt before is verified again only when all have,
+    and is not kept meanwhile.
 
     Args:
         course: the run, whose training has ended.
@@ -56,6 +57,7 @@ def concluded(course: Course, baseline: Baseline, summary: Termination, best: Ch
                 raise
             # Made anew, for the traceback of what was caught holds on to the model that was loaded.
             failures.append(TrainerError(error.code, error.reason, error.message))
+            withdraw(course.config, candidate)
             refuse(candidate, error.message)
             print(f"train: the adapter of step {candidate.step} is not published: {error.message}", flush=True)
         candidate = best_checkpoint(left) if left else None

@@ -6,6 +6,7 @@ a class that fills in the steps below.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -145,6 +146,10 @@ class Course(ABC):
     def counts(self) -> dict[str, int]:
         """Return how many rows there are: ``train`` and ``held_out``."""
 
+    def rows_measured(self) -> int:
+        """Return how many rows go through the model in an evaluation, as rows of a step are counted."""
+        return self.counts()["held_out"]
+
     def outcome(self, before: dict[str, float], after: dict[str, float]) -> str:
         """Say in a few words what the training changed on the held-out rows."""
         return f"held-out loss {before['eval_loss']:.4f} -> {after['eval_loss']:.4f}"
@@ -164,6 +169,14 @@ class Course(ABC):
             TrainerError: for every failure that has a place in the contract.
             StopRequestedError: when asked to stop outside of the training loop.
         """
+        try:
+            return self._run()
+        finally:
+            # A report is written now and then; the last one says how far the attempt came, whatever has ended it.
+            with contextlib.suppress(OSError):
+                self.progress.write()
+
+    def _run(self) -> Termination:
         self.read()
         self.stop.check()
         arguments = self.arguments()
@@ -262,7 +275,7 @@ class Course(ABC):
 
     def measured(self, figures: dict[str, float]) -> None:
         """Report what the base model does, and how long a step and the whole may take then."""
-        self.timings.guess_step(self.config, self.steps.plan.global_batch * self.unit, self.counts()["held_out"])
+        self.timings.guess_step(self.config, self.steps.plan.global_batch * self.unit, self.rows_measured())
         self.progress.total = self.steps.plan.total_steps
         self.progress.note(**{f"{name}_before": value for name, value in as_held_out(figures).items()})
         self.progress.write()
@@ -305,7 +318,7 @@ class Course(ABC):
         summary = Termination(
             exit_code=ExitCode.STOPPED if stopped else ExitCode.DONE,
             reason=STOPPED if stopped else COMPLETED if step >= total else DEADLINE_REACHED,
-            message=f"stopped by a signal with a checkpoint of step {step} of {total}" if stopped else "",
+            message=_stopped_at(step, total) if stopped else "",
             step=step,
             total_steps=total,
             train_loss=losses[-1] if losses else None,
@@ -330,6 +343,12 @@ class Course(ABC):
                 f"deadline: {clock.deadline:%Y-%m-%dT%H:%M:%SZ} leaves {clock.left():.0f} s, and one step with "
                 f"evaluation and verification takes {needed:.0f} s",
             )
+
+
+def _stopped_at(step: int, total: int) -> str:
+    if step == 0:
+        return f"stopped by a signal before the first of {total} steps"
+    return f"stopped by a signal with a checkpoint of step {step} of {total}"
 
 
 def _go_on() -> None:

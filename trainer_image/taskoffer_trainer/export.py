@@ -202,6 +202,9 @@ def publish(config: RunConfig, folder: Path, result: Result) -> tuple[Path, str]
     """
     (folder / "README.md").write_text(_card(config, result), encoding="utf-8")
     files = described(folder)
+    for name in files:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
     manifest = {
         "provisional": False,
         "jobName": config.job_name,

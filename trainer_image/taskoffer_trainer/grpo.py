@@ -266,6 +266,9 @@ class _Reinforcement(Course):
     def counts(self) -> dict[str, int]:
         return {"train": len(self.train), "held_out": len(self.held_out)}
 
+    def rows_measured(self) -> int:
+        return self.settings.num_generations_eval * len(self.held_out)
+
     def outcome(self, before: dict[str, float], after: dict[str, float]) -> str:
         return f"held-out reward {before['reward']:.4f} -> {after['reward']:.4f}, KL divergence {after['kl']:.4f}"
 

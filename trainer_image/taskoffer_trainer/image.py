@@ -99,10 +99,12 @@ class _Pictures(Course):
         return TrainingArguments(**training_arguments(self.config, self.device))
 
     def prepare(self, arguments: TrainingArguments) -> ImageTrainer:
-        config, began = self.config, time.monotonic()
+        config = self.config
         # A rank may not leave alone when there are others that would wait for it.
         between = self.stop.check if self.world.size == 1 else _go_on
         self.data = encode_split(config, self.split, self.prompts(), self.denoiser, self.device, between)
+        # The verification loads the network again and encodes nothing again.
+        began = time.monotonic()
         network = load_component(config, self.layout.network, self.device.dtype)
         self.timings.load = time.monotonic() - began
         settings, clamps = lora_config(network, config.lora, self.denoiser.target_modules)
@@ -124,6 +126,9 @@ class _Pictures(Course):
 
     def counts(self) -> dict[str, int]:
         return {"train": len(self.split.train), "held_out": len(self.split.held_out)}
+
+    def rows_measured(self) -> int:
+        return TIMES * len(self.split.held_out)
 
     def prompts(self) -> list[str]:
         return list(self.config.sample_prompts) or [self.split.held_out[0].caption]

@@ -335,10 +335,15 @@ def _attempt(config: RunConfig, clock: Clock) -> Termination:
 
 
 def _completed(config: RunConfig, clock: Clock, run_dir: Path, termination: Termination) -> Termination:
-    """Say what a rank that failed had no time to: its clamps, and the best adapter so far."""
+    """Say what a rank that failed had no time to: how far it came, its clamps, and the best adapter so far."""
     report = read_report(run_dir / "progress.json", config, clock)
-    best = report.provisional if termination.exit_code != ExitCode.DONE else None
-    return termination.model_copy(update={"clamps": termination.clamps or report.clamps, "provisional": best})
+    told: dict[str, object] = {"clamps": termination.clamps or report.clamps}
+    if termination.exit_code != ExitCode.DONE:
+        told["provisional"] = report.provisional
+        if termination.total_steps is None:
+            told |= {"step": report.step, "total_steps": report.total_steps}
+            told["resumed_from_step"] = report.resumed_from_step
+    return termination.model_copy(update=told)
 
 
 def _fall_back(config: RunConfig, termination: Termination) -> None:

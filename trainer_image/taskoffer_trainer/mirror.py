@@ -29,7 +29,15 @@ from taskoffer_trainer.checkpoints import (
 )
 from taskoffer_trainer.export import described, fill
 
-__all__ = ["best_so_far", "mirror", "mirror_best", "provisional_adapter", "provisional_folders", "remove_provisional"]
+__all__ = [
+    "best_so_far",
+    "mirror",
+    "mirror_best",
+    "provisional_adapter",
+    "provisional_folders",
+    "remove_provisional",
+    "withdraw",
+]
 
 
 def provisional_folders(place: Path) -> list[Path]:
@@ -70,7 +78,7 @@ def mirror_best(config: RunConfig, accompany: Callable[[Path], None] = lambda _:
         accompany: writes into an adapter's folder what its user needs beside it.
 
     Returns:
-        The folder with the best adapter so far.
+        The folder with the best adapter so far; ``None`` where there is none, or it could not be put there.
     """
     complete = complete_checkpoints(config)
     best = best_checkpoint(complete) if complete else None
@@ -82,8 +90,11 @@ def mirror_best(config: RunConfig, accompany: Callable[[Path], None] = lambda _:
     return mirror(config, best, accompany)
 
 
-def mirror(config: RunConfig, best: Checkpoint, accompany: Callable[[Path], None] = lambda _: None) -> Path:
+def mirror(config: RunConfig, best: Checkpoint, accompany: Callable[[Path], None] = lambda _: None) -> Path | None:
     """Let the output folder hold the adapter of one checkpoint, and none but that.
+
+    A disk that is full or a share that is away for a moment costs no training: what could not be done is told, the
+    adapter before it stays, and the next checkpoint tries again.
 
     Args:
         config: the run.
@@ -91,12 +102,19 @@ def mirror(config: RunConfig, best: Checkpoint, accompany: Callable[[Path], None
         accompany: writes into an adapter's folder what its user needs beside it.
 
     Returns:
-        The folder with that adapter.
+        The folder with that adapter, or ``None`` where it could not be put there.
     """
-    record = json.loads((best.folder / COMPLETE).read_text(encoding="utf-8"))
-    digests = {name: str(entry[1]) for name, entry in record["files"].items()}
-    # The name says what is in it, so that what another run has left behind is not taken for this one's.
-    target = Path(config.output_dir) / PROVISIONAL_FOLDER / f"step-{best.step}-{digests[ADAPTER_FILE][:12]}"
+    try:
+        return _mirrored(config, best, accompany)
+    except OSError as error:
+        place = Path(config.output_dir) / PROVISIONAL_FOLDER
+        print(f"train: {place} could not be brought up to step {best.step}: {error}", flush=True)
+        return None
+
+
+def _mirrored(config: RunConfig, best: Checkpoint, accompany: Callable[[Path], None]) -> Path:
+    digests = _digests(best)
+    target = _target(config, best, digests)
     if not target.is_dir():
         with _built(config, best, target) as folder:
             accompany(folder)
@@ -108,8 +126,36 @@ def mirror(config: RunConfig, best: Checkpoint, accompany: Callable[[Path], None
             _remove(path)
     # What a kill has left behind holds on to weights whose checkpoints are long gone.
     for leftover in target.parent.glob(".step-*"):
-        shutil.rmtree(leftover)
+        _clear(leftover)
     return target
+
+
+def withdraw(config: RunConfig, refused: Checkpoint) -> None:
+    """Take an adapter that has failed verification out of the output folder, where it is the one that lies there.
+
+    This comes before anything on disk says so: whoever finds it noted as refused finds it nowhere to be handed over,
+    also after a kill between the two, and when no other attempt follows that would take the next best.
+
+    Args:
+        config: the run.
+        refused: what has failed; an average of the weights is never kept there.
+    """
+    if refused.weights != ADAPTER_FILE:
+        return
+    folder = _target(config, refused, _digests(refused))
+    if folder.is_dir():
+        _remove(folder)
+
+
+def _digests(checkpoint: Checkpoint) -> dict[str, str]:
+    record = json.loads((checkpoint.folder / COMPLETE).read_text(encoding="utf-8"))
+    return {name: str(entry[1]) for name, entry in record["files"].items()}
+
+
+def _target(config: RunConfig, checkpoint: Checkpoint, digests: dict[str, str]) -> Path:
+    # The name says what is in it, so that what another run has left behind is not taken for this one's.
+    name = f"step-{checkpoint.step}-{digests[ADAPTER_FILE][:12]}"
+    return Path(config.output_dir) / PROVISIONAL_FOLDER / name
 
 
 @contextlib.contextmanager
@@ -139,11 +185,17 @@ def _manifest(config: RunConfig, checkpoint: Checkpoint, files: dict[str, Any]) 
 
 
 def remove_provisional(config: RunConfig) -> None:
-    """Remove the best adapter so far, once there is a verified one or it has turned out to be none."""
+    """Remove the best adapter so far, once there is a verified one or it has turned out to be none.
+
+    What cannot be removed is told and left: a verified result beside it is none the worse for it.
+    """
     place = Path(config.output_dir) / PROVISIONAL_FOLDER
-    if place.is_dir():
-        _remove(place)
-    _remove_leftover(place)
+    try:
+        if place.is_dir():
+            _remove(place)
+        _remove_leftover(place)
+    except OSError as error:
+        print(f"train: {place} could not be removed: {error}", flush=True)
 
 
 def _remove(folder: Path) -> None:
@@ -151,7 +203,15 @@ def _remove(folder: Path) -> None:
     _remove_leftover(folder)
     hidden = folder.with_name(f".{folder.name}.old")
     folder.rename(hidden)
-    shutil.rmtree(hidden)
+    _clear(hidden)
+
+
+def _clear(hidden: Path) -> None:
+    """Remove what nobody finds any more; a share may keep files that somebody reads, and then they go another time."""
+    try:
+        shutil.rmtree(hidden)
+    except OSError as error:
+        print(f"train: {hidden} could not be removed: {error}", flush=True)
 
 
 def _remove_leftover(folder: Path) -> None:

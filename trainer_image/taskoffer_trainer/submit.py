@@ -86,19 +86,23 @@ def _checked(config: SubmitConfig, interrupt: Interrupt) -> list[Part]:
 def _located(config: SubmitConfig) -> SubmitConfig:
     """Return the configuration with the folder of the adapter itself, where one of several is to be handed over.
 
-    A training whose node died when it had just verified its adapter has left that instead.
+    A training whose node died when it had just put its verified adapter in place has left that instead, or both.
 
     Raises:
         TrainerError: ``VERIFY_FAILED`` when there is none.
     """
     if not config.provisional:
         return config
-    found = provisional_folders(Path(config.adapter_dir))
     verified = Path(config.adapter_dir).parent / ADAPTER_FOLDER
-    if not found and is_verified(verified, config):
+    if is_verified(verified, config):
         return config.model_copy(update={"adapter_dir": str(verified), "unverified": False, "provisional": False})
+    found = provisional_folders(Path(config.adapter_dir))
     if not found:
-        raise failed("ResultEmpty", f"adapterDir: {config.adapter_dir} holds no adapter: the training has left nothing")
+        raise failed(
+            "ResultEmpty",
+            f"adapterDir: {config.adapter_dir} holds no adapter: the training has left none, or none that its own "
+            "verification did not refuse",
+        )
     return config.model_copy(update={"adapter_dir": str(found[-1])})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from taskoffer.api.contract import RunConfig, TaskType
+from taskoffer.api.contract import GRPOSettings, RunConfig, TaskType
 
 __all__ = ["EVALUATION_SHARE", "Timings", "evaluate_every"]
 
@@ -76,17 +76,20 @@ class Timings:
         A forward pass takes 2N operations per token. With a frozen base the pass back takes as many, since only what
         goes to the inputs is computed, and gradient checkpointing repeats the forward pass: 4N and 6N (Hu et al.,
         LoRA, and what torch's FlopCounter counts). Where answers are compared with those of the base model, its
-        forward pass comes to that.
+        forward pass comes to that. Completions are drawn in a step as in an evaluation, which goes through each of them
+        twice after that.
 
         Args:
             config: the run.
             rows: rows of a step, all processes together.
-            held_out: rows that the evaluation went through.
+            held_out: rows that the evaluation went through, each as often as it did.
         """
         passes = 3.0 if config.train.gradient_checkpointing else 2.0
-        if config.task_type is TaskType.DPO:
+        drawn = config.task_type is TaskType.GRPO
+        weighed = drawn and (config.train.grpo or GRPOSettings()).beta > 0
+        if weighed or config.task_type is TaskType.DPO:
             passes += 1.0
-        self.guess = passes * self.evaluate * rows / max(1, held_out)
+        self.guess = (passes / 2 if drawn else passes) * self.evaluate * rows / max(1, held_out)
 
     def seconds(self, config: RunConfig, steps: int) -> float:
         """Return what so many steps take with their evaluations and checkpoints, and the finish after them."""
