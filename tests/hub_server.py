@@ -73,6 +73,7 @@ class HubServer:
         self.files: dict[str, WebFile] = {}
         self.lfs: dict[str, bytes] = {}
         self.buckets: dict[str, dict[str, bytes]] = {}
+        self.pieces: dict[str, dict[int, bytes]] = {}
         self.bucket_etags: dict[str, str] = {}
         self.region = ""
         self.region_answer = (301, "PermanentRedirect")
@@ -163,7 +164,7 @@ class _Handler(StoreHandler):
                     return None
         return self.answer(404, b"{}", {"X-Error-Message": "no such page"})
 
-    do_GET = do_HEAD = do_POST = do_PUT = _route  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _route  # noqa: N815
 
     def _chunks(self) -> bytes:
         found = b""
@@ -362,4 +363,6 @@ _ROUTES = [
     (r"/s3/([^/]+)/(.*)", "get_objects"),
     (r"/s3/([^/]+)/(.*)", "head_objects"),
     (r"/s3/([^/]+)/(.*)", "put_objects"),
+    (r"/s3/([^/]+)/(.*)", "post_objects"),
+    (r"/s3/([^/]+)/(.*)", "delete_objects"),
 ]
