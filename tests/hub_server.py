@@ -77,6 +77,7 @@ class HubServer:
         self.bucket_etags: dict[str, str] = {}
         self.region = ""
         self.region_answer = (301, "PermanentRedirect")
+        self.refused_in_cards: tuple[str, ...] = ()
         self.faults = Faults()
         self.asked: list[Asked] = []
         self.lock = threading.Lock()
@@ -320,7 +321,10 @@ class _Handler(StoreHandler):
         self.json({}, 200 if there else 422)
 
     def on_post_yaml(self) -> None:
-        self.json({"errors": [], "warnings": []})
+        """Look at a card's front matter as the hub does, which takes no base model by a name that it does not have."""
+        front = json.loads(self.body)["content"].partition("---\n")[2].partition("---\n")[0]
+        wrong = [{"message": f"{word!r} is not valid."} for word in self.hub.refused_in_cards if word in front]
+        self.json({"errors": wrong, "warnings": []}, 400 if wrong else 200)
 
     def on_post_commit(self, kind: str, name: str, revision: str) -> None:
         repository = self.hub.repositories.get(name)

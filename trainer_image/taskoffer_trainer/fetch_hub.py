@@ -6,6 +6,7 @@ go on, and which checks each file against what git or LFS know of it.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -77,6 +78,12 @@ def ask_hub(
             if not isinstance(error.__cause__, (errors.HfHubHTTPError, httpx2.TransportError)):
                 raise
             why = _passing_fault(what, kind, error.__cause__)
+        except ValueError as error:
+            if not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+                # A name that no repository can have, or what the hub does not take: it comes as no status.
+                raise _gone(kind, f"{what}: {error}") from error
+            # A page of a proxy, or of a hub that is being restarted.
+            why = "its answer is no JSON"
         if number < network.tries:
             print(f"hub: {what}: {why}; trying again", flush=True)
             interrupt.wait(min(network.retry_wait_seconds * 2**number, 30.0))

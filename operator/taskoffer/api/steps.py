@@ -49,7 +49,7 @@ SUBMIT_CONFIG_PATH = "/etc/taskoffer/submit.json"
 
 _REPOSITORY = explained(
     r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$",
-    "a repository is name or owner/name, of letters, digits, dots, dashes and underscores",
+    "must be name or owner/name, of letters, digits, dots, dashes and underscores",
 )
 _HTTP = explained(r"^https?://[^\s]+$", "an address begins with https:// or http:// and holds no spaces")
 _S3 = explained(
