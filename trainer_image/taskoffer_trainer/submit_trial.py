@@ -34,8 +34,8 @@ PROMPTS = ("What is the capital of France?", "Write one sentence about the sea."
 """What a foreign adapter is asked, until it has answered one of them; what it was trained for is not known here, so
 that any answer will do."""
 TOKENS = 16
-"""Longest answer in tokens. Each token takes a pass over all weights in the memory of a pod without a GPU: seconds for a
-large model, of which there are few before a deadline."""
+"""Longest answer in tokens. Each token takes a pass over all weights on a pod without a GPU: seconds for a large
+model, of which there are few before a deadline."""
 DRAWN = "A lighthouse on a cliff by the sea"
 EDGE, STEPS, SEED = 256, 4, 1
 """Edge in pixels and denoising steps of the picture: the fewest that go through every layer at a usual ratio of
