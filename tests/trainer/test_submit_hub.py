@@ -1,8 +1,10 @@
-"""A result is not lost for what a hub thinks of its card, of its name, or for a page in the place of an answer."""
+"""A result reaches a hub whatever its size, its card and its name are, and whatever the hub says meanwhile."""
 
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,11 +23,11 @@ REPOSITORY = "miner/0b8f"
 CARD = '---\nbase_model: "{}"\ndatasets:\n- /cache/rows.json\n---\n# Mine\n'
 
 
-def hand_over(place: Place, base_model: str = "acme/tiny", repository: str = REPOSITORY) -> Published:
+def hand_over(place: Place, base_model: str = "acme/tiny", repository: str = REPOSITORY, *more: Part) -> Published:
     place.hub.token = TOKEN
     card = CARD.format(base_model).encode()
     about = {"files": {"README.md": {"bytes": len(card), "sha256": sha256(card)}}, "step": 3}
-    parts = [Part.of("README.md", card), Part.of("manifest.json", json.dumps(about).encode())]
+    parts = [Part.of("README.md", card), Part.of("manifest.json", json.dumps(about).encode()), *more]
     wire: dict[str, Any] = {
         "jobName": "job",
         "taskID": "task",
@@ -88,3 +90,14 @@ def test_a_name_that_no_repository_can_have_is_a_refusal_with_its_reason(place: 
     with pytest.raises(TrainerError, match="Cannot have -- or") as caught:
         hand_over(place, repository="miner/a--b")
     assert (caught.value.code, caught.value.reason) == (ExitCode.VERIFY_FAILED, "SubmitRefused")
+
+
+def test_a_large_file_goes_in_the_pieces_that_the_hub_asks_for(place: Place, tmp_path: Path) -> None:
+    weights, path = os.urandom(5500), tmp_path / "adapter_model.safetensors"
+    path.write_bytes(weights)
+    place.hub.lfs_piece = 1000
+    hand_over(place, "acme/tiny", REPOSITORY, Part(path.name, len(weights), sha256(weights), path=path))
+    assert place.hub.repositories[REPOSITORY].head[path.name] == weights
+    pieces = place.hub.requests("PUT", "/part/")
+    assert [int(one.headers["content-length"]) for one in pieces] == [1000] * 5 + [500]
+    assert not [one for one in pieces if "authorization" in one.headers]
