@@ -47,6 +47,8 @@ class Faults:
     hang: threading.Event | None = None
     hang_at: int = 1
     lose_upload: int = 0
+    lose_answers: int = 0
+    unlisted: bool = False
     break_uploads: int = 0
     refuse_commits: int = 0
 
@@ -144,6 +146,9 @@ class StoreHandler(BaseHTTPRequestHandler):
         if not key:
             return self._list(bucket)
         content = self.hub.buckets[bucket].get(key)
+        if content is None and self.hub.faults.unlisted:
+            # As AWS answers whoever may not list the bucket.
+            return self.answer(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
         if content is None:
             return self.answer(404, b"<Error><Code>NoSuchKey</Code><Message>no such key</Message></Error>")
         return self.content(WebFile(content, f'"{sha256(content)[:32]}"'))
@@ -174,8 +179,41 @@ class StoreHandler(BaseHTTPRequestHandler):
         if self.hub.faults.lose_upload > 0:
             self.hub.faults.lose_upload -= 1
             self.body = self.body[:-1]
-        self.hub.buckets[bucket][key] = self.body
+        query = self.entry.query
+        if "uploadId" in query:
+            self.hub.pieces[query["uploadId"][0]][int(query["partNumber"][0])] = self.body
+        else:
+            self.hub.buckets[bucket][key] = self.body
         self.answer(200, headers={"ETag": f'"{sha256(self.body)[:32]}"'})
+
+    def on_post_objects(self, bucket: str, key: str) -> None:
+        """Begin an upload in pieces, or put its pieces together as their list says."""
+        if not self._signed():
+            return None
+        upload = self.entry.query.get("uploadId", [""])[0]
+        if "?uploads" in self.path:
+            upload = f"{len(self.hub.pieces)}/+="
+            self.hub.pieces[upload] = {}
+            return self.answer(200, f"<Result xmlns='x'><UploadId>{upload}</UploadId></Result>".encode())
+        if upload not in self.hub.pieces:
+            return self.answer(404, b"<Error><Code>NoSuchUpload</Code></Error>")
+        listed = re.findall(r"<PartNumber>(\d+)</PartNumber><ETag>(?:&quot;|\")(\w+)", self.body.decode())
+        there = self.hub.pieces[upload]
+        if [(int(number), tag) for number, tag in listed] != [
+            (number, sha256(there[number])[:32]) for number in sorted(there)
+        ]:
+            return self.answer(200, b"<Error><Code>InvalidPart</Code></Error>")
+        self.hub.buckets[bucket][key] = b"".join(there[number] for number in sorted(there))
+        del self.hub.pieces[upload]
+        if self.hub.faults.lose_answers > 0:
+            self.hub.faults.lose_answers -= 1
+            return self.answer(200, b"<Error><Code>InternalError</Code></Error>")
+        return self.answer(200, b"<CompleteMultipartUploadResult></CompleteMultipartUploadResult>")
+
+    def on_delete_objects(self, bucket: str, key: str) -> None:
+        if self._signed():
+            self.hub.pieces.pop(self.entry.query["uploadId"][0], None)
+            self.answer(204)
 
     def _list(self, bucket: str) -> None:
         prefix = self.entry.query.get("prefix", [""])[0]

@@ -60,6 +60,13 @@ def test_every_format_gives_the_same_rows(file_format: str, tmp_path: Path) -> N
         assert read_rows(DataConfig.model_validate({"path": str(found)}), NAMES) == ROWS
 
 
+@pytest.mark.parametrize("file_format", ["json", "jsonl", "csv"])
+def test_a_mark_at_the_beginning_of_a_text_is_no_part_of_it(file_format: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"rows.{file_format}", ROWS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_rows(DataConfig.model_validate({"path": str(path), "fileFormat": file_format}), NAMES) == ROWS
+
+
 LONG = 200_000
 """Characters of a cell; Python's own limit for CSV is 131,072."""
 
@@ -86,7 +93,10 @@ def test_a_cell_that_never_ends_is_refused_by_its_line(tmp_path: Path, monkeypat
 
 UNREADABLE = [
     ("jsonl", '{"instruction": 1}\n{"instr', "line 2 is not JSON"),
-    ("jsonl", "[1]\n", "line 1 is not an object but list"),
+    ("jsonl", "3\n", "line 1 is not an object but int"),
+    # The market's data is one list; jsonl is read where an offer does not say.
+    ("jsonl", '[{"instruction": 1}]', "line 1 is not an object but list; .* is read with data.fileFormat json"),
+    ("jsonl", '[\n{"instruction": 1}\n]', "line 1 is not an object but list; .* is read with data.fileFormat json"),
     ("jsonl", "\n", "holds no rows"),
     ("json", '{"a": [], "b": []}', "object with 2 lists"),
     ("json", "3", "holds int"),

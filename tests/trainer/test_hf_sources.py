@@ -93,3 +93,34 @@ def test_a_data_sets_folder_in_a_bucket_comes_whole_and_is_read(make: Any, place
     assert rows_of(place, fileFormat="hf") == WANTED
     nothing = place.refusal(merge(bucket_item(place, "none/"), {"fileFormat": "hf"}), jobName="other", **signed)
     assert (nothing.reason, "holds no objects" in nothing.message) == ("NothingToFetch", True)
+
+
+ODD_CARDS = ["configs: 5", "configs: [{data_files: [{split: train, path: null}]}, x]", "configs: {a: 1}", "- x"]
+
+
+@pytest.mark.parametrize("front", ODD_CARDS)
+def test_a_card_that_is_written_otherwise_is_no_fault_of_the_step(front: str, place: Place) -> None:
+    """Either the names of the files decide, or what is lacking is said."""
+    card = f"---\n{front}\n---\n".encode()
+    place.hub.add("acme/data", {"train.csv": b"a", "README.md": card}, kind="dataset")
+    if "path" in front:
+        assert place.refusal(dataset()).reason == "SplitMissing"
+    else:
+        place.prepare(dataset())
+        assert contents(place.item()) == {"train.csv": b"a"}
+
+
+def test_of_several_subsets_without_a_default_one_has_to_be_named(place: Place) -> None:
+    card = b"""---
+configs:
+- {config_name: main, data_files: [{split: train, path: main/train-*}]}
+- {config_name: socratic, data_files: [{split: train, path: socratic/train-*}]}
+---
+"""
+    files = {"main/train-0.csv": b"m", "socratic/train-0.csv": b"s", "README.md": card}
+    place.hub.add("acme/data", files, kind="dataset")
+    error = place.refusal(dataset())
+    assert (error.code, error.reason) == (ExitCode.BAD_DATA, "SplitAmbiguous")
+    assert "2 subsets and none is the default (main, socratic); name one in configName" in error.message
+    place.prepare(dataset(source={"hub": {"configName": "socratic"}}))
+    assert contents(place.item()) == {"socratic/train-0.csv": b"s"}

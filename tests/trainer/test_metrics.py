@@ -10,9 +10,12 @@ import pytest
 from prometheus_client import Metric as Parsed
 from prometheus_client.parser import text_string_to_metric_families
 
-from taskoffer.api.contract import AppliedTuning, Metric, ProgressReport, RunState
+from taskoffer.api.contract import AppliedTuning, Metric, ProgressReport, RunConfig, RunState
+from taskoffer_trainer.callbacks import Progress
 from taskoffer_trainer.clock import Clock
 from taskoffer_trainer.metrics import FAMILIES, PREFIX, STEP_BUCKETS, RankFigures, read_rank_figures, render_metrics
+from taskoffer_trainer.telemetry import Telemetry
+from taskoffer_trainer.timings import Timings
 
 pytestmark = pytest.mark.trainer
 
@@ -148,3 +151,22 @@ def test_what_the_ranks_wrote_is_read_in_their_order(tmp_path: Path) -> None:
         one.write(tmp_path)
     assert read_rank_figures(tmp_path) == ranks()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures-0.json", "figures-1.json"]
+
+
+def test_a_training_goes_on_when_what_is_told_of_it_cannot_be_written(
+    tmp_path: Path, base_config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RunConfig.model_validate({**base_config, "outputDir": "/o", "checkpointDir": str(tmp_path)})
+    place, timings = tmp_path / "run", Timings(config)
+    telemetry = Telemetry(config, place, 0, timings)
+    progress = Progress(config, place / "progress.json", timings, CLOCK)
+    for _ in range(2):
+        telemetry.on_train_begin(None, None, None)
+        progress.write()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    assert all("cannot be told any more, and it goes on" in line for line in said)
+    place.mkdir()
+    telemetry.on_train_begin(None, None, None)
+    progress.write()
+    assert {path.name for path in place.iterdir()} == {"figures-0.json", "progress.json"}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from taskoffer.api.contract import ExitCode
+from taskoffer_trainer.buckets import _parse_page
 
 from .conftest import merge
 from .step_runs import Place, contents
@@ -67,3 +68,12 @@ def test_a_bucket_of_another_region_is_named_with_the_field_that_says_it(
     right = bucket_item(place, key, source={"s3": {"region": "eu-central-1"}})
     place.prepare(right, **signed)
     assert list(contents(place.item()).values()) == [b"1"]
+
+
+@pytest.mark.parametrize("more", ["", "<NextMarker>part-1</NextMarker>"])
+def test_a_list_that_ends_in_the_middle_is_not_taken_for_all(more: str) -> None:
+    """As a store answers that knows only the first version of such lists."""
+    entry = "<Contents><Key>part-1</Key><Size>1</Size><ETag>e</ETag></Contents>"
+    with pytest.raises(ValueError, match="goes on and does not say where"):
+        _parse_page(f"<L>{entry}<IsTruncated>true</IsTruncated>{more}</L>".encode())
+    assert [one.key for one in _parse_page(f"<L>{entry}</L>".encode())[0]] == ["part-1"]

@@ -83,3 +83,9 @@ def test_another_store_is_addressed_by_path_and_asked_anonymously_without_keys()
 def test_a_key_is_quoted_for_its_address() -> None:
     bucket = Bucket.of(BucketFiles(url="s3://my-bucket/a/"), None)
     assert bucket.url("a/b c+ü~.json") == "https://my-bucket.s3.us-east-1.amazonaws.com/a/b%20c%2B%C3%BC~.json"
+
+
+def test_a_bucket_of_aws_with_a_dot_in_its_name_is_addressed_by_path() -> None:
+    """The certificate of AWS is for one name before its own."""
+    bucket = Bucket.of(BucketFiles(url="s3://models.example.com/a/", region="eu-west-1"), None)
+    assert bucket.url("a/b.json") == "https://s3.eu-west-1.amazonaws.com/models.example.com/a/b.json"

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from crd_schema import faults, schema_of
 from taskoffer import presets
 from taskoffer.api.contract import PrepareConfig, ProgressReport, RunConfig, SubmitConfig
 from taskoffer.api.reasons import Reason
@@ -269,6 +270,7 @@ def test_every_manifest_is_valid(page: Path) -> None:
     for body in blocks(page.read_text(encoding="utf-8"), "yaml"):
         manifest = yaml.safe_load(body)
         if isinstance(manifest, dict) and manifest.get("kind") in kinds:
+            assert list(faults(schema_of(manifest["kind"]), manifest)) == []
             metadata = {"uid": "1", "resourceVersion": "1", "creationTimestamp": "2026-01-01T00:00:00Z"}
             manifest["metadata"] = {**metadata, "namespace": "default", **manifest["metadata"]}
             kinds[manifest["kind"]].model_validate(manifest)

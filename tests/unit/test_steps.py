@@ -57,7 +57,20 @@ def test_what_lies_elsewhere_is_served_by_a_policy_with_steps_alone(spec: Object
         ({"model": {"source": {"persistentVolumeClaim": None, "url": "s3://B/x/"}}}, "model.source.url"),
         ({"dataset": {"source": {"persistentVolumeClaim": None, "hub": {"name": "x y"}}}}, "dataset.source"),
         ({"dataset": {"source": {"persistentVolumeClaim": None, "url": {"url": "https:// x"}}}}, "dataset.source"),
+        (
+            {"dataset": {"source": {"persistentVolumeClaim": None, "url": {"url": "https://x:99999"}}}},
+            "dataset.source",
+        ),
+        ({"dataset": {"source": {"persistentVolumeClaim": None, "url": {"url": "https://[::1/r"}}}}, "dataset.source"),
+        ({"dataset": {"source": {"persistentVolumeClaim": None, "url": {"url": "https://?x"}}}}, "dataset.source"),
         ({"output": {"repository": "../x"}}, "output"),
+        # Nobody but the hub knows whose it would be, and it cannot be looked at afterwards.
+        ({"output": {"repository": "x"}}, "output"),
+        # What the hub's own library refuses.
+        ({"output": {"repository": "acme/x--y"}}, "output"),
+        ({"output": {"repository": "acme/x.git"}}, "output"),
+        ({"output": {"repository": "acme/" + "x" * 97}}, "output"),
+        ({"model": {"source": None, "name": "acme/llama-1b-"}}, "model.name"),
         ({"output": {"url": "s3://B/x/"}}, "output"),
     ],
 )

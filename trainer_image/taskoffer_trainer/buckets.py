@@ -148,11 +148,17 @@ class Bucket:
 
     @classmethod
     def of(cls, files: BucketFiles, keys: Keys | None) -> Bucket:
-        """Build from an s3 address: AWS by host name, any other store by path."""
+        """Build from an s3 address: AWS by host name, any other store by path.
+
+        A bucket with a dot in its name is addressed by path at AWS as well, whose certificate covers one name before
+        its own (AWS, "Bucket naming rules").
+        """
         parts = urlsplit(files.url)
         name = parts.netloc
         if files.endpoint is not None:
             base = f"{files.endpoint.rstrip('/')}/{name}"
+        elif "." in name:
+            base = f"https://s3.{files.region}.amazonaws.com/{name}"
         else:
             base = f"https://{name}.s3.{files.region}.amazonaws.com"
         return cls(name, files.url.removeprefix(f"s3://{name}/"), base, files.region, keys)
@@ -225,5 +231,10 @@ def _parse_page(document: bytes) -> tuple[list[Listed], str | None]:
         if not values["Key"] or not values["Size"].isdecimal():
             raise ValueError("an entry of the list of objects lacks its key or size")
         found.append(Listed(values["Key"], int(values["Size"]), values["ETag"]))
-    more = root.findtext(f"{space}IsTruncated", "false") == "true"
-    return found, root.findtext(f"{space}NextContinuationToken") if more else None
+    if root.findtext(f"{space}IsTruncated", "false") != "true":
+        return found, None
+    token = root.findtext(f"{space}NextContinuationToken")
+    if not token:
+        # As of a store that knows only the first version of such lists; a part must not pass for all.
+        raise ValueError("the list of objects goes on and does not say where (ListObjectsV2 is needed)")
+    return found, token

@@ -30,7 +30,7 @@ from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fallback import GRADIENTS_NOT_FINITE
 from taskoffer_trainer.figures import metrics_of
 from taskoffer_trainer.mirror import mirror_best
-from taskoffer_trainer.progress import write_report
+from taskoffer_trainer.progress import Spoken, write_report
 from taskoffer_trainer.sharding import is_shared_out, local
 from taskoffer_trainer.steps import Counters, Steps
 from taskoffer_trainer.stop import Stop, StopCause
@@ -59,6 +59,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._stepped = 0.0
         self._first_tokens: tuple[float, float] | None = None
         self._last_tokens: tuple[float, float] | None = None
+        self._spoken = Spoken()
 
     def took(self) -> dict[str, float | None]:
         """Return this attempt's time since its first step and its rate, by their names in a termination.
@@ -144,8 +145,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def write(self) -> None:
         """Write the report where the launcher serves it from."""
         self._written = time.monotonic()
-        if self.path is not None:
-            write_report(self.path, self.report())
+        if (path := self.path) is not None:
+            self._spoken(lambda: write_report(path, self.report()))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Learn how many steps there are."""

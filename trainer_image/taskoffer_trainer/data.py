@@ -26,6 +26,9 @@ CELL_CHARACTERS = 1 << 24
 Python's own of 131,072 is less than a long document has; this is that of some four million tokens.
 """
 
+_TEXT = "utf-8-sig"
+"""UTF-8, with the mark at its beginning or without, which some programs write into every text."""
+
 
 class Digested(Protocol):
     """An example with a digest: examples with equal digests are trained together or held out together."""
@@ -112,10 +115,16 @@ def _files(path: Path, file_format: FileFormat | None) -> tuple[list[Path], str]
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=_TEXT) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            if line.lstrip().startswith("["):
+                raise bad_data(
+                    "DataUnreadable",
+                    f"{path} line {number} is not an object but list; a file that is one list of rows is read with "
+                    "data.fileFormat json",
+                )
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -127,7 +136,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 def _read_json(path: Path) -> Iterator[Row]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding=_TEXT))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             yield from _read_jsonl(path)
@@ -160,7 +169,7 @@ def _long_cells() -> Iterator[None]:
 
 
 def _read_csv(path: Path, columns: list[str]) -> Iterator[Row]:
-    with _long_cells(), path.open(encoding="utf-8-sig", newline="") as file:
+    with _long_cells(), path.open(encoding=_TEXT, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             header = list(reader.fieldnames or [])

@@ -23,7 +23,17 @@ from taskoffer_trainer.checkpoints import write_json
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.interrupt import Interrupt
 
-__all__ = ["Fetched", "Fetching", "Remote", "Speaker", "disk_error", "error_document", "git_oid", "missing"]
+__all__ = [
+    "Fetched",
+    "Fetching",
+    "Remote",
+    "Speaker",
+    "disk_error",
+    "document_fields",
+    "error_document",
+    "git_oid",
+    "missing",
+]
 
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 30.0
@@ -340,10 +350,15 @@ def error_document(response: httpx2.Response) -> dict[str, str]:
             text += block
             if len(text) > 16384:
                 break
+    return document_fields(text)
+
+
+def document_fields(text: bytes) -> dict[str, str]:
+    """Return the fields of one of S3's documents by their names; nothing of a text that is none."""
     if not text.lstrip().startswith(b"<") or b"<!DOCTYPE" in text or b"<!ENTITY" in text:
         return {}
     try:
-        root = ElementTree.fromstring(text.decode("utf-8", "replace"))  # noqa: S314 - no entities, at most 16 KiB.
+        root = ElementTree.fromstring(text.strip().decode("utf-8", "replace"))  # noqa: S314 - no entities, at most 16 KiB.
     except ElementTree.ParseError:
         return {}
     return {child.tag.rpartition("}")[2]: child.text for child in root if child.text}

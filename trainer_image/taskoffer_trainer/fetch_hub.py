@@ -6,6 +6,7 @@ go on, and which checks each file against what git or LFS know of it.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -77,6 +78,12 @@ def ask_hub(
             if not isinstance(error.__cause__, (errors.HfHubHTTPError, httpx2.TransportError)):
                 raise
             why = _passing_fault(what, kind, error.__cause__)
+        except ValueError as error:
+            if not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+                # A name that no repository can have, or what the hub does not take: it comes as no status.
+                raise _gone(kind, f"{what}: {error}") from error
+            # A page of a proxy, or of a hub that is being restarted.
+            why = "its answer is no JSON"
         if number < network.tries:
             print(f"hub: {what}: {why}; trying again", flush=True)
             interrupt.wait(min(network.retry_wait_seconds * 2**number, 30.0))
@@ -214,7 +221,7 @@ def choose_split(
         TrainerError: ``BAD_DATA`` with what there is.
     """
     split = hub.split or "train"
-    by_card = _patterns_of_card(card, hub.config_name, split)
+    by_card = _patterns_of_card(card, hub, split)
     if by_card is not None:
         of_split = [path for path in paths if any(_glob(path, pattern) for pattern in by_card)]
     else:
@@ -263,22 +270,35 @@ def _glob(path: str, pattern: str) -> bool:
     return re.fullmatch("".join(words.get(part, re.escape(part)) for part in parts), path) is not None
 
 
-def _patterns_of_card(card: dict[str, Any], config_name: str | None, split: str) -> list[str] | None:
-    """Return the file patterns that a card gives for a split; None when it names no files."""
-    configs = [one for one in card.get("configs") or [] if isinstance(one, dict) and "data_files" in one]
-    named = [one for one in configs if one.get("config_name") == config_name] if config_name else []
-    named = named or [one for one in configs if one.get("default") or one.get("config_name") == "default"] or configs
-    if not configs or (config_name and named[0].get("config_name") != config_name):
+def _patterns_of_card(card: dict[str, Any], hub: HubFiles, split: str) -> list[str] | None:
+    """Return the file patterns that a card gives for a split; None when it names no files.
+
+    Raises:
+        TrainerError: ``BAD_DATA`` when it names several subsets, none of them as the one to take, as ``datasets`` does.
+    """
+    listed = card.get("configs")
+    configs = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    configs = [one for one in configs if "data_files" in one]
+    named = [one for one in configs if one.get("config_name") == hub.config_name] if hub.config_name else []
+    named = named or [one for one in configs if one.get("default") or one.get("config_name") == "default"]
+    if not configs or (hub.config_name and (named or configs)[0].get("config_name") != hub.config_name):
         return None
-    files = named[0]["data_files"]
+    if not named and len(configs) > 1:
+        names = ", ".join(str(one.get("config_name")) for one in configs[:8])
+        raise missing(
+            ItemKind.DATA,
+            "SplitAmbiguous",
+            f"{hub.repository} has {len(configs)} subsets and none is the default ({names}); name one in configName",
+        )
+    files = (named or configs)[0]["data_files"]
     if isinstance(files, str) or (isinstance(files, list) and all(isinstance(one, str) for one in files)):
         return ([files] if isinstance(files, str) else files) if split == "train" else []
-    found: list[str] = []
+    found: list[Any] = []
     for one in files if isinstance(files, list) else []:
         if isinstance(one, dict) and one.get("split") == split:
-            path = one.get("path", [])
-            found += [path] if isinstance(path, str) else list(path)
-    return found
+            path = one.get("path")
+            found += path if isinstance(path, list) else [path]
+    return [one for one in found if isinstance(one, str)]
 
 
 def _card(fetching: Fetching, wanted: Callable[[str], Wanted], files: dict[str, Any]) -> dict[str, Any]:

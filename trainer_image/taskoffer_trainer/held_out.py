@@ -68,7 +68,12 @@ def answer_losses(model: Any, rows: Sequence[TokenRow], pad: int) -> tuple[float
 
 
 def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[str], between: Callable[[], None] = lambda: None
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    between: Callable[[], None] = lambda: None,
+    most: int = ANSWER_TOKENS,
+    between_tokens: Callable[[], None] | None = None,
 ) -> list[str]:
     """Let the model answer each prompt, always taking the likeliest token, and return the answers' texts.
 
@@ -79,11 +84,19 @@ def answers(
         tokenizer: its tokenizer; a chat template is used where it has one.
         prompts: what a user would say.
         between: called before each prompt; may raise to leave early.
+        most: longest answer in tokens.
+        between_tokens: called after each token; may raise to leave early.
     """
     import torch
 
+    def heard(ids: Any, _scores: Any, **_: Any) -> Any:
+        """Be asked after each token whether to stop; the answer is always no."""
+        if between_tokens is not None:
+            between_tokens()
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
     positions = positions_of(model.config)
-    longest = ANSWER_TOKENS if positions is None else min(ANSWER_TOKENS, max(1, positions // 2))
+    longest = most if positions is None else min(most, max(1, positions // 2))
     was_training = model.training
     model.eval()
     found = []
@@ -108,6 +121,7 @@ def answers(
                     top_p=None,
                     top_k=None,
                     pad_token_id=tokenizer.pad_token_id,
+                    stopping_criteria=[heard] if between_tokens is not None else None,
                 )
             found.append(str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip())
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.metrics import read_rank_figures, render_metrics
 from taskoffer_trainer.mirror import best_so_far
 
-__all__ = ["ProgressServer", "progress_port", "read_report", "write_report"]
+__all__ = ["ProgressServer", "Spoken", "progress_port", "read_report", "write_report"]
 
 
 def progress_port() -> int:
@@ -43,6 +44,24 @@ def write_report(path: Path, report: ProgressReport) -> None:
     partial = path.with_suffix(".tmp")
     partial.write_text(report.model_dump_json(by_alias=True, exclude_none=True), encoding="utf-8")
     partial.replace(path)
+
+
+class Spoken:
+    """Writes what is told of a run. Where that fails, as on a full disk, it says so once: the training goes on."""
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def __call__(self, write: Callable[[], None]) -> None:
+        """Write, and go on."""
+        try:
+            write()
+        except OSError as error:
+            if not self._failed:
+                print(f"train: how far the run is cannot be told any more, and it goes on: {error}", flush=True)
+            self._failed = True
+        else:
+            self._failed = False
 
 
 def read_report(path: Path, config: RunConfig, clock: Clock) -> ProgressReport:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote, urlencode
+from xml.sax.saxutils import escape
 
 import httpx2
 
@@ -16,15 +19,18 @@ from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS, check_address, make_
 from taskoffer_trainer.buckets import Bucket, read_keys
 from taskoffer_trainer.cache import BLOCK
 from taskoffer_trainer.failures import TrainerError
-from taskoffer_trainer.fetch import Speaker, error_document
+from taskoffer_trainer.fetch import Speaker, document_fields, error_document
 from taskoffer_trainer.interrupt import Interrupt
 from taskoffer_trainer.submit_verify import Part, failed
 
-__all__ = ["LARGEST_PUT", "to_bucket", "to_folder"]
+__all__ = ["to_bucket", "to_folder"]
 
 _T = TypeVar("_T")
-LARGEST_PUT = 5 << 30
-"""Bytes of the largest object that S3 takes in one request (AWS, "Uploading objects")."""
+PIECE = 64 << 20
+"""Bytes that are written to a bucket in one request; a larger file goes in pieces of so many. One request takes 5 GiB
+at most, which an adapter of high rank exceeds, and of pieces only the one that breaks is sent again."""
+MOST_PIECES = 10_000
+"""Pieces of one object that S3 takes (AWS, "Amazon S3 multipart upload limits")."""
 
 
 def _published(to: str, parts: list[Part]) -> Published:
@@ -97,9 +103,6 @@ def to_bucket(config: SubmitConfig, target: BucketFiles, parts: list[Part], inte
     Raises:
         TrainerError: ``NO_ACCESS``, ``RESTART`` when the store does not answer, or ``VERIFY_FAILED``.
     """
-    for part in parts:
-        if part.size > LARGEST_PUT:
-            raise failed("TooLarge", f"{part.name} has {part.size} bytes and one request takes {LARGEST_PUT}")
     bucket = Bucket.of(target, read_keys(config.credentials))
     # A store other than AWS is the operator's choice, as the hub is.
     guarded = target.endpoint is None
@@ -108,7 +111,8 @@ def to_bucket(config: SubmitConfig, target: BucketFiles, parts: list[Part], inte
     with make_client(config.network, guarded) as client:
         run = _BucketUpload(bucket, config, interrupt, client, sum(part.size for part in parts))
         for part in parts:
-            if run.digest(part) != part.sha256:
+            # Who may write and read objects and not list them is told 403 of one that is not there.
+            if run.digest(part, nothing=(403, 404)) != part.sha256:
                 run.put(part)
                 if run.digest(part) != part.sha256:
                     raise failed("UploadMismatch", f"{target.url}{part.name} reads back otherwise than it was written")
@@ -125,14 +129,19 @@ class _BucketUpload:
         self.client = client
         self.speaker = Speaker(f"submit: uploading below {bucket.prefix}", total)
 
-    def digest(self, part: Part) -> str | None:
-        """Return the SHA-256 of what the bucket holds under a name; None when it holds nothing."""
-        url = self.bucket.url(self.bucket.prefix + part.name)
+    def digest(self, part: Part, nothing: tuple[int, ...] = (404,)) -> str | None:
+        """Return the SHA-256 of what the bucket holds under a name; None when it holds nothing.
+
+        Args:
+            part: the file.
+            nothing: answers that mean that it holds nothing.
+        """
+        url = self._url(part)
 
         def ask() -> str | None:
             digest = hashlib.sha256()
             with self.client.stream("GET", url, headers=self.bucket.headers("GET", url)) as answer:
-                if answer.status_code == 404:
+                if answer.status_code in nothing:
                     return None
                 if not answer.is_success:
                     answer.read()
@@ -145,17 +154,85 @@ class _BucketUpload:
         return self._tried(part.name, ask)
 
     def put(self, part: Part) -> None:
-        """Write an object; the store checks it against the SHA-256 that is part of the signature."""
-        url = self.bucket.url(self.bucket.prefix + part.name)
+        """Write an object; the store checks what comes against the SHA-256 that is part of each signature."""
+        if part.path is not None and part.size > PIECE:
+            self._put_pieces(part, part.path)
+            return
 
         def ask() -> None:
-            headers = self.bucket.headers("PUT", url, part.sha256)
-            headers["Content-Length"] = str(part.size)
-            self.client.put(
-                url, headers=headers, content=_blocks(part, self.speaker, self.interrupt)
-            ).raise_for_status()
+            content = _blocks(part, self.speaker, self.interrupt)
+            self._send("PUT", self._url(part), part.sha256, part.size, content)
 
         self._tried(part.name, ask)
+
+    def _put_pieces(self, part: Part, path: Path) -> None:
+        """Write an object in pieces, which become one when the last has arrived (AWS, "Multipart upload overview")."""
+        begun = self._tried(part.name, lambda: self._post(self._url(part, uploads=""), b""))
+        upload = begun.get("UploadId")
+        if not upload:
+            raise failed("SubmitRefused", f"{part.name}: the store gives no id for an upload in pieces")
+        size = max(PIECE, -(-part.size // MOST_PIECES))
+        try:
+            tags = [self._put_piece(part, path, upload, at, size) for at in range(0, part.size, size)]
+            pieces = "".join(
+                f"<Part><PartNumber>{number}</PartNumber><ETag>{tag}</ETag></Part>"
+                for number, tag in enumerate(tags, start=1)
+            )
+            self._join(part, upload, f"<CompleteMultipartUpload>{pieces}</CompleteMultipartUpload>".encode())
+        except BaseException:
+            # Pieces without an end would stay and be paid for. The answer does not matter: the failure is told.
+            with contextlib.suppress(httpx2.HTTPError):
+                url = self._url(part, uploadId=upload)
+                self.client.delete(url, headers=self.bucket.headers("DELETE", url))
+            raise
+
+    def _join(self, part: Part, upload: str, pieces: bytes) -> None:
+        try:
+            self._tried(part.name, lambda: self._post(self._url(part, uploadId=upload), pieces))
+        except TrainerError:
+            # Where only the answer was lost, there is nothing left to put together a second time.
+            if self.digest(part, nothing=(403, 404)) != part.sha256:
+                raise
+
+    def _put_piece(self, part: Part, path: Path, upload: str, begin: int, size: int) -> str:
+        """Write a piece and return the tag that the store gives it."""
+        with path.open("rb") as file:
+            file.seek(begin)
+            content = file.read(size)
+        url = self._url(part, partNumber=str(begin // size + 1), uploadId=upload)
+        digest = hashlib.sha256(content).hexdigest()
+
+        def blocks() -> Iterator[bytes]:
+            for at in range(0, len(content), BLOCK):
+                self.interrupt.check()
+                yield content[at : at + BLOCK]
+                self.speaker.add(len(content[at : at + BLOCK]))
+
+        def ask() -> str:
+            return escape(self._send("PUT", url, digest, len(content), blocks()).headers.get("ETag", ""))
+
+        return self._tried(part.name, ask)
+
+    def _post(self, url: str, body: bytes) -> dict[str, str]:
+        """Ask for something and return the fields of the answer.
+
+        Raises:
+            httpx2.RemoteProtocolError: when the answer begins as a success and is an error, which S3 sends where
+                putting pieces together takes long and fails.
+        """
+        answer = self._send("POST", url, hashlib.sha256(body).hexdigest(), len(body), iter((body,)))
+        said = document_fields(answer.content)
+        if "Code" in said:
+            raise httpx2.RemoteProtocolError(f"the store answered {said['Code']}", request=answer.request)
+        return said
+
+    def _send(self, method: str, url: str, sha256: str, size: int, content: Iterator[bytes]) -> httpx2.Response:
+        headers = {**self.bucket.headers(method, url, sha256), "Content-Length": str(size)}
+        return self.client.request(method, url, headers=headers, content=content).raise_for_status()
+
+    def _url(self, part: Part, **query: str) -> str:
+        url = self.bucket.url(self.bucket.prefix + part.name)
+        return f"{url}?{urlencode(sorted(query.items()), quote_via=quote, safe='~')}" if query else url
 
     def _tried(self, name: str, ask: Callable[[], _T]) -> _T:
         network, why = self.config.network, "it was never asked"

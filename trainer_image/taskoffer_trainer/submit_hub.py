@@ -11,13 +11,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from taskoffer.api.contract import HubTarget, Published, SubmitConfig
+from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fetch import Speaker, git_oid
 from taskoffer_trainer.fetch_hub import ask_hub, connect
 from taskoffer_trainer.interrupt import Interrupt
 from taskoffer_trainer.listing import secret
-from taskoffer_trainer.submit_verify import Part, failed
+from taskoffer_trainer.submit_verify import Part, failed, with_plainer_cards
 
 __all__ = ["to_hub"]
+
+_CARD_REFUSED = "CardRefused"
 
 
 class _Told(io.BufferedReader):
@@ -48,11 +51,10 @@ def to_hub(config: SubmitConfig, target: HubTarget, parts: list[Part], interrupt
 
 
 def _upload(api: Any, config: SubmitConfig, target: HubTarget, parts: list[Part], interrupt: Interrupt) -> Published:
-    run = _Upload(api, config, target, {_place(target, part): part for part in parts}, interrupt)
+    run = _Upload(api, config, target, parts, interrupt)
     run.create()
     head = run.head()
-    if run.lacking(head):
-        run.commit()
+    if run.lacking(head) and run.commit(head):
         head = run.head()
         lacking = run.lacking(head)
         if lacking:
@@ -66,8 +68,8 @@ def _upload(api: Any, config: SubmitConfig, target: HubTarget, parts: list[Part]
     return Published(
         to=f"{api.endpoint}/{target.repository}",
         revision=head,
-        files=len(parts),
-        bytes=sum(part.size for part in parts),
+        files=len(run.parts),
+        bytes=sum(part.size for part in run.parts.values()),
     )
 
 
@@ -79,9 +81,14 @@ class _Upload:
     """One result on its way to one repository."""
 
     def __init__(
-        self, api: Any, config: SubmitConfig, target: HubTarget, parts: dict[str, Part], interrupt: Interrupt
+        self, api: Any, config: SubmitConfig, target: HubTarget, parts: list[Part], interrupt: Interrupt
     ) -> None:
-        self.api, self.config, self.target, self.parts, self.interrupt = api, config, target, parts, interrupt
+        self.api, self.config, self.target, self.interrupt = api, config, target, interrupt
+        self.parts: dict[str, Part] = {}
+        self._take(parts)
+
+    def _take(self, parts: list[Part]) -> None:
+        self.parts = {_place(self.target, part): part for part in parts}
 
     def _ask(self, ask: Any) -> Any:
         return ask_hub(self.target.repository, None, self.config.network, self.interrupt, ask)
@@ -115,7 +122,33 @@ class _Upload:
         listed = {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
         return {path for path, part in self.parts.items() if not _same(listed.get(path), part)}
 
-    def commit(self) -> None:
+    def commit(self, head: str) -> bool:
+        """Commit all; a card that the hub does not take goes with less in its front matter, for the weights count.
+
+        Args:
+            head: the newest commit.
+
+        Returns:
+            False where the newest commit holds all of it already, with such a card.
+
+        Raises:
+            TrainerError: as :func:`to_hub`.
+        """
+        cards = with_plainer_cards(self.config.base_model, list(self.parts.values()))
+        while True:
+            try:
+                self._commit_all()
+                return True
+            except TrainerError as error:
+                plainer = next(cards, None) if error.reason == _CARD_REFUSED else None
+                if plainer is None:
+                    raise
+                print(f"submit: {error.message}; it goes with less in its front matter", flush=True)
+                self._take(plainer)
+                if not self.lacking(head):
+                    return False
+
+    def _commit_all(self) -> None:
         """Upload the large files one by one, then commit all."""
         from huggingface_hub import CommitOperationAdd
 
@@ -144,7 +177,12 @@ class _Upload:
     def _commit(self, operations: list[Any], message: str) -> None:
         for operation in operations:
             _rewind(operation)
-        self.api.create_commit(self.target.repository, operations, commit_message=message)
+        try:
+            self.api.create_commit(self.target.repository, operations, commit_message=message)
+        except ValueError as error:
+            if "metadata in README.md" not in str(error):
+                raise
+            raise failed(_CARD_REFUSED, f"{self.target.repository}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _rewind(operation: Any) -> None:

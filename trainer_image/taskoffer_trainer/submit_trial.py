@@ -31,7 +31,11 @@ from taskoffer_trainer.verify import check_answers, load_adapter, verify_failed
 __all__ = ["Trial", "try_picture", "try_text"]
 
 PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.", "Count from one to five.")
-"""What a foreign adapter is asked; what it was trained for is not known here, so that any answer will do."""
+"""What a foreign adapter is asked, until it has answered one of them; what it was trained for is not known here, so
+that any answer will do."""
+TOKENS = 16
+"""Longest answer in tokens. Each token takes a pass over all weights on a pod without a GPU: seconds for a large
+model, of which there are few before a deadline."""
 DRAWN = "A lighthouse on a cliff by the sea"
 EDGE, STEPS, SEED = 256, 4, 1
 """Edge in pixels and denoising steps of the picture: the fewest that go through every layer at a usual ratio of
@@ -73,11 +77,16 @@ def try_text(config: SubmitConfig, folder: Path, tensors: int, interrupt: Interr
     with torch.no_grad():
         if not bool(model(input_ids=ids).logits.isfinite().all()):
             raise verify_failed("what it answers has numbers that are not finite")
-    texts = answers(model, tokenizer, PROMPTS, interrupt.check)
-    if not any(texts):
+    said: list[dict[str, str]] = []
+    for prompt in PROMPTS:
+        (text,) = answers(model, tokenizer, (prompt,), interrupt.check, TOKENS, interrupt.check)
+        said.append({"prompt": prompt, "before": "", "after": text})
+        if text:
+            break
+    if not any(one["after"] for one in said):
         with model.disable_adapter():
-            check_answers(texts, answers(model, tokenizer, PROMPTS, interrupt.check))
-    said = [{"prompt": prompt, "before": "", "after": text} for prompt, text in zip(PROMPTS, texts, strict=True)]
+            before = answers(model, tokenizer, PROMPTS, interrupt.check, TOKENS, interrupt.check)
+        check_answers([one["after"] for one in said], before)
     return Trial(tensors, parameters, said, versions=_versions("transformers", "peft"))
 
 

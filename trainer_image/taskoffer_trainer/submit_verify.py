@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "failed",
     "is_verified",
     "with_base_model",
+    "with_plainer_cards",
 ]
 
 MANIFEST = "manifest.json"
@@ -34,6 +36,8 @@ MANIFEST = "manifest.json"
 _CONFIG = "adapter_config.json"
 _CARD = "README.md"
 _SMALL = 1 << 20
+_FRONT = re.compile(r"\A---\r?\n(.*?)(\r?\n)?---[ \t]*(\r?\n|\Z)", re.DOTALL)
+"""The front matter of a card, which hubs read."""
 _PAIRS = ((".lora_A.", ".lora_B."), (".lora_down.", ".lora_up."), (".lora.down.", ".lora.up."))
 """What tells the two matrices of a layer apart in the names of PEFT and diffusers, of kohya's scripts, and of old."""
 
@@ -317,10 +321,32 @@ def _completed(config: SubmitConfig, manifest: dict[str, Any], parts: list[Part]
     return [*done, Part.of(MANIFEST, text.encode())]
 
 
+def with_plainer_cards(name: str, parts: list[Part]) -> Iterator[list[Part]]:
+    """Yield the parts with less and less in their card's front matter; its text stays and names the base model.
+
+    A hub looks at what stands there: the base model must have a name as on the hub, and what others have written may
+    name data sets or licences that it does not know.
+
+    Args:
+        name: the base model's public name.
+        parts: what is handed over, with card and manifest.
+    """
+    by_name = {part.name: part for part in parts}
+    if _CARD not in by_name or MANIFEST not in by_name:
+        return
+    text = _FRONT.sub("", by_name[_CARD].read().decode("utf-8", "replace"), count=1)
+    for card in (with_base_model(text, name), f"Base model: {name}\n\n{text}"):
+        changed = Part.of(_CARD, card.encode())
+        about = json.loads(by_name[MANIFEST].read())
+        about["files"] = {**about["files"], _CARD: {"bytes": changed.size, "sha256": changed.sha256}}
+        manifest = Part.of(MANIFEST, (json.dumps(about, indent=2, sort_keys=True) + "\n").encode())
+        yield list({**by_name, _CARD: changed, MANIFEST: manifest}.values())
+
+
 def with_base_model(card: str, name: str) -> str:
     """Return a card whose front matter names the base model; all else of it stays."""
     line = f"base_model: {json.dumps(name)}"
-    found = re.match(r"---\r?\n(.*?)(\r?\n)?---[ \t]*(\r?\n|$)", card, re.DOTALL)
+    found = _FRONT.match(card)
     if found is None:
         return f"---\n{line}\nlibrary_name: peft\n---\n\n{card}"
     front = found[1]

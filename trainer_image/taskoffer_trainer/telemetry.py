@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from taskoffer.api.contract import RunConfig
 from taskoffer_trainer.checkpoints import COMPLETE, complete_checkpoints
 from taskoffer_trainer.metrics import RankFigures
+from taskoffer_trainer.progress import Spoken
 from taskoffer_trainer.timings import Timings
 
 __all__ = ["Telemetry"]
@@ -27,6 +28,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         self.config, self.run_dir, self.timings = config, run_dir, timings
         self.figures = RankFigures(rank)
         self._written = 0.0
+        self._spoken = Spoken()
 
     def _write(self, pressing: bool = False) -> None:
         if not pressing and time.monotonic() - self._written < _INTERVAL:
@@ -35,7 +37,7 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             self.figures.allocated_bytes = int(torch.cuda.memory_allocated())
             self.figures.reserved_bytes = int(torch.cuda.memory_reserved())
-        self.figures.write(self.run_dir)
+        self._spoken(lambda: self.figures.write(self.run_dir))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A run that goes on has a checkpoint already, as old as it is."""

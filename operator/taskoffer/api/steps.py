@@ -11,8 +11,9 @@ from __future__ import annotations
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from taskoffer.api.base import Time, WireModel, explained
 from taskoffer.api.tasks import FileFormat
@@ -49,7 +50,7 @@ SUBMIT_CONFIG_PATH = "/etc/taskoffer/submit.json"
 
 _REPOSITORY = explained(
     r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$",
-    "a repository is name or owner/name, of letters, digits, dots, dashes and underscores",
+    "must be name or owner/name, of letters, digits, dots, dashes and underscores",
 )
 _HTTP = explained(r"^https?://[^\s]+$", "an address begins with https:// or http:// and holds no spaces")
 _S3 = explained(
@@ -66,6 +67,20 @@ _ENTRYPOINT = explained(
     "an entrypoint is the relative path of a .py file, and no part of it begins with a dot",
 )
 
+
+def _with_a_host(url: str) -> str:
+    """Refuse what only looks like an address, before something has to be made of its parts."""
+    try:
+        parts = urlsplit(url)
+        known = bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise ValueError(f"cannot be read as an address: {error}") from None
+    if not known:
+        raise ValueError("cannot be read as an address: it names no host, or the port 0")
+    return url
+
+
+Address = Annotated[str, StringConstraints(max_length=4096, pattern=_HTTP), AfterValidator(_with_a_host)]
 Repository = Annotated[str, StringConstraints(max_length=253, pattern=_REPOSITORY)]
 BucketUrl = Annotated[str, StringConstraints(max_length=1200, pattern=_S3)]
 Endpoint = Annotated[str, StringConstraints(max_length=1024, pattern=_HTTP)]
@@ -120,9 +135,7 @@ class HubFiles(WireModel):
 class WebFile(WireModel):
     """One file behind an address, as a rule a presigned one."""
 
-    url: Annotated[str, StringConstraints(max_length=4096, pattern=_HTTP)] = Field(
-        description="Address. Its query may be a signature, so it is never logged."
-    )
+    url: Address = Field(description="Address. Its query may be a signature, so it is never logged.")
     expires_at: Time | None = Field(
         None, description="When the address stops to work; read from S3's and Google's signatures when absent."
     )
@@ -145,9 +158,7 @@ class BucketFiles(WireModel):
 class GitFiles(WireModel):
     """The files of a git repository at one commit, whose hash they are checked against."""
 
-    url: Annotated[str, StringConstraints(max_length=1024, pattern=_HTTP)] = Field(
-        description="Address that git clones from."
-    )
+    url: Annotated[Address, StringConstraints(max_length=1024)] = Field(description="Address that git clones from.")
     commit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] = Field(description="Full commit hash.")
     entrypoint: Annotated[str, StringConstraints(max_length=253, pattern=_ENTRYPOINT)] | None = Field(
         None, description="File that will be run: a commit without it is refused before anything waits for a GPU."

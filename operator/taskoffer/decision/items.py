@@ -26,6 +26,9 @@ from taskoffer.api.v1alpha1.steps import Steps
 from taskoffer.api.v1alpha1.taskoffer import Output, TaskOfferSpec
 from taskoffer.decision.step_needs import data_claim, model_claim
 
+_LONGEST_NAME = 96
+"""Characters of a repository's name without its owner."""
+
 
 def format_of(dataset: Dataset) -> FileFormat | None:
     """Return how the rows are stored: as the offer says, else as is usual for where they come from.
@@ -152,7 +155,7 @@ def misnamed(spec: TaskOfferSpec, steps: Steps | None) -> Iterator[tuple[str, st
     if steps is None:
         return
     output = spec.output
-    asked: list[tuple[str, Callable[[], object]]] = []
+    asked: list[tuple[str, Callable[[], FetchItem | SubmitTarget | None]]] = []
     if model_claim(spec.model) is None:
         field = "model.source.url" if spec.model.source is not None and spec.model.source.url else "model.name"
         asked.append((field, lambda: model_item(spec.model, steps)))
@@ -162,9 +165,31 @@ def misnamed(spec: TaskOfferSpec, steps: Steps | None) -> Iterator[tuple[str, st
         asked.append(("output", lambda: target_of(output, steps)))
     for field, make in asked:
         try:
-            make()
+            wrong = _no_name_of_a_hub(make())
         except ValidationError as error:
-            yield field, f"it {what_is_wrong(error.errors()[0])[0]}"
+            wrong = what_is_wrong(error.errors()[0])[0]
+        if wrong is not None:
+            yield field, f"it {wrong}"
+
+
+def _no_name_of_a_hub(made: FetchItem | SubmitTarget | None) -> str | None:
+    """Say why there can be no repository of this name on a hub; None where there can, or where none is asked for.
+
+    The rules are those of ``huggingface_hub.utils.validate_repo_id``. A repository is created below an owner, and
+    without one it would be the token's, of which nobody but the hub knows.
+    """
+    hub = made.hub if isinstance(made, SubmitTarget) else made.source.hub if made is not None else None
+    if hub is None:
+        return None
+    owner, slash, name = hub.repository.rpartition("/")
+    if not slash and isinstance(hub, HubTarget):
+        return "must be owner/name: say whose repository receives the result"
+    if len(name) > _LONGEST_NAME:
+        return f"must have at most {_LONGEST_NAME} characters in a repository's name"
+    odd = "--" in hub.repository or ".." in hub.repository or name.endswith(".git")
+    if odd or any(part.strip("-.") != part for part in (owner, name)):
+        return "must be a name that a hub has: no -- or .., no - or . at an end, and not .git at the last one"
+    return None
 
 
 def _limit(steps: Steps) -> int | None:
