@@ -204,6 +204,24 @@ def test_rows_that_say_the_same_are_held_out_together_and_no_more_than_asked_for
     assert (len(split.held_out), len(set(split.held_out)), len(split.train)) == (50, 1, 450)
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("often", "others"), [(999, 1), (900, 20), (3, 5)])
+def test_a_text_of_very_many_rows_is_trained_and_not_held_out(often: int, others: int, seed: int) -> None:
+    """Whatever the order by hash: neither does it leave the training, nor do all the others."""
+    texts = ["often"] * often + [str(number) for number in range(others)]
+    split = split_rows([Example("", "", text) for text in texts], config(0.1, 400), seed)
+    assert len(split.train) + len(split.held_out) == often + others
+    assert len(split.held_out) == max(1, round((others + 1) * 0.1))
+    assert Example("", "", "often") not in split.held_out
+
+
+def test_where_every_text_has_more_rows_than_may_be_held_out_the_one_of_the_fewest_is() -> None:
+    examples = [Example("", "", text) for text in "aaaaaabbbccccc"]
+    for seed in range(8):
+        split = split_rows(examples, config(0.1, 400), seed)
+        assert (len(split.train), {one.answer for one in split.held_out}) == (11, {"b"})
+
+
 def test_too_few_rows_and_rows_that_all_say_the_same_are_refused() -> None:
     few = [Example("", "", str(number)) for number in range(7)]
     with pytest.raises(TrainerError, match=r"7 usable rows; data\.minRows asks for at least 8") as error:

@@ -270,6 +270,16 @@ def test_a_picture_with_two_captions_is_not_both_trained_and_tested(tmp_path: Pa
     }
     split = split_pairs(read(archive(tmp_path / "data.zip", files)), DataConfig(path="", eval_fraction=0.2), 1)
     assert not {pair.content for pair in split.train} & {pair.content for pair in split.held_out}
+    assert (len(split.train), len(split.held_out)) == (16, 4)
     alike = [Pair(str(number), b"x", f"caption {number}", 8, 8) for number in range(4)]
     with pytest.raises(TrainerError, match="at least two different pictures"):
         split_pairs(alike, DataConfig(path=""), 1)
+
+
+def test_pictures_that_come_with_many_captions_each_stay_in_the_training() -> None:
+    """A tenth of 96 pairs are ten; that many pictures would be nearly all of the twelve."""
+    pairs = [Pair(str(number), bytes([number % 12]), f"caption {number}", 8, 8) for number in range(96)]
+    for most in (400, 5):
+        split = split_pairs(pairs, DataConfig(path="", eval_rows_max=most), 1)
+        assert len({pair.content for pair in split.held_out}) == 1
+        assert (len(split.train), len(split.held_out)) == (88, min(8, most))

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from taskoffer_trainer.failures import TrainerError, bad_data
 from taskoffer_trainer.hf_folder import ARROW, chosen_files, hf_files
 from taskoffer_trainer.row_files import formats_of
 
-__all__ = ["LeftOut", "Row", "Split", "bad_data", "cell_text", "read_rows", "split_rows"]
+__all__ = ["LeftOut", "Row", "Split", "bad_data", "cell_text", "held_out_keys", "read_rows", "split_rows"]
 
 Row = dict[str, Any]
 
@@ -275,8 +276,7 @@ def cell_text(row: Row, column: str | None, number: int) -> str:
 def split_rows(examples: list[E], data: DataConfig, seed: int, left_out: LeftOut | None = None) -> Split[E]:
     """Hold rows out: the same ones in every attempt and every process, whatever the order of the rows.
 
-    Rows are ordered by a hash of seed and digest; the first ``eval_fraction`` of them (at least one, at most
-    ``eval_rows_max``) are held out, with every row of equal digest, so that nothing is both trained and tested.
+    Which ones says :func:`held_out_keys`, by a hash of seed and digest, so that nothing is both trained and tested.
 
     Raises:
         TrainerError: ``BAD_DATA`` when there are fewer than ``min_rows``, or all say the same.
@@ -286,24 +286,38 @@ def split_rows(examples: list[E], data: DataConfig, seed: int, left_out: LeftOut
             "TooFewRows", f"{len(examples)} usable rows; data.minRows asks for at least {data.min_rows} to learn from"
         )
     keys = [hashlib.sha256(f"{seed}:{example.digest}".encode()).digest() for example in examples]
-    rows_of: dict[bytes, int] = {}
-    for key in keys:
-        rows_of[key] = rows_of.get(key, 0) + 1
-    if len(rows_of) == 1:
+    if len(set(keys)) == 1:
         raise bad_data(
             "DataEmpty",
             f"{len(examples)} rows all say the same and leave nothing to train on after holding one out; at least "
             "two different rows are needed",
         )
-    wanted = min(max(1, round(len(examples) * data.eval_fraction)), data.eval_rows_max)
-    chosen: set[bytes] = set()
-    held = 0
-    # One digest always stays for the training.
-    for key in sorted(rows_of)[:-1]:
-        if held >= wanted:
-            break
-        chosen.add(key)
-        held += rows_of[key]
+    chosen = held_out_keys(keys, data)
     held_out = [example for example, key in zip(examples, keys, strict=True) if key in chosen]
     train = [example for example, key in zip(examples, keys, strict=True) if key not in chosen]
     return Split(train, held_out[: data.eval_rows_max], dict(left_out.counts) if left_out else {})
+
+
+def held_out_keys(keys: Sequence[bytes], data: DataConfig) -> set[bytes]:
+    """Choose what is held out: the first keys in their order, with all of their rows.
+
+    They are at most ``eval_fraction`` of the rows and of the different keys, and at most ``eval_rows_max`` rows; at
+    least one key is held out, and one is left to train on. A key with more rows than may be held out is passed over,
+    or a prompt that half of the rows share would take all of them from the training.
+
+    Args:
+        keys: one for each row, equal ones for rows that must not be parted; at least two different ones.
+        data: how much is held out.
+    """
+    rows_of = Counter(keys)
+    most = min(max(1, round(len(keys) * data.eval_fraction)), data.eval_rows_max)
+    most_keys = min(max(1, round(len(rows_of) * data.eval_fraction)), len(rows_of) - 1)
+    chosen: set[bytes] = set()
+    held = 0
+    for key in sorted(rows_of):
+        if len(chosen) == most_keys or held == most:
+            break
+        if held + rows_of[key] <= most:
+            chosen.add(key)
+            held += rows_of[key]
+    return chosen or {min(sorted(rows_of), key=lambda key: rows_of[key])}

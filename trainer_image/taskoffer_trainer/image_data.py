@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from taskoffer.api.contract import DataConfig, ExitCode, ImageColumns, RunConfig
-from taskoffer_trainer.data import bad_data
+from taskoffer_trainer.data import bad_data, held_out_keys
 from taskoffer_trainer.failures import TrainerError
 
 __all__ = ["Limits", "Pair", "PairSplit", "open_picture", "read_pair_split", "read_pairs", "split_pairs", "square"]
@@ -315,23 +315,22 @@ def square(picture: Any, edge: int) -> tuple[Any, tuple[int, int]]:
 def split_pairs(pairs: list[Pair], data: DataConfig, seed: int) -> PairSplit:
     """Hold pairs out: the same ones in every attempt and every process, whatever their names are.
 
-    Pairs are ordered by a hash of seed and picture; the first ``eval_fraction`` of them (at least one, at most
-    ``eval_rows_max``) are held out, with every pair of the same picture.
+    Which ones says :func:`taskoffer_trainer.data.held_out_keys`, by a hash of seed and picture: all pairs of a
+    picture are trained, or all are held out.
 
     Raises:
         TrainerError: ``BAD_DATA`` when nothing would be left to train on.
     """
     keys = [hashlib.sha256(f"{seed}:".encode() + hashlib.sha256(pair.content).digest()).digest() for pair in pairs]
-    count = min(max(1, round(len(pairs) * data.eval_fraction)), data.eval_rows_max)
-    border = sorted(set(keys))[:count][-1]
-    held_out = [pair for pair, key in zip(pairs, keys, strict=True) if key <= border]
-    train = [pair for pair, key in zip(pairs, keys, strict=True) if key > border]
-    if not train:
+    if len(set(keys)) == 1:
         raise bad_data(
             "DataEmpty",
-            f"{len(pairs)} pairs with {len(set(keys))} different pictures leave nothing to train on after holding "
-            f"{len(held_out)} out; at least two different pictures are needed",
+            f"{len(pairs)} pairs of one picture leave nothing to train on after holding it out; at least two different "
+            "pictures are needed",
         )
+    chosen = held_out_keys(keys, data)
+    held_out = [pair for pair, key in zip(pairs, keys, strict=True) if key in chosen]
+    train = [pair for pair, key in zip(pairs, keys, strict=True) if key not in chosen]
     return PairSplit(train, held_out[: data.eval_rows_max])
 
 
