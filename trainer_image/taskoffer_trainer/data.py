@@ -6,6 +6,8 @@ import contextlib
 import csv
 import hashlib
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,17 @@ from taskoffer_trainer.failures import TrainerError, bad_data
 from taskoffer_trainer.hf_folder import ARROW, chosen_files, hf_files
 from taskoffer_trainer.row_files import formats_of
 
-__all__ = ["LeftOut", "Row", "Split", "bad_data", "cell_text", "held_out_keys", "read_rows", "split_rows"]
+__all__ = [
+    "LeftOut",
+    "Row",
+    "Split",
+    "bad_data",
+    "cell_text",
+    "held_out_keys",
+    "parsed_json",
+    "read_rows",
+    "split_rows",
+]
 
 Row = dict[str, Any]
 
@@ -112,28 +124,72 @@ def _files(path: Path, file_format: FileFormat | None) -> tuple[list[Path], str]
     return found, file_format.value
 
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON escapes one half of a character beyond U+FFFF; in UTF-8 itself there are no halves."""
+
+
+def parsed_json(text: str) -> tuple[Any, bool]:
+    """Parse JSON, and read U+FFFD for half of a character: a surrogate whose other half was cut off.
+
+    Texts that were cut at a number of UTF-16 units end so. No file and no tokenizer takes them.
+
+    Returns:
+        The value, and whether there was such a half in it.
+
+    Raises:
+        ValueError: when it is no JSON, or nested so deeply that nobody can have meant it.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not _SURROGATE.search(text):
+        return value, False
+    whole = _whole(value)
+    return whole, whole != value
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    return {_whole(name): _whole(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def _say_mended(path: Path, what: str) -> None:
+    print(f"data: {path}: {what} half of a character (a surrogate without the other one), read as U+FFFD", flush=True)
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
+    mended = 0
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row, changed = parsed_json(line)
             except ValueError as error:
                 raise bad_data("DataUnreadable", f"{path} line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise bad_data("DataUnreadable", f"{path} line {number} is not an object but {type(row).__name__}")
+            mended += changed
             yield row
+    if mended:
+        _say_mended(path, f"{mended} rows have")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        value, mended = parsed_json(text)
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from _read_jsonl(path)
             return
         raise bad_data("DataUnreadable", f"{path} is not JSON: {error}") from error
+    if mended:
+        _say_mended(path, "there is")
     if isinstance(value, dict):
         lists = [key for key, member in value.items() if isinstance(member, list)]
         if len(lists) != 1:
@@ -260,13 +316,15 @@ def read_rows(data: DataConfig, columns: Sequence[str]) -> list[Row]:
 def cell_text(row: Row, column: str | None, number: int) -> str:
     """Return a cell as text without space around it; empty where there is no column or nothing in it.
 
+    Nothing is in it as well where it holds NaN: what pandas has for a missing text, and JSON of Python's for that.
+
     Raises:
         TrainerError: ``BAD_DATA`` when the cell holds a list, an object or a truth value.
     """
     if column is None:
         return ""
     value = row.get(column)
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value).strip()
