@@ -145,12 +145,19 @@ def _opened(path: Path, limits: Limits) -> Iterator[tuple[Path, list[_File]]]:
     with archive:
         yield (
             path,
-            _limited(path, [_member(path, archive, one) for one in archive.infolist() if not one.is_dir()], limits),
+            _limited(path, [_member(path, archive, one) for one in archive.infolist() if not _is_folder(one)], limits),
         )
+
+
+def _is_folder(member: zipfile.ZipInfo) -> bool:
+    # Before Python 3.12 ZipInfo.is_dir fails on a name that is empty.
+    return member.filename.endswith("/")
 
 
 def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> _File:
     name = member.orig_filename
+    if not name:
+        raise bad_data("DataUnreadable", f"{path} has a member without a name; is the archive whole?")
     parts = PurePosixPath(name).parts
     # Nothing is unpacked, so such a name could do no harm here. But whoever made it meant harm, or another tool will
     # trip over it.
@@ -269,7 +276,7 @@ def _caption(where: Path, file: _File, trigger_word: str | None, limits: Limits)
 
 def _decoded(content: bytes, limits: Limits | None = None) -> Any:
     """Decode a picture as RGB, turned as its EXIF says, on white where it is transparent; or say why it is unusable."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as opened:
         if limits is not None and opened.width * opened.height > limits.pixels:
@@ -280,12 +287,36 @@ def _decoded(content: bytes, limits: Limits | None = None) -> Any:
         opened.load()
         if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
             return f"has the mode {opened.mode}, which is no colour or grey picture of 8 bits; save it as RGB"
-        picture = ImageOps.exif_transpose(opened)
+        picture = _upright(opened)
         if "A" in picture.mode or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             ground = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(ground, picture)
         return picture.convert("RGB")
+
+
+def _upright(picture: Any) -> Any:
+    """Turn a picture as its metadata say; those that cannot be read turn nothing.
+
+    Pillow's own ``exif_transpose`` writes the metadata anew as well, which fails on what some cameras and programs
+    make of them, although the picture is whole.
+    """
+    from PIL import ExifTags, Image
+
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    try:
+        turn = turns.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # noqa: BLE001 - which error it is depends on the place of the damage.
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def open_picture(pair: Pair) -> Any:
