@@ -118,6 +118,7 @@ REFUSED: dict[str, tuple[Any, str, list[str]]] = {
     "no text field": ([{"from": "human", "text": "Hi"}], "FieldMissing", ["'value'", "chat.chatContentField"]),
     "parts instead of text": ([{"from": "human", "value": [{"type": "text"}]}], "DataUnreadable", ["holds list"]),
     "no object": (["Hi"], "DataUnreadable", ["row 2, message 1 is not an object but str"]),
+    "text that nobody can mean": ("[" * 100_000, "DataUnreadable", ["row 2", "nested too deeply"]),
     "text that is not JSON": ("Hi", "DataUnreadable", ["row 2", "text that is not JSON"]),
     "an object": ({"from": []}, "DataUnreadable", ["row 2", "holds dict", "a list of messages"]),
 }

@@ -101,6 +101,8 @@ UNREADABLE = [
     ("json", '{"a": [], "b": []}', "object with 2 lists"),
     ("json", "3", "holds int"),
     ("json", "{", "is not JSON"),
+    ("jsonl", '{"instruction": ' + "[" * 100_000, "line 1 is not JSON: it is nested too deeply"),
+    ("json", "[" * 100_000, "is not JSON: it is nested too deeply"),
     ("csv", "instruction,input,output\n1,2,3,4\n", "line 2 has more cells than the header"),
     ("csv", "instruction,output\n1,2\n", "column 'input' is not in"),
 ]
@@ -128,6 +130,42 @@ def test_bytes_that_are_not_text_are_bad_data(tmp_path: Path) -> None:
     data = DataConfig.model_validate({"path": str(tmp_path / "rows.jsonl")})
     with pytest.raises(TrainerError, match="not UTF-8"):
         read_rows(data, NAMES)
+
+
+@pytest.mark.parametrize("file_format", ["json", "jsonl", "csv"])
+def test_the_mark_that_windows_puts_in_front_of_a_text_is_no_part_of_it(file_format: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"rows.{file_format}", ROWS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_rows(DataConfig.model_validate({"path": str(path), "fileFormat": file_format}), NAMES) == ROWS
+
+
+@pytest.mark.parametrize("file_format", ["json", "jsonl"])
+def test_a_text_that_was_cut_within_a_character_can_be_trained_and_is_told(
+    file_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of a smile has no form in UTF-8, so that it could be neither hashed nor tokenized."""
+    rows = [{**ROWS[0], "output": text} for text in ("whole \U0001f600", "half \ud83d", "\\ud83d", "\udc00 behind")]
+    path = write(tmp_path / f"rows.{file_format}", rows)
+    examples = build_examples(
+        read_rows(DataConfig.model_validate({"path": str(path), "fileFormat": file_format}), NAMES), COLUMNS
+    )
+    assert [one.answer for one in examples] == ["whole \U0001f600", "half \ufffd", "\\ud83d", "\ufffd behind"]
+    assert len({one.digest for one in examples}) == 4
+    said = "2 rows have half of a character" if file_format == "jsonl" else "there is half of a character"
+    assert said in capsys.readouterr().out
+
+
+def test_whole_characters_beyond_the_first_plane_are_not_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "rows.jsonl", [{**ROWS[0], "output": "\U0001f600"}])
+    read_rows(DataConfig.model_validate({"path": str(path), "fileFormat": "jsonl"}), NAMES)
+    assert "half" not in capsys.readouterr().out
+
+
+def test_a_text_that_pandas_has_as_missing_is_none() -> None:
+    missing = {"instruction": "Add", "input": float("nan"), "output": "5"}
+    assert build_examples([missing], COLUMNS) == [Example("", "Add", "5")]
 
 
 TEMPLATES = [
@@ -212,6 +250,24 @@ def test_rows_that_say_the_same_are_held_out_together_and_no_more_than_asked_for
     examples = [Example("", "", str(number % 10)) for number in range(500)]
     split = split_rows(examples, config(0.1, 400), 1)
     assert (len(split.held_out), len(set(split.held_out)), len(split.train)) == (50, 1, 450)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("often", "others"), [(999, 1), (900, 20), (3, 5)])
+def test_a_text_of_very_many_rows_is_trained_and_not_held_out(often: int, others: int, seed: int) -> None:
+    """Whatever the order by hash: neither does it leave the training, nor do all the others."""
+    texts = ["often"] * often + [str(number) for number in range(others)]
+    split = split_rows([Example("", "", text) for text in texts], config(0.1, 400), seed)
+    assert len(split.train) + len(split.held_out) == often + others
+    assert len(split.held_out) == max(1, round((others + 1) * 0.1))
+    assert Example("", "", "often") not in split.held_out
+
+
+def test_where_every_text_has_more_rows_than_may_be_held_out_the_one_of_the_fewest_is() -> None:
+    examples = [Example("", "", text) for text in "aaaaaabbbccccc"]
+    for seed in range(8):
+        split = split_rows(examples, config(0.1, 400), seed)
+        assert (len(split.train), {one.answer for one in split.held_out}) == (11, {"b"})
 
 
 def test_too_few_rows_and_rows_that_all_say_the_same_are_refused() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -467,6 +469,20 @@ def test_a_resolution_is_rounded_to_what_the_model_can_take(
         losses = denoiser.losses(network, collate([noisy(data.train[0], 1, 0)]), torch.float32, weighted=False)
     assert losses.shape == (1,)
     assert bool(losses.isfinite().all())
+
+
+@pytest.mark.parametrize(("kind", "read"), [("sdxl", 77), ("flux", 512)])
+def test_captions_that_are_longer_than_what_is_read_of_them_are_told(
+    pipelines_dir: Path, kind: str, read: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(pipelines_dir, kind, train={"maxLength": 2048})
+    split = read_pair_split(config)
+    train = [replace(pair, caption="word " * 600 if pair is split.train[0] else "word") for pair in split.train]
+    denoiser: Denoiser = SDXL(config) if kind == "sdxl" else Flux(config)
+    encode_split(config, replace(split, train=train), [], denoiser, CPU, lambda: None)
+    said = [line for line in capsys.readouterr().out.splitlines() if "were cut" in line]
+    assert len(said) == 1
+    assert re.search(rf"1 of \d+ different captions are longer than {read} tokens .* 'word word", said[0])
 
 
 def test_pairs_are_encoded_the_same_every_time_and_sdxl_is_told_the_sizes(pipelines_dir: Path) -> None:

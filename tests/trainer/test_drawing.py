@@ -138,11 +138,42 @@ def test_how_many_are_drawn_at_once_is_what_the_first_attempt_settled(
     from taskoffer_trainer.drawing import settled_at_once
     from taskoffer_trainer.world import World
 
-    def settled(rows: int, most: int | None = None) -> int:
-        train = {"perDeviceTrainBatchSize": rows, "gradientAccumulationSteps": 8 // rows}
-        place = {"outputDir": str(tmp_path / "out"), "checkpointDir": str(tmp_path)}
+    def settled(rows: int, most: int | None = None, folder: str = "", **more: Any) -> int:
+        train = {"perDeviceTrainBatchSize": rows, "gradientAccumulationSteps": 8 // rows, **more}
+        (tmp_path / folder).mkdir(exist_ok=True)
+        place = {"outputDir": str(tmp_path / "out"), "checkpointDir": str(tmp_path / folder)}
         return settled_at_once(RunConfig.model_validate(merge(base_config, {**place, "train": train})), World(), most)
 
     assert settled(4) == 16
     # Another attempt with fewer rows at once goes on drawing as many, unless it is to take as few as possible.
     assert (settled(2), settled(2, most=8), settled(8)) == (16, 8, 16)
+    # A limit of tokens is one on rows of full length, with which memory is planned.
+    assert settled(8, folder="tokens", perDeviceTrainMaxTokens=3 * 160) == 4 * 3
+    assert settled(8, folder="few", perDeviceTrainMaxTokens=8) == 4
+
+
+PIECES = """
+import torch
+from taskoffer_trainer.drawing import Completion, left_padded, right_padded
+from taskoffer_trainer.grpo import ReinforcementTrainer
+from taskoffer_trainer.tuning import MicroBatch
+
+rows = [Completion([1] * (40 - 9 * place), 0, [2] * (3 + 8 * place)) for place in range(4) for _ in range(4)]
+lengths = ReinforcementTrainer.lengths_of(None, rows)
+pieces = MicroBatch(16, most=16, most_tokens=200).cuts(len(rows), lengths=lengths)
+tokens = []
+for piece in pieces:
+    cut = rows[piece.start:piece.stop]
+    prompts, _ = left_padded([one.prompt_ids for one in cut], 0, "cpu")
+    ids, _ = right_padded([one.ids for one in cut], 0, "cpu")
+    tokens.append(torch.cat([prompts, ids], dim=1).numel())
+assert sum(map(len, pieces)) == 16 and len(pieces) < 16, pieces
+assert max(tokens) <= 200, tokens
+print("kept")
+"""
+
+
+def test_a_limit_of_tokens_is_kept_for_completions_with_their_prompts(libraries: Preloader) -> None:
+    """Prompts are padded on the left and completions on the right, so that a piece is as wide as both longest ones."""
+    done = libraries.run(["-c", PIECES], dict(os.environ))
+    assert done.stdout.endswith("kept\n"), done.stdout[-3000:]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,6 +228,26 @@ def test_attention_is_tried_in_the_order_of_the_wishes_and_then_what_needs_no_pa
 ) -> None:
     monkeypatch.setattr(attention, "_missing", lambda way: "missing" if way in missing else None)
     assert attention.chain(wishes) == ways
+
+
+def test_flash_kernels_are_not_tried_with_a_model_in_single_precision(
+    wire: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would load it with them, and the first pass through the model would fail."""
+    monkeypatch.setattr(attention, "_missing", lambda way: None)
+    wishes = ("flash_attention_3", "flash_attention_2", "sdpa")
+    tried: list[str | None] = []
+    attention.load_with_attention(tried.append, wishes, half=False)
+    attention.load_with_attention(tried.append, wishes, half=True)
+    assert tried == ["sdpa", "flash_attention_3"]
+    weights = [SimpleNamespace(device=SimpleNamespace(type="cpu"))]
+    loaded = SimpleNamespace(_attn_implementation="sdpa")
+    model = SimpleNamespace(config=loaded, dtype="torch.float32", parameters=lambda: iter(weights))
+    (clamp,) = attention.attention_clamp(config(wire, train={"attnImplementation": list(wishes)}), model)
+    assert (clamp.effective, clamp.message) == (
+        "sdpa",
+        "flash_attention_3 computes in half precision, and the model is in float32.",
+    )
 
 
 def test_a_model_that_cannot_be_loaded_with_a_way_is_loaded_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

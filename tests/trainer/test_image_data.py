@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from taskoffer.api.contract import DataConfig, ImageColumns
 from taskoffer_trainer.failures import TrainerError
@@ -123,6 +123,30 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # Turned by 90 degrees.
     content = picture((8, 4), kind="JPEG", exif=exif)
+    pair = read(archive(tmp_path / "data.zip", {**pairs_of(2), "0.png": content}))[0]
+    assert (pair.width, pair.height) == open_picture(pair).size == (4, 8)
+
+
+@pytest.mark.parametrize("turned", range(10))
+def test_every_turn_is_the_one_that_the_library_makes(turned: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    file = io.BytesIO()
+    Image.frombytes("RGB", (24, 16), random.Random(1).randbytes(1152)).save(file, "PNG", exif=exif)
+    with Image.open(file) as opened:
+        wanted = ImageOps.exif_transpose(opened)
+    found = open_picture(Pair("0.png", file.getvalue(), "", 24, 16))
+    assert (found.size, found.tobytes()) == (wanted.size, wanted.tobytes())
+
+
+def test_a_whole_photograph_with_odd_metadata_is_read_and_turned(tmp_path: Path) -> None:
+    """Its resolution is said to be a text, which Pillow reads and cannot write again."""
+    entries = [(0x0112, 3, 1, struct.pack("<I", 6)), (0x011A, 2, 3, b"72\0\0")]
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
+    exif += b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries) + bytes(4)
+    content = picture((8, 4), kind="JPEG", exif=exif)
+    with Image.open(io.BytesIO(content)) as opened, pytest.raises(TypeError):
+        ImageOps.exif_transpose(opened)
     pair = read(archive(tmp_path / "data.zip", {**pairs_of(2), "0.png": content}))[0]
     assert (pair.width, pair.height) == open_picture(pair).size == (4, 8)
 
@@ -270,6 +294,28 @@ def test_a_picture_with_two_captions_is_not_both_trained_and_tested(tmp_path: Pa
     }
     split = split_pairs(read(archive(tmp_path / "data.zip", files)), DataConfig(path="", eval_fraction=0.2), 1)
     assert not {pair.content for pair in split.train} & {pair.content for pair in split.held_out}
+    assert (len(split.train), len(split.held_out)) == (16, 4)
     alike = [Pair(str(number), b"x", f"caption {number}", 8, 8) for number in range(4)]
     with pytest.raises(TrainerError, match="at least two different pictures"):
         split_pairs(alike, DataConfig(path=""), 1)
+
+
+def test_pictures_that_come_with_many_captions_each_stay_in_the_training() -> None:
+    """A tenth of 96 pairs are ten; that many pictures would be nearly all of the twelve."""
+    pairs = [Pair(str(number), bytes([number % 12]), f"caption {number}", 8, 8) for number in range(96)]
+    for most in (400, 5):
+        split = split_pairs(pairs, DataConfig(path="", eval_rows_max=most), 1)
+        assert len({pair.content for pair in split.held_out}) == 1
+        assert (len(split.train), len(split.held_out)) == (88, min(8, most))
+
+
+def test_an_archive_with_a_member_that_has_lost_its_name_is_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "data.zip", {**pairs_of(2), "N": b""})
+    content = bytearray(path.read_bytes())
+    # In the last entry of the archive's list the letter becomes a comment: their lengths stand 28 and 32 bytes behind.
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry + 28], content[entry + 32] = 0, 1
+    path.write_bytes(content)
+    with pytest.raises(TrainerError, match="a member without a name") as error:
+        read(path)
+    assert (error.value.code, error.value.reason) == (65, "DataUnreadable")

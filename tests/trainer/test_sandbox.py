@@ -101,6 +101,10 @@ ATTACKS: dict[str, tuple[str, str]] = {
         r"Bad in line \d+: its message cannot be read",
     ),
     "an error with a long text": ("raise ValueError('x' * 10 ** 6)", r"^.{290,300}$"),
+    "an error that no stream can write": (
+        r"raise ValueError('cut \ud83d' + chr(10) + 'reward: all is well' + chr(27) + '[2J')",
+        r"^ValueError in line \d+: cut reward: all is well \[2J$",
+    ),
     "a wrong number of rewards": ("return [1.0, 2.0]", r"returned 2 rewards for 1 completions: return one for each"),
     "no list": ("return {0: 1.0}", r"returned dict: return a list"),
     "nothing": ("return None", r"returned NoneType"),
@@ -156,7 +160,7 @@ def test_an_attack_is_one_failed_call_and_the_next_call_is_answered(
         with pytest.raises(SandboxError) as failure:
             sandbox.call(["attack"], {})
         assert re.search(reason, str(failure.value)), failure.value
-        assert "\n" not in str(failure.value)
+        assert str(failure.value).isprintable()
         assert sandbox.call(["four", "to"], {}) == [4.0, 2.0]
     assert model.read_text() == MODEL
 

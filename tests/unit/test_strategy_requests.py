@@ -129,6 +129,8 @@ def test_the_sound_profile_is_what_winners_use(billions: int, task: str, gpus: i
     assert train.per_device_train_batch_size * train.gradient_accumulation_steps * gpus == 64
     assert (train.num_train_epochs, train.lr_scheduler_type, train.min_lr_rate) == (2, "cosine", 0.25)
     assert train.gradient_checkpointing
+    # What the market's score takes off for the divergence from the base model.
+    assert (None if train.grpo is None else train.grpo.beta) == (0.5 if task == "GRPO" else None)
 
 
 @pytest.mark.parametrize("billions", [1, 8, 13])

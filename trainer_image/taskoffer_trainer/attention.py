@@ -23,27 +23,36 @@ def _missing(way: AttnImplementation) -> str | None:
     return None if there else f"There is no GPU for {way} here, or no package of it."
 
 
-def chain(wishes: Sequence[AttnImplementation]) -> list[AttnImplementation]:
-    """Return the ways to try, in their order: those asked for that are there, then what needs no package."""
+def chain(wishes: Sequence[AttnImplementation], half: bool = True) -> list[AttnImplementation]:
+    """Return the ways to try, in their order: those asked for that are there, then what needs no package.
+
+    Args:
+        wishes: what was asked for, the most wanted first.
+        half: the model is in half precision. The flash kernels compute in nothing else; transformers loads a model in
+            float32 with them all the same, and the first pass through it fails.
+    """
     last = _PLAIN[_PLAIN.index(wishes[-1]) :] if wishes[-1] in _PLAIN else _PLAIN
-    asked = [way for way in wishes if _missing(way) is None]
+    asked = [way for way in wishes if _missing(way) is None and (half or way in _PLAIN)]
     return [*asked, *(way for way in last if way not in asked)]
 
 
-def load_with_attention(load: Callable[[str | None], Any], wishes: Sequence[AttnImplementation]) -> Any:
+def load_with_attention(
+    load: Callable[[str | None], Any], wishes: Sequence[AttnImplementation], half: bool = True
+) -> Any:
     """Load a model with the first way to compute attention that it can be loaded with.
 
     Args:
         load: loads the model, given a name for transformers' ``attn_implementation``; ``None`` leaves it to the
             library, which takes sdpa where the model has it.
         wishes: what was asked for, the most wanted first; empty leaves it to the library.
+        half: see :func:`chain`.
 
     Raises:
         ImportError, ValueError: what the last try raised, which is then not for the attention.
     """
     if not wishes:
         return load(None)
-    *first, last = chain(wishes)
+    *first, last = chain(wishes, half)
     for way in first:
         try:
             return load(way)
@@ -79,7 +88,10 @@ def attention_clamp(config: RunConfig, model: Any) -> tuple[Clamp, ...]:
     in_use = attention_in_use(model)
     if not wishes or in_use.partition(" ")[0] == wishes[0]:
         return ()
-    why = _missing(wishes[0]) or f"{config.model.name} cannot be loaded with {wishes[0]}."
+    why = _missing(wishes[0])
+    if why is None and wishes[0] not in _PLAIN and str(getattr(model, "dtype", "")) == "torch.float32":
+        why = f"{wishes[0]} computes in half precision, and the model is in float32."
+    why = why or f"{config.model.name} cannot be loaded with {wishes[0]}."
     return (
         Clamp(
             field="train.attnImplementation",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any, Final
 
 from taskoffer.api.contract import ChatColumns, ExitCode, RunConfig
-from taskoffer_trainer.data import LeftOut, Row, Split, bad_data, read_rows, split_rows
+from taskoffer_trainer.data import LeftOut, Row, Split, bad_data, parsed_json, read_rows, split_rows
 from taskoffer_trainer.failures import TrainerError
 
 __all__ = ["ASSISTANT", "SYSTEM", "USER", "Conversation", "Message", "build_conversations", "read_chat"]
@@ -64,7 +63,7 @@ def _list_of_messages(value: Any, column: str, number: int) -> list[Any]:
     """Return the messages of a cell; a text, as CSV has it, is read as JSON."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value, _ = parsed_json(value)
         except ValueError as error:
             raise bad_data(
                 "DataUnreadable", f"row {number}: column {column!r} is text that is not JSON: {error}"

@@ -6,6 +6,9 @@ import contextlib
 import csv
 import hashlib
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +19,17 @@ from taskoffer_trainer.failures import TrainerError, bad_data
 from taskoffer_trainer.hf_folder import ARROW, chosen_files, hf_files
 from taskoffer_trainer.row_files import formats_of
 
-__all__ = ["LeftOut", "Row", "Split", "bad_data", "cell_text", "read_rows", "split_rows"]
+__all__ = [
+    "LeftOut",
+    "Row",
+    "Split",
+    "bad_data",
+    "cell_text",
+    "held_out_keys",
+    "parsed_json",
+    "read_rows",
+    "split_rows",
+]
 
 Row = dict[str, Any]
 
@@ -114,7 +127,45 @@ def _files(path: Path, file_format: FileFormat | None) -> tuple[list[Path], str]
     return found, file_format.value
 
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON escapes one half of a character beyond U+FFFF; in UTF-8 itself there are no halves."""
+
+
+def parsed_json(text: str) -> tuple[Any, bool]:
+    """Parse JSON, and read U+FFFD for half of a character: a surrogate whose other half was cut off.
+
+    Texts that were cut at a number of UTF-16 units end so. No file and no tokenizer takes them.
+
+    Returns:
+        The value, and whether there was such a half in it.
+
+    Raises:
+        ValueError: when it is no JSON, or nested so deeply that nobody can have meant it.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not _SURROGATE.search(text):
+        return value, False
+    whole = _whole(value)
+    return whole, whole != value
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    return {_whole(name): _whole(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def _say_mended(path: Path, what: str) -> None:
+    print(f"data: {path}: {what} half of a character (a surrogate without the other one), read as U+FFFD", flush=True)
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
+    mended = 0
     with path.open(encoding=_TEXT) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -126,22 +177,28 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                     "data.fileFormat json",
                 )
             try:
-                row = json.loads(line)
+                row, changed = parsed_json(line)
             except ValueError as error:
                 raise bad_data("DataUnreadable", f"{path} line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise bad_data("DataUnreadable", f"{path} line {number} is not an object but {type(row).__name__}")
+            mended += changed
             yield row
+    if mended:
+        _say_mended(path, f"{mended} rows have")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
+    text = path.read_text(encoding=_TEXT)
     try:
-        value = json.loads(path.read_text(encoding=_TEXT))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        value, mended = parsed_json(text)
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from _read_jsonl(path)
             return
         raise bad_data("DataUnreadable", f"{path} is not JSON: {error}") from error
+    if mended:
+        _say_mended(path, "there is")
     if isinstance(value, dict):
         lists = [key for key, member in value.items() if isinstance(member, list)]
         if len(lists) != 1:
@@ -268,13 +325,15 @@ def read_rows(data: DataConfig, columns: Sequence[str]) -> list[Row]:
 def cell_text(row: Row, column: str | None, number: int) -> str:
     """Return a cell as text without space around it; empty where there is no column or nothing in it.
 
+    Nothing is in it as well where it holds NaN: what pandas has for a missing text, and JSON of Python's for that.
+
     Raises:
         TrainerError: ``BAD_DATA`` when the cell holds a list, an object or a truth value.
     """
     if column is None:
         return ""
     value = row.get(column)
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value).strip()
@@ -284,8 +343,7 @@ def cell_text(row: Row, column: str | None, number: int) -> str:
 def split_rows(examples: list[E], data: DataConfig, seed: int, left_out: LeftOut | None = None) -> Split[E]:
     """Hold rows out: the same ones in every attempt and every process, whatever the order of the rows.
 
-    Rows are ordered by a hash of seed and digest; the first ``eval_fraction`` of them (at least one, at most
-    ``eval_rows_max``) are held out, with every row of equal digest, so that nothing is both trained and tested.
+    Which ones says :func:`held_out_keys`, by a hash of seed and digest, so that nothing is both trained and tested.
 
     Raises:
         TrainerError: ``BAD_DATA`` when there are fewer than ``min_rows``, or all say the same.
@@ -295,24 +353,38 @@ def split_rows(examples: list[E], data: DataConfig, seed: int, left_out: LeftOut
             "TooFewRows", f"{len(examples)} usable rows; data.minRows asks for at least {data.min_rows} to learn from"
         )
     keys = [hashlib.sha256(f"{seed}:{example.digest}".encode()).digest() for example in examples]
-    rows_of: dict[bytes, int] = {}
-    for key in keys:
-        rows_of[key] = rows_of.get(key, 0) + 1
-    if len(rows_of) == 1:
+    if len(set(keys)) == 1:
         raise bad_data(
             "DataEmpty",
             f"{len(examples)} rows all say the same and leave nothing to train on after holding one out; at least "
             "two different rows are needed",
         )
-    wanted = min(max(1, round(len(examples) * data.eval_fraction)), data.eval_rows_max)
-    chosen: set[bytes] = set()
-    held = 0
-    # One digest always stays for the training.
-    for key in sorted(rows_of)[:-1]:
-        if held >= wanted:
-            break
-        chosen.add(key)
-        held += rows_of[key]
+    chosen = held_out_keys(keys, data)
     held_out = [example for example, key in zip(examples, keys, strict=True) if key in chosen]
     train = [example for example, key in zip(examples, keys, strict=True) if key not in chosen]
     return Split(train, held_out[: data.eval_rows_max], dict(left_out.counts) if left_out else {})
+
+
+def held_out_keys(keys: Sequence[bytes], data: DataConfig) -> set[bytes]:
+    """Choose what is held out: the first keys in their order, with all of their rows.
+
+    They are at most ``eval_fraction`` of the rows and of the different keys, and at most ``eval_rows_max`` rows; at
+    least one key is held out, and one is left to train on. A key with more rows than may be held out is passed over,
+    or a prompt that half of the rows share would take all of them from the training.
+
+    Args:
+        keys: one for each row, equal ones for rows that must not be parted; at least two different ones.
+        data: how much is held out.
+    """
+    rows_of = Counter(keys)
+    most = min(max(1, round(len(keys) * data.eval_fraction)), data.eval_rows_max)
+    most_keys = min(max(1, round(len(rows_of) * data.eval_fraction)), len(rows_of) - 1)
+    chosen: set[bytes] = set()
+    held = 0
+    for key in sorted(rows_of):
+        if len(chosen) == most_keys or held == most:
+            break
+        if held + rows_of[key] <= most:
+            chosen.add(key)
+            held += rows_of[key]
+    return chosen or {min(sorted(rows_of), key=lambda key: rows_of[key])}

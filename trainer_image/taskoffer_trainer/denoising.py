@@ -103,6 +103,10 @@ class Denoiser(ABC):
     def conditions(self, pipeline: Any, caption: str, length: int, device: Any) -> dict[str, torch.Tensor]:
         """Encode a caption of at most ``length`` tokens, as tensors with a batch of one."""
 
+    @abstractmethod
+    def words_of(self, pipeline: Any, length: int) -> tuple[Any, int]:
+        """Return the tokenizer of the encoder that reads most of a caption, and the tokens of it that are read."""
+
     def sizes(self, original: tuple[int, int], cut: tuple[int, int], edge: int) -> dict[str, torch.Tensor]:
         """Return what the network is told of a picture's sizes, as tensors with a batch of one; Flux is told nothing.
 

@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from taskoffer.api.contract import Clamp, RunConfig, Termination
+from taskoffer.api.contract import RunConfig, Termination
 from taskoffer_trainer.balancing import balanced_by_row
 from taskoffer_trainer.checkpoints import Checkpoint
 from taskoffer_trainer.course import Course
@@ -33,6 +33,7 @@ from taskoffer_trainer.steps import PieceLoss
 from taskoffer_trainer.stop import Stop
 from taskoffer_trainer.trainer import CourseTrainer, training_arguments
 from taskoffer_trainer.verify import Verified, check_figures, load_adapter, verify_failed
+from taskoffer_trainer.without_effect import without_effect
 
 __all__ = ["BETA", "PreferenceTrainer", "check_change", "train"]
 
@@ -138,7 +139,7 @@ class _Preferences(Course):
         base = load_model(self.config, self.device, self.rank)
         self.timings.load = time.monotonic() - began
         settings, clamps = lora_config(base, self.config.lora)
-        self.progress.clamps = (*self.device.clamps, *_not_in_dpo(self.config), *clamps)
+        self.progress.clamps = (*self.device.clamps, *without_effect(self.config), *clamps)
         # TRL is to make the adapter: of one that is there already it would keep a copy as the reference.
         return PreferenceTrainer(
             model=base,
@@ -187,23 +188,6 @@ def check_change(figures: dict[str, float]) -> None:
     """
     if figures["eval_reward_chosen"] == figures["eval_reward_rejected"] == 0:
         raise verify_failed("with it the model says of every held-out answer just what it says without it")
-
-
-def _not_in_dpo(config: RunConfig) -> tuple[Clamp, ...]:
-    """List the settings that have no effect here, instead of taking them in silence."""
-    train, dropout = config.train, config.lora.lora_dropout
-    found = []
-    if dropout > 0:
-        message = "The model is compared with itself without adapter, so nothing may be dropped at random."
-        found.append(("lora.loraDropout", f"{dropout:g}", "0", "NoDropoutInDPO", message))
-    if train.packing:
-        message = "The two answers of a pair are compared, and stay rows of their own."
-        found.append(("train.packing", "true", "false", "NoPackingInDPO", message))
-    if train.label_smoothing > 0 and not train.loss_type.smooths:
-        message = f"The loss {train.loss_type.value} has no label smoothing; robust and exo_pair have."
-        found.append(("train.labelSmoothing", f"{train.label_smoothing:g}", "0", "NoLabelSmoothing", message))
-    names = ("field", "requested", "effective", "reason", "message")
-    return tuple(Clamp(**dict(zip(names, one, strict=True))) for one in found)
 
 
 def _dataset(pairs: list[TokenPair]) -> Dataset:

@@ -144,6 +144,7 @@ def _encode_texts(
     for _, encoder in layout_of(config).text:
         parts[encoder].to(place)
     pipeline = assemble(config, parts)
+    _say_cut(captions, *denoiser.words_of(pipeline, config.train.max_length))
     told: _Texts = {}
     asked: _Texts = {}
     work: list[tuple[str, _Texts, Callable[..., dict[str, torch.Tensor]]]] = [
@@ -158,6 +159,17 @@ def _encode_texts(
     del parts, pipeline
     _empty(device)
     return told, asked
+
+
+def _say_cut(captions: Sequence[str], tokenizer: Any, most: int) -> None:
+    """Say how many captions are longer than what is read of them; the pipeline cuts them in silence."""
+    cut = [caption for caption in captions if len(tokenizer(caption)["input_ids"]) > most]
+    if cut:
+        print(
+            f"data: {len(cut)} of {len(captions)} different captions are longer than {most} tokens and were cut; the "
+            f"first begins {cut[0][:60]!r}",
+            flush=True,
+        )
 
 
 def _encode_picture(

@@ -16,6 +16,9 @@ __all__ = ["Flux"]
 GUIDANCE = 3.5
 """Guidance that a Flux whose config embeds one is told in training, as in diffusers' training script for Flux."""
 
+LONGEST_CAPTION = 512
+"""Tokens of the longest caption that Flux was trained with."""
+
 
 class Flux(Denoiser):
     """Predicts the way from picture to noise at a continuous time (flow matching, Esser et al. 2024).
@@ -60,10 +63,14 @@ class Flux(Denoiser):
         return {"prompt_embeds": told["text"], "pooled_prompt_embeds": told["pooled"]}
 
     def conditions(self, pipeline: Any, caption: str, length: int, device: Any) -> dict[str, torch.Tensor]:
-        """Encode a caption of at most 512 tokens, the longest that Flux was trained with."""
-        length = min(length, 512)
+        """Encode a caption of at most :data:`LONGEST_CAPTION` tokens."""
+        _, length = self.words_of(pipeline, length)
         text, pooled, _ = pipeline.encode_prompt(caption, prompt_2=None, device=device, max_sequence_length=length)
         return {"text": text, "pooled": pooled}
+
+    def words_of(self, pipeline: Any, length: int) -> tuple[Any, int]:
+        """Return what T5 reads of a caption; CLIP reads its beginning only, for the style as a whole."""
+        return pipeline.tokenizer_2, min(length, LONGEST_CAPTION)
 
     def losses(self, network: Any, batch: dict[str, torch.Tensor], dtype: Any, weighted: bool) -> torch.Tensor:
         """Compare what the network says of the way from picture to noise with the way."""

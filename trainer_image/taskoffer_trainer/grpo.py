@@ -50,6 +50,7 @@ from taskoffer_trainer.steps import PieceLoss, step_seed
 from taskoffer_trainer.stop import Stop
 from taskoffer_trainer.trainer import CourseTrainer, training_arguments
 from taskoffer_trainer.verify import Verified, check_figures, load_adapter
+from taskoffer_trainer.without_effect import without_effect
 
 __all__ = ["ReinforcementTrainer", "train"]
 
@@ -102,6 +103,11 @@ class ReinforcementTrainer(CourseTrainer, GRPOTrainer):  # type: ignore[misc]
         scale = course.settings.scale_rewards == "group"
         better = advantages(totals, course.settings.num_generations, scale)
         return [replace(one, advantage=value) for one, value in zip(drawn, better, strict=True)]
+
+    def lengths_of(self, inputs: Sequence[Completion]) -> list[int]:
+        """Return the tokens of each completion with the longest prompt of the step, to which prompts are padded."""
+        longest = max((len(one.prompt_ids) for one in inputs), default=0)
+        return [longest + len(one.ids) for one in inputs]
 
     def _tell(self, totals: Sequence[float | None], drawn: Sequence[Completion]) -> None:
         """Count and report the mean reward and length of a step over all ranks, beside TRL's own figures."""
@@ -238,9 +244,7 @@ class _Reinforcement(Course):
     def _clamps(self) -> Iterator[Clamp]:
         """Say which settings cannot be taken literally."""
         train = self.config.train
-        if train.packing:
-            message = "Completions are drawn while the training runs; there is nothing to pack beforehand."
-            yield Clamp(field="train.packing", requested="true", effective="false", reason="NoPacking", message=message)
+        yield from without_effect(self.config)
         asked = train.per_device_train_batch_size * train.gradient_accumulation_steps * self.config.gpus
         whole = global_batch(self.config)
         if asked != whole:

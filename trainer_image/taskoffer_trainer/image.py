@@ -31,6 +31,7 @@ from taskoffer_trainer.steps import PieceLoss
 from taskoffer_trainer.stop import Stop
 from taskoffer_trainer.trainer import CourseTrainer, training_arguments
 from taskoffer_trainer.verify import Verified, check_repeated, load_adapter
+from taskoffer_trainer.without_effect import without_effect
 
 __all__ = ["ImageTrainer", "train"]
 
@@ -108,7 +109,8 @@ class _Pictures(Course):
         network = load_component(config, self.layout.network, self.device.dtype)
         self.timings.load = time.monotonic() - began
         settings, clamps = lora_config(network, config.lora, self.denoiser.target_modules)
-        self.progress.clamps = (*self.device.clamps, *self.denoiser.clamps, *self.data.clamps, *clamps)
+        settled = (*without_effect(config), *self.denoiser.clamps, *self.data.clamps)
+        self.progress.clamps = (*self.device.clamps, *settled, *clamps)
         if config.train.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         set_seed(config.train.seed)

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from taskoffer.api.contract import DataConfig, ExitCode, ImageColumns, RunConfig
-from taskoffer_trainer.data import bad_data
+from taskoffer_trainer.data import bad_data, held_out_keys
 from taskoffer_trainer.failures import TrainerError
 
 __all__ = ["Limits", "Pair", "PairSplit", "open_picture", "read_pair_split", "read_pairs", "split_pairs", "square"]
@@ -145,12 +145,19 @@ def _opened(path: Path, limits: Limits) -> Iterator[tuple[Path, list[_File]]]:
     with archive:
         yield (
             path,
-            _limited(path, [_member(path, archive, one) for one in archive.infolist() if not one.is_dir()], limits),
+            _limited(path, [_member(path, archive, one) for one in archive.infolist() if not _is_folder(one)], limits),
         )
+
+
+def _is_folder(member: zipfile.ZipInfo) -> bool:
+    # Before Python 3.12 ZipInfo.is_dir fails on a name that is empty.
+    return member.filename.endswith("/")
 
 
 def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> _File:
     name = member.orig_filename
+    if not name:
+        raise bad_data("DataUnreadable", f"{path} has a member without a name; is the archive whole?")
     parts = PurePosixPath(name).parts
     # Nothing is unpacked, so such a name could do no harm here. But whoever made it meant harm, or another tool will
     # trip over it.
@@ -269,7 +276,7 @@ def _caption(where: Path, file: _File, trigger_word: str | None, limits: Limits)
 
 def _decoded(content: bytes, limits: Limits | None = None) -> Any:
     """Decode a picture as RGB, turned as its EXIF says, on white where it is transparent; or say why it is unusable."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as opened:
         if limits is not None and opened.width * opened.height > limits.pixels:
@@ -280,12 +287,36 @@ def _decoded(content: bytes, limits: Limits | None = None) -> Any:
         opened.load()
         if opened.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
             return f"has the mode {opened.mode}, which is no colour or grey picture of 8 bits; save it as RGB"
-        picture = ImageOps.exif_transpose(opened)
+        picture = _upright(opened)
         if "A" in picture.mode or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             ground = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(ground, picture)
         return picture.convert("RGB")
+
+
+def _upright(picture: Any) -> Any:
+    """Turn a picture as its metadata say; those that cannot be read turn nothing.
+
+    Pillow's own ``exif_transpose`` writes the metadata anew as well, which fails on what some cameras and programs
+    make of them, although the picture is whole.
+    """
+    from PIL import ExifTags, Image
+
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    try:
+        turn = turns.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # noqa: BLE001 - which error it is depends on the place of the damage.
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def open_picture(pair: Pair) -> Any:
@@ -315,23 +346,22 @@ def square(picture: Any, edge: int) -> tuple[Any, tuple[int, int]]:
 def split_pairs(pairs: list[Pair], data: DataConfig, seed: int) -> PairSplit:
     """Hold pairs out: the same ones in every attempt and every process, whatever their names are.
 
-    Pairs are ordered by a hash of seed and picture; the first ``eval_fraction`` of them (at least one, at most
-    ``eval_rows_max``) are held out, with every pair of the same picture.
+    Which ones says :func:`taskoffer_trainer.data.held_out_keys`, by a hash of seed and picture: all pairs of a
+    picture are trained, or all are held out.
 
     Raises:
         TrainerError: ``BAD_DATA`` when nothing would be left to train on.
     """
     keys = [hashlib.sha256(f"{seed}:".encode() + hashlib.sha256(pair.content).digest()).digest() for pair in pairs]
-    count = min(max(1, round(len(pairs) * data.eval_fraction)), data.eval_rows_max)
-    border = sorted(set(keys))[:count][-1]
-    held_out = [pair for pair, key in zip(pairs, keys, strict=True) if key <= border]
-    train = [pair for pair, key in zip(pairs, keys, strict=True) if key > border]
-    if not train:
+    if len(set(keys)) == 1:
         raise bad_data(
             "DataEmpty",
-            f"{len(pairs)} pairs with {len(set(keys))} different pictures leave nothing to train on after holding "
-            f"{len(held_out)} out; at least two different pictures are needed",
+            f"{len(pairs)} pairs of one picture leave nothing to train on after holding it out; at least two different "
+            "pictures are needed",
         )
+    chosen = held_out_keys(keys, data)
+    held_out = [pair for pair, key in zip(pairs, keys, strict=True) if key in chosen]
+    train = [pair for pair, key in zip(pairs, keys, strict=True) if key not in chosen]
     return PairSplit(train, held_out[: data.eval_rows_max])
 
 

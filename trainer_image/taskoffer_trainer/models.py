@@ -28,6 +28,11 @@ class Device:
     why: str
     clamps: tuple[Clamp, ...] = ()
 
+    @property
+    def half(self) -> bool:
+        """Whether the model is in half precision."""
+        return bool(self.dtype.itemsize == 2)
+
 
 def choose_device(config: RunConfig) -> Device:
     """Choose bfloat16 on a GPU and float32 on the CPU, unless TASKOFFER_CPU_BF16=1 asks for bfloat16 there too.
@@ -137,7 +142,7 @@ def _skeleton(config: RunConfig, device: Device) -> Any:
                 settings, dtype=device.dtype, attn_implementation=attention, trust_remote_code=False
             )
 
-    model = load_with_attention(build, config.train.attn_implementation)
+    model = load_with_attention(build, config.train.attn_implementation, device.half)
     if (Path(config.model.path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(config.model.path, local_files_only=True)
     return model.eval()
@@ -162,7 +167,7 @@ def _loaded(config: RunConfig, device: Device, **placement: Any) -> Any:
     try:
         if (settings := stretched(config)) is not None:
             placement["config"] = settings
-        model, report = load_with_attention(load, config.train.attn_implementation)
+        model, report = load_with_attention(load, config.train.attn_implementation, device.half)
     except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise

@@ -202,7 +202,7 @@ class Sandbox:
         cpu = answer.get("cpuSeconds")
         self._cpu_seconds = float(cpu) if isinstance(cpu, float) and cpu >= 0 else math.inf
         if "error" in answer:
-            raise SandboxError(str(answer["error"])[:MESSAGE_LENGTH])
+            raise SandboxError(_one_line(str(answer["error"])))
         rewards = answer.get("rewards")
         if not isinstance(rewards, list) or len(rewards) != count or not all(map(_is_reward, rewards)):
             raise self._end(f"the sandbox did not answer with {count} rewards")
@@ -271,6 +271,14 @@ class Sandbox:
         """End the process, which cannot be trusted to be in step any more, and build the error."""
         self.close()
         return SandboxError(message)
+
+
+def _one_line(text: str) -> str:
+    """Return foreign text without what would break a line of a log, or the stream that it is written to.
+
+    Half of a surrogate pair has no form in UTF-8, so that printing it raises an error.
+    """
+    return " ".join("".join(one if one.isprintable() else " " for one in text).split())[:MESSAGE_LENGTH]
 
 
 def _is_reward(value: Any) -> bool:

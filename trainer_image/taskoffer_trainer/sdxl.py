@@ -56,6 +56,10 @@ class SDXL(Denoiser):
         text, _, pooled, _ = pipeline.encode_prompt(caption, device=device, do_classifier_free_guidance=False)
         return {"text": text, "pooled": pooled}
 
+    def words_of(self, pipeline: Any, length: int) -> tuple[Any, int]:
+        """Return what both encoders, which are of one kind, read of a caption."""
+        return pipeline.tokenizer, pipeline.tokenizer.model_max_length
+
     def sizes(self, original: tuple[int, int], cut: tuple[int, int], edge: int) -> dict[str, torch.Tensor]:
         """Return the six numbers of the SDXL paper (arXiv:2307.01952), section 2.2, in its order."""
         return {"time_ids": torch.tensor([[*original, *cut, edge, edge]], dtype=torch.float32)}

@@ -31,6 +31,7 @@ from taskoffer_trainer.stop import Stop
 from taskoffer_trainer.tokens import TextData, TokenRow, tokenize_split
 from taskoffer_trainer.trainer import CourseTrainer, training_arguments
 from taskoffer_trainer.verify import Verified, check_figures, load_adapter
+from taskoffer_trainer.without_effect import without_effect
 
 __all__ = ["SupervisedTrainer", "train"]
 
@@ -130,7 +131,7 @@ class _Supervised(Course):
         base = load_model(self.config, self.device, self.rank)
         self.timings.load = time.monotonic() - began
         settings, clamps = lora_config(base, self.config.lora)
-        self.progress.clamps = (*self.device.clamps, *self.clamps, *_not_in_sft(self.config), *clamps)
+        self.progress.clamps = (*self.device.clamps, *self.clamps, *without_effect(self.config), *clamps)
         set_seed(self.config.train.seed)
         trainer = SupervisedTrainer(
             model=get_peft_model(base, settings),
@@ -182,23 +183,6 @@ class _Supervised(Course):
         check_figures(figures, checkpoint.eval_loss)
         texts = self.answer(model, self.stop.check)
         return Verified(figures, texts, parameters)
-
-
-def _not_in_sft(config: RunConfig) -> tuple[Clamp, ...]:
-    """List the settings that have no effect here, instead of taking them in silence."""
-    smoothing = config.train.label_smoothing
-    if smoothing == 0:
-        return ()
-    message = "TRL gives label smoothing up for supervised fine-tuning; it would need all logits of a row at once."
-    return (
-        Clamp(
-            field="train.labelSmoothing",
-            requested=f"{smoothing:g}",
-            effective="0",
-            reason="NoLabelSmoothing",
-            message=message,
-        ),
-    )
 
 
 def _dataset(rows: list[TokenRow]) -> Dataset:
