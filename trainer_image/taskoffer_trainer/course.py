@@ -307,6 +307,7 @@ class Course(ABC):
             if resume:
                 print(f"train: going on from step {step} of {total}", flush=True)
                 self.steps.restore(resume.folder)
+                self.timings.stretch = self.steps.stretch or 1
                 if self.average is not None:
                     self.average.restore(resume.folder)
             self.steps.take_word()
