@@ -8,7 +8,7 @@ from typing import Any
 from taskoffer.api.contract import Clamp, RunConfig, evaluated_rows_cap
 from taskoffer_trainer.attention import attention_in_use
 from taskoffer_trainer.config import global_batch
-from taskoffer_trainer.fallback import lowered, profile_of
+from taskoffer_trainer.fallback import keeps_attention, lowered, profile_of
 from taskoffer_trainer.pod import pod_cpus
 
 __all__ = ["Effective", "effective", "in_force"]
@@ -36,7 +36,7 @@ def effective(config: RunConfig, cpus: float | None = None) -> Effective:
         cpus: CPUs of the pod; found out when absent.
     """
     profile = profile_of(config)
-    lower, fallbacks = lowered(config, profile)
+    lower, fallbacks = lowered(config, profile, keeps_attention(config))
     lower, loaders = _loaders(lower, pod_cpus() if cpus is None else cpus)
     lower, evaluation = _evaluation(lower)
     return Effective(lower, profile, (*fallbacks, *loaders, *evaluation))
