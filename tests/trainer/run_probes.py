@@ -104,6 +104,12 @@ def signalled(found: Probe) -> Any:
     }
 
 
+@probe
+def reserved(found: Probe) -> Any:
+    """A run that is to be ready earlier than its time allows for."""
+    return clamps(found.course(timeLimitSeconds=600, train={"reserveMinutes": 12}))
+
+
 def _optimizers_equal(one: Any, other: Any) -> bool:
     states = [course.trainer.optimizer.state_dict()["state"] for course in (one, other)]
     import torch

@@ -44,6 +44,11 @@ def test_a_signal_in_an_evaluation_is_heeded_at_its_end_and_not_a_step_later(fou
     assert [said["mark"]["eval_loss"]] == said["losses"]
 
 
+def test_a_reserve_that_was_cut_is_among_what_was_changed(found: Found) -> None:
+    told = [one for one in found["reserved"] if one["field"] == "train.reserveMinutes"]  # type: ignore[index]
+    assert [(one["requested"], one["effective"], one["reason"]) for one in told] == [("12", "1", "ReserveClamped")]
+
+
 def test_the_average_follows_its_formula_and_is_kept_as_an_adapter(found: Found) -> None:
     said = found["moving"]
     assert said["apartFromFormula"] < 1e-6
