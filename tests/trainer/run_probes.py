@@ -83,6 +83,33 @@ def moving(found: Probe) -> Any:
     }
 
 
+@probe
+def signalled(found: Probe) -> Any:
+    """A run that gets SIGTERM in its first evaluation, after the second of twelve steps."""
+    course = found.course(**MOVING)
+    measure = course.measure
+
+    def measured(*given: Any) -> Any:
+        course.stop._note(0, None)
+        return measure(*given)
+
+    course.measure = measured
+    train(course)
+    mark = checkpoint(course, 2) / "COMPLETE"
+    return {
+        "step": course.trainer.state.global_step,
+        "cause": course.stop.cause.name,
+        "losses": history(course, "eval_loss"),
+        "mark": json.loads(mark.read_text()) if mark.exists() else None,
+    }
+
+
+@probe
+def reserved(found: Probe) -> Any:
+    """A run that is to be ready earlier than its time allows for."""
+    return clamps(found.course(timeLimitSeconds=600, train={"reserveMinutes": 12}))
+
+
 def _optimizers_equal(one: Any, other: Any) -> bool:
     states = [course.trainer.optimizer.state_dict()["state"] for course in (one, other)]
     import torch

@@ -37,6 +37,18 @@ def test_a_stopped_run_goes_on_with_the_same_rates_average_optimizer_and_weights
     assert (said["weightsEqual"], said["averagesEqual"], said["optimizerEqual"]) == (True, True, True)
 
 
+def test_a_signal_in_an_evaluation_is_heeded_at_its_end_and_not_a_step_later(found: Found) -> None:
+    said = found["signalled"]
+    assert (said["step"], said["cause"]) == (2, "SIGNAL")
+    # What was measured is kept, although a checkpoint was planned after two more steps only.
+    assert [said["mark"]["eval_loss"]] == said["losses"]
+
+
+def test_a_reserve_that_was_cut_is_among_what_was_changed(found: Found) -> None:
+    told = [one for one in found["reserved"] if one["field"] == "train.reserveMinutes"]  # type: ignore[index]
+    assert [(one["requested"], one["effective"], one["reason"]) for one in told] == [("12", "1", "ReserveClamped")]
+
+
 def test_the_average_follows_its_formula_and_is_kept_as_an_adapter(found: Found) -> None:
     said = found["moving"]
     assert said["apartFromFormula"] < 1e-6

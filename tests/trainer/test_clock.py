@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from taskoffer.api.contract import RunConfig
-from taskoffer_trainer.clock import Clock, now, reserve_seconds
+from taskoffer_trainer.clock import Clock, now, reserve_clamp, reserve_seconds
 from taskoffer_trainer.progress import read_report
 from taskoffer_trainer.stop import Stop, StopCause
 from taskoffer_trainer.timings import Timings, evaluate_every
@@ -67,6 +67,26 @@ def test_the_reserve_is_three_minutes_or_twelve_and_never_more_than_a_tenth_of_t
 ) -> None:
     changed = merge(wire, {"train": {"reserveMinutes": minutes}, "data": {"grpo": rewards}})
     assert reserve_seconds(RunConfig.model_validate(changed), available) == pytest.approx(seconds)
+
+
+CLAMPED = [
+    ("as asked for", 3, 3600, None),
+    ("no reserve", 0, 60, None),
+    ("what nobody asked for by name", None, 600, None),
+    ("twelve minutes of an hour", 12, 3600, ("12", "6")),
+    ("a short rest of the time", 3, 100, ("3", "0.167")),
+]
+
+
+@pytest.mark.parametrize(("minutes", "limit", "told"), [one[1:] for one in CLAMPED], ids=[one[0] for one in CLAMPED])
+def test_a_reserve_that_is_shorter_than_asked_for_is_said(
+    minutes: float | None, limit: int, told: tuple[str, str] | None, wire: dict[str, Any]
+) -> None:
+    changed = merge(wire, {"timeLimitSeconds": limit, "train": {"reserveMinutes": minutes}})
+    config = RunConfig.model_validate(changed)
+    found = reserve_clamp(config, Clock.of(config, START))
+    assert [(one.requested, one.effective) for one in found] == ([] if told is None else [told])
+    assert reserve_clamp(config, Clock(START)) == ()
 
 
 def test_a_program_knows_when_it_was_started_and_not_when_the_machine_was() -> None:

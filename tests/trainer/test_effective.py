@@ -130,6 +130,28 @@ def test_profiles_add_up_and_leave_the_adapters_shape_alone(wire: dict[str, Any]
     assert (found.train.dataloader_num_workers, found.train.ema_decay) == (2, None)
 
 
+def test_a_lack_of_memory_does_not_lead_to_the_attention_that_takes_most_of_it(wire: dict[str, Any]) -> None:
+    asked = config(wire, lora={"loraDropout": 0.1}, train={"attnImplementation": ["flash_attention_2", "sdpa"]})
+    for end, profile, way in (
+        (ExitCode.OUT_OF_MEMORY, 2, ("flash_attention_2", "sdpa")),
+        # Now it may as well be a fault of the kernel.
+        (ExitCode.INTERNAL, 3, ("eager",)),
+    ):
+        note_end(asked, Termination(exit_code=end, reason={137: "OutOfMemory", 70: "InternalError"}[end]))
+        found = effective(asked, 64)
+        assert (found.profile, found.config.train.attn_implementation) == (profile, way)
+        said = {clamp.field for clamp in found.clamps}
+        assert ("train.attnImplementation" in said) is (way == ("eager",))
+        assert {"lora.loraDropout", "train.perDeviceTrainBatchSize"} <= said
+
+
+def test_held_out_rows_that_are_measured_one_by_one_are_said_where_more_were_asked_for(wire: dict[str, Any]) -> None:
+    found, clamps = lowered(config(wire, train={"perDeviceEvalBatchSize": 8}), 2)
+    assert found.train.per_device_eval_batch_size == 1
+    told = [(one.requested, one.effective) for one in clamps if one.field == "train.perDeviceEvalBatchSize"]
+    assert told == [("8", "1")]
+
+
 ENDS = [
     (ExitCode.OUT_OF_MEMORY, "OutOfMemory", 2),
     (ExitCode.OUT_OF_MEMORY, "Killed", 2),

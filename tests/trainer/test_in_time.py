@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from taskoffer.api.contract import RunConfig, RunState
-from taskoffer_trainer import in_time
+from taskoffer_trainer import clock, in_time
 from taskoffer_trainer.callbacks import Progress
 from taskoffer_trainer.clock import Clock, now
 from taskoffer_trainer.in_time import EARLY_STEPS, InTime
+from taskoffer_trainer.pace import EvaluationPace
 from taskoffer_trainer.timings import Timings
 from taskoffer_trainer.world import World
 
@@ -140,9 +141,82 @@ def test_evaluations_are_thinned_out_where_a_deadline_leaves_too_little_time(
     assert saved == [EARLY_STEPS, *range(10, 101, 10)]
 
 
+class Course:
+    """Steps and evaluations that take their time on a clock of their own, until the time is up."""
+
+    def __init__(self, config: RunConfig, seconds: float, step: float, cost: float, every: int) -> None:
+        self.config = config.model_copy(
+            update={"train": config.train.model_copy(update={"eval_steps": every, "save_steps": every})}
+        )
+        self.passed, self.seconds, self.step, self.cost = 0.0, seconds, step, cost
+        began = now()
+        self.now = lambda: began + timedelta(seconds=self.passed)
+        self.clock = Clock(began, began + timedelta(seconds=seconds))
+
+    def evaluated(self, first: int = 0, stretch: int | None = None) -> list[int]:
+        """Go on from a step as transformers does; return the steps that are evaluated."""
+        timings = timings_of(self.step, self.cost)
+        timings.stretch = stretch or 1
+        steps: Any = SimpleNamespace(
+            config=self.config, plan=SimpleNamespace(total_steps=10**6), stretch=stretch, world=World()
+        )
+        told: Any = SimpleNamespace(clamps=())
+        callbacks = EvaluationPace(steps, timings, told), InTime(self.config, self.clock, timings, World())
+        state = SimpleNamespace(global_step=first, max_steps=10**6)
+        callbacks[1].on_train_begin(None, state, None, model=Adapter())
+        found = []
+        while self.passed < self.seconds - timings.reserve:
+            self.passed += self.step
+            state.global_step += 1
+            due = state.global_step % self.config.train.eval_steps == 0
+            control = SimpleNamespace(should_evaluate=due, should_save=due, should_training_stop=False)
+            for one in callbacks:
+                one.on_step_end(None, state, control, model=Adapter())
+            if control.should_evaluate:
+                found.append(state.global_step)
+                self.passed += self.cost
+        return found
+
+
+# Seconds of the run, of a step and of an evaluation, steps between evaluations, and how many of them are made.
+SHARES = [
+    (3600, 1.0, 30.0, 25, 11),
+    (3600, 1.0, 90.0, 25, 3),
+    (7200, 4.0, 40.0, 25, 16),
+    # Too short for the pace of a run to put one off.
+    (3600, 0.1, 1.9, 25, 163),
+]
+
+
+@pytest.mark.parametrize(("seconds", "step", "cost", "every", "made"), SHARES)
+def test_with_a_deadline_evaluations_get_the_share_of_the_time_that_they_may_take_and_not_half_of_it(
+    seconds: float,
+    step: float,
+    cost: float,
+    every: int,
+    made: int,
+    config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    course = Course(config, seconds, step, cost, every)
+    monkeypatch.setattr(clock, "now", course.now)
+    found = course.evaluated()
+    assert len(found) == made
+    assert 0.07 * seconds < made * cost <= 0.1 * seconds
+
+
+def test_a_run_that_goes_on_evaluates_when_it_would_have_without_the_stop(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    course = Course(config, 3600, 1.0, 30.0, 25)
+    monkeypatch.setattr(clock, "now", course.now)
+    # An evaluation every 275 steps; of a stop between two of them nothing is to be seen.
+    assert course.evaluated(first=530, stretch=11)[:3] == [550, 825, 1100]
+
+
 def progress_of(config: RunConfig, seconds: float | None, reserve: float = 0.0) -> Progress:
-    clock = clock_of(seconds)
-    return Progress(config, None, Timings(), Clock(clock.started, clock.deadline, reserve))
+    made = clock_of(seconds)
+    return Progress(config, None, Timings(), Clock(made.started, made.deadline, reserve))
 
 
 def test_the_end_is_predicted_from_what_is_known_first_from_afar_then_from_the_steps(config: RunConfig) -> None:

@@ -251,21 +251,28 @@ def _sum(gradient: torch.Tensor) -> torch.Tensor:
 
 
 class StopWatch(TrainerCallback):  # type: ignore[misc]
-    """Ends the training after the present step on a signal or before the deadline, all ranks together."""
+    """Ends the training after the present step or evaluation on a signal or before the deadline, all ranks together."""
 
     def __init__(self, stop: Stop, timings: Timings) -> None:
         self.stop, self.timings = stop, timings
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask all ranks; must come after the callback that plans evaluation and checkpoints."""
-        cause = self.stop.agree(self.timings.reserve)
-        if cause is StopCause.NONE:
-            return
-        control.should_save = True
-        control.should_training_stop = True
-        if cause is StopCause.DEADLINE:
+        if self._agree(control) is StopCause.DEADLINE:
             # What is exported is the best checkpoint, so this one has to be measured as well.
             control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask again: who waits for the end of a signalled run is not to wait for a step that began after it."""
+        if not control.should_training_stop:
+            self._agree(control)
+
+    def _agree(self, control: Any) -> StopCause:
+        cause = self.stop.agree(self.timings.reserve)
+        if cause is not StopCause.NONE:
+            control.should_save = True
+            control.should_training_stop = True
+        return cause
 
 
 class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from taskoffer.api.contract import RunConfig
+from taskoffer.api.contract import Clamp, RunConfig
 
-__all__ = ["STARTED", "Clock", "now", "process_started", "reserve_seconds"]
+__all__ = ["STARTED", "Clock", "now", "process_started", "reserve_clamp", "reserve_seconds"]
 
 STARTED = "TASKOFFER_STARTED"
 """Environment variable in which the launcher tells the ranks when the container was started (ISO 8601)."""
@@ -96,3 +96,25 @@ class Clock:
         """Return the seconds until the result is to be ready, or ``None`` without a deadline."""
         left = self.left()
         return None if left is None else left - self.reserve
+
+
+def reserve_clamp(config: RunConfig, clock: Clock) -> tuple[Clamp, ...]:
+    """Say that the reserve is shorter than the one that was asked for, where the time of an attempt is short."""
+    asked = config.train.reserve_minutes
+    if asked is None or clock.deadline is None or 60 * asked <= clock.reserve:
+        return ()
+    available = max(0.0, (clock.deadline - clock.started).total_seconds())
+    message = (
+        f"A reserve takes at most a tenth of the time of an attempt; this one has {available / 60:.3g} minutes from "
+        "its start to its end."
+    )
+    effective = f"{clock.reserve / 60:.3g}"
+    return (
+        Clamp(
+            field="train.reserveMinutes",
+            requested=f"{asked:g}",
+            effective=effective,
+            reason="ReserveClamped",
+            message=message,
+        ),
+    )

@@ -27,6 +27,7 @@ from taskoffer_trainer.checkpoints import (
     complete_checkpoints,
     logged,
 )
+from taskoffer_trainer.clock import reserve_clamp
 from taskoffer_trainer.concluding import concluded
 from taskoffer_trainer.config import global_batch
 from taskoffer_trainer.effective import effective, in_force
@@ -251,6 +252,7 @@ class Course(ABC):
         train = config.train.model_copy(update={"save_total_limit": limit})
         self.config = self.progress.config = config.model_copy(update={"train": train})
         found = (*self._changed, *self.progress.clamps, *attention_clamp(config, model), *room)
+        found = (*found, *reserve_clamp(config, self.stop.clock))
         self.progress.clamps = tuple(clamp for clamp in found if self._matters(clamp))
         self.progress.in_force = in_force(self.config, self.profile, model)
 
@@ -307,6 +309,7 @@ class Course(ABC):
             if resume:
                 print(f"train: going on from step {step} of {total}", flush=True)
                 self.steps.restore(resume.folder)
+                self.timings.stretch = self.steps.stretch or 1
                 if self.average is not None:
                     self.average.restore(resume.folder)
             self.steps.take_word()

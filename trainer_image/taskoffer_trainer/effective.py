@@ -9,7 +9,7 @@ from taskoffer.api.contract import Clamp, GRPOSettings, RunConfig, TaskType, eva
 from taskoffer_trainer.attention import attention_in_use
 from taskoffer_trainer.config import global_batch
 from taskoffer_trainer.context import context_of
-from taskoffer_trainer.fallback import lowered, profile_of
+from taskoffer_trainer.fallback import keeps_attention, lowered, profile_of
 from taskoffer_trainer.pod import pod_cpus
 
 __all__ = ["Effective", "effective", "in_force"]
@@ -40,7 +40,7 @@ def effective(config: RunConfig, cpus: float | None = None) -> Effective:
         TrainerError: ``BAD_CONFIG`` when the model cannot be stretched as is asked for.
     """
     profile = profile_of(config)
-    lower, fallbacks = lowered(config, profile)
+    lower, fallbacks = lowered(config, profile, keeps_attention(config))
     lower, loaders = _loaders(lower, pod_cpus() if cpus is None else cpus)
     lower, evaluation = _evaluation(lower)
     lower, lengths = _lengths(lower)

@@ -5,7 +5,9 @@ that nobody knows goes on from its last checkpoint with a gentler profile. The p
 shape of the adapter:
 
 1. no compilation, no dropout (which costs more than half of the activations again), few loading processes;
-2. the smallest piece at once, and attention in its plainest form;
+2. the smallest piece at once, and attention in its plainest form, unless memory was all that lacked: that form holds a
+   number for every pair of tokens and takes more of it (1 x 2,048 tokens through two small layers on a CPU: 830 MB
+   instead of 390);
 3. half of the learning rate, which then follows nothing, and no average of the weights.
 
 Which one comes next follows from the failure, because a job has three attempts as a rule and the profile that helps
@@ -32,6 +34,7 @@ __all__ = [
     "OUT_OF_MEMORY",
     "SMALLEST_PIECE",
     "TOO_MANY_ROWS",
+    "keeps_attention",
     "lowered",
     "note_end",
     "profile_of",
@@ -52,6 +55,7 @@ LOWER_RATE = 3
 """The profile from which on the learning rate is half of what was asked for."""
 _ASKED_FOR = frozenset({130, int(ExitCode.STOPPED)})
 """Ends of a rank that somebody has asked for with a signal."""
+_ATTENTION = "train.attnImplementation"
 _LOADERS = 2
 """Loading processes for each GPU that a profile leaves."""
 
@@ -61,14 +65,33 @@ def profile_of(config: RunConfig) -> int:
     return min(LAST_PROFILE, int(read_run(config).get("profile", 0)))
 
 
-def lowered(config: RunConfig, profile: int) -> tuple[RunConfig, tuple[Clamp, ...]]:
-    """Return the settings with all profiles up to this one, and what they changed."""
+def keeps_attention(config: RunConfig) -> bool:
+    """Tell whether nothing but lack of memory has made the settings gentler so far."""
+    return _short_of_memory(read_run(config).get("fallbacks", []))
+
+
+def _short_of_memory(fallbacks: list[dict[str, object]]) -> bool:
+    return bool(fallbacks) and all(one.get("exitCode") == ExitCode.OUT_OF_MEMORY for one in fallbacks)
+
+
+def lowered(config: RunConfig, profile: int, keep_attention: bool = False) -> tuple[RunConfig, tuple[Clamp, ...]]:
+    """Return the settings with all profiles up to this one, and what they changed.
+
+    Args:
+        config: what was asked for.
+        profile: the last profile.
+        keep_attention: attention stays as it was asked for.
+    """
     clamps: list[Clamp] = []
+    attention = config.train.attn_implementation
     for number in range(1, profile + 1):
         config, changed = _PROFILES[number](config)
         for field, requested, effective in changed:
-            if requested != effective:
+            if requested != effective and not (keep_attention and field == _ATTENTION):
                 clamps.append(_clamp(number, field, requested, effective))
+    if keep_attention:
+        train = config.train.model_copy(update={"attn_implementation": attention})
+        config = config.model_copy(update={"train": train})
     return config, tuple(clamps)
 
 
@@ -113,7 +136,8 @@ def _second(config: RunConfig) -> tuple[RunConfig, _Changes]:
     rows = train.per_device_train_batch_size
     changes: _Changes = [
         ("train.perDeviceTrainBatchSize", rows, "smallest" if rows > 1 else rows),
-        ("train.attnImplementation", train.attn_implementation, ("eager",)),
+        ("train.perDeviceEvalBatchSize", train.per_device_eval_batch_size or 1, 1),
+        (_ATTENTION, train.attn_implementation, ("eager",)),
     ]
     update = {"attn_implementation": ("eager",), "per_device_eval_batch_size": 1}
     return config.model_copy(update={"train": train.model_copy(update=update)}), changes
@@ -134,11 +158,11 @@ def _third(config: RunConfig) -> tuple[RunConfig, _Changes]:
 _PROFILES: dict[int, Callable[[RunConfig], tuple[RunConfig, _Changes]]] = {1: _first, 2: _second, 3: _third}
 
 
-def _next_profile(config: RunConfig, profile: int, first: int) -> int | None:
+def _next_profile(config: RunConfig, profile: int, first: int, keep_attention: bool) -> int | None:
     """Return the next profile from ``first`` on that changes anything, or ``None`` after the last."""
-    before = len(lowered(config, profile)[1])
+    before = len(lowered(config, profile, keeps_attention(config))[1])
     later = range(max(profile + 1, first), LAST_PROFILE + 1)
-    return next((number for number in later if len(lowered(config, number)[1]) > before), None)
+    return next((number for number in later if len(lowered(config, number, keep_attention)[1]) > before), None)
 
 
 def _first_that_helps(termination: Termination) -> int | None:
@@ -165,10 +189,16 @@ def note_end(config: RunConfig, termination: Termination) -> int | None:
     first = _first_that_helps(termination)
     if first is None:
         return None
-    profile = profile_of(config)
-    following = _next_profile(config, profile, first)
+    said: dict[str, object] = {
+        "attempt": config.attempt,
+        "exitCode": termination.exit_code,
+        "reason": termination.reason,
+        "step": termination.step,
+    }
+    fallbacks = [*read_run(config).get("fallbacks", []), said]
+    following = _next_profile(config, profile_of(config), first, _short_of_memory(fallbacks))
     if following is None:
         return None
-    said = {"attempt": config.attempt, "profile": following, "reason": termination.reason, "step": termination.step}
-    write_run(config, {"profile": following, "fallbacks": [*read_run(config).get("fallbacks", []), said]})
+    said["profile"] = following
+    write_run(config, {"profile": following, "fallbacks": fallbacks})
     return following

@@ -33,8 +33,9 @@ class Timings:
         save: checking it and copying the best one to the output folder.
         load: loading the base model.
         answer: answering the sample prompts.
-        every: only every so many planned evaluations are made, for want of time before the deadline.
-        stretch: the same for the share of the time that evaluations may take of any run.
+        every: of those that ``stretch`` leaves only every so many are made, for want of time before the deadline.
+        stretch: only every so many planned evaluations are made, for the share of the time that they may take of any
+            run.
         candidates: what is measured at the end before one of them is chosen: weights and perhaps their average.
         verify: how many times as long as an evaluation the verification measures, which one process does alone.
     """
@@ -93,7 +94,7 @@ class Timings:
 
     def seconds(self, config: RunConfig, steps: int) -> float:
         """Return what so many steps take with their evaluations and checkpoints, and the finish after them."""
-        evaluations = steps // (config.train.eval_steps * max(self.every, self.stretch))
+        evaluations = steps // (config.train.eval_steps * self.every * self.stretch)
         saves = steps // config.train.save_steps
         return steps * self.step + evaluations * self.evaluate + saves * (self.write + self.save) + self.finish
 
