@@ -69,4 +69,17 @@ def test_held_out_figures_have_names_that_the_training_itself_does_not_use() -> 
 def test_figures_travel_as_text_with_all_digits_of_counts_and_without_what_is_not_finite() -> None:
     figures = {"tokens": 12345678901.0, "loss": 1.23456789, "nan": float("nan"), "n" * 80: -3}
     said = [(one.name, one.value) for one in metrics_of(figures)]
-    assert said == [("loss", "1.23457"), ("n" * 64, "-3"), ("tokens", "12345678901")]
+    assert said == [("loss", "1.23457"), ("n" * 48 + "-feed930b", "-3"), ("tokens", "12345678901")]
+
+
+@pytest.mark.parametrize("length", [40, 45, 46, 51, 52, 63])
+def test_figures_of_long_names_stay_apart_and_find_what_was_before(length: int) -> None:
+    """Of rewards, the last letter of whose names is another one; in the status one name has one value."""
+    names = [f"reward_{'n' * (length - 1)}{last}" for last in "ab"]
+    now = as_held_out({names[0]: 1.0, names[1]: 2.0})
+    said = metrics_of({**now, **{f"{name}_before": -value for name, value in now.items()}})
+    found = {one.name: float(one.value) for one in said}
+    assert len(found) == 4
+    assert sorted(found.values()) == [-2, -1, 1, 2]
+    after = {name: value for name, value in found.items() if not name.endswith("_before")}
+    assert {name: -found[f"{name}_before"] for name in after} == after
