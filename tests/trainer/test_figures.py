@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from taskoffer.api.contract import Termination
-from taskoffer_trainer.figures import as_held_out, largest_peaks, metrics_of, peaks
+from taskoffer.api.contract import FigureChange, Report, RunConfig, Termination
+from taskoffer_trainer.export import Result, _card
+from taskoffer_trainer.figures import as_held_out, in_a_cell, largest_peaks, metrics_of, peaks
+from taskoffer_trainer.reporting import text_of
 
 pytestmark = pytest.mark.trainer
 
@@ -83,3 +85,25 @@ def test_figures_of_long_names_stay_apart_and_find_what_was_before(length: int) 
     assert sorted(found.values()) == [-2, -1, 1, 2]
     after = {name: value for name, value in found.items() if not name.endswith("_before")}
     assert {name: -found[f"{name}_before"] for name in after} == after
+
+
+def test_a_name_with_signs_of_its_own_stays_in_its_cell() -> None:
+    assert in_a_cell("eval_reward_a|b\n| c") == "eval reward a\\|b \\| c"
+    figures = (FigureChange(name="eval_reward_a|b\nc", before=1.0, after=2.0),)
+    told = {"job_name": "job", "task_id": "t", "task_type": "GRPO", "base_model": "a/b", "reason": "R", "message": ""}
+    text = text_of(Report(result="Nothing", step=1, figures=figures, **told))
+    assert "| eval reward a\\|b c | 1.0000 |  | 2.0000 |" in text.splitlines()
+    result = Result(1, 1, None, {"a|b": 1.0}, {"a|b": 2.0}, "Completed")
+    wire = {
+        "jobName": "j",
+        "taskID": "t",
+        "taskType": "GRPO",
+        "gpus": 1,
+        "lora": {},
+        "train": {},
+        "data": {"path": "/d"},
+    }
+    config = RunConfig.model_validate(
+        {**wire, "model": {"name": "a/b", "path": "/m"}, "outputDir": "/o", "checkpointDir": "/c"}
+    )
+    assert "| a\\|b, 0 rows | 1.0000 | 2.0000 |" in _card(config, result).splitlines()

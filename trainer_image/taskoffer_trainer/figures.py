@@ -10,7 +10,7 @@ from pathlib import Path
 
 from taskoffer.api.contract import Metric, Termination
 
-__all__ = ["as_held_out", "largest_peaks", "metrics_of", "peaks", "short_name"]
+__all__ = ["as_held_out", "in_a_cell", "largest_peaks", "metrics_of", "peaks", "short_name"]
 
 _BEFORE = "_before"
 """How the name ends of a figure that the base model has."""
@@ -47,6 +47,11 @@ def short_name(name: str) -> str:
 def _digits(value: float) -> str:
     """Write a count with all of its digits, and anything else with six."""
     return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 else f"{value:.6g}"
+
+
+def in_a_cell(name: str) -> str:
+    """Return a figure's name as it stands in a table of Markdown; an offer may give a reward any name."""
+    return " ".join(name.replace("_", " ").split()).replace("|", "\\|")
 
 
 def peaks() -> dict[str, int | None]:

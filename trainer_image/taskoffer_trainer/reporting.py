@@ -35,7 +35,7 @@ from taskoffer_trainer.checkpoints import (
     write_text,
 )
 from taskoffer_trainer.clock import Clock, now
-from taskoffer_trainer.figures import as_held_out, short_name
+from taskoffer_trainer.figures import as_held_out, in_a_cell, short_name
 from taskoffer_trainer.mirror import provisional_adapter
 
 __all__ = ["PLOT_FILE", "REPORT_FILE", "has_report", "history_of", "report_end", "thinned"]
@@ -200,7 +200,7 @@ def text_of(report: Report) -> str:
     if report.figures:
         lines += ["", "| held out | before | best in training | after |", "|---|---|---|---|"]
         lines += [
-            f"| {one.name.replace('_', ' ')} | {_shown(one.before)} | {_shown(one.best)} | {_shown(one.after)} |"
+            f"| {in_a_cell(one.name)} | {_shown(one.before)} | {_shown(one.best)} | {_shown(one.after)} |"
             for one in report.figures
         ]
     if report.history:
