@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from taskoffer.api.contract import Termination
-from taskoffer_trainer.figures import as_held_out, largest_peaks, metrics_of, peaks
+from taskoffer.api.contract import FigureChange, Report, RunConfig, Termination
+from taskoffer_trainer.export import Result, _card
+from taskoffer_trainer.figures import as_held_out, in_a_cell, largest_peaks, metrics_of, peaks
+from taskoffer_trainer.reporting import text_of
 
 pytestmark = pytest.mark.trainer
 
@@ -69,4 +71,39 @@ def test_held_out_figures_have_names_that_the_training_itself_does_not_use() -> 
 def test_figures_travel_as_text_with_all_digits_of_counts_and_without_what_is_not_finite() -> None:
     figures = {"tokens": 12345678901.0, "loss": 1.23456789, "nan": float("nan"), "n" * 80: -3}
     said = [(one.name, one.value) for one in metrics_of(figures)]
-    assert said == [("loss", "1.23457"), ("n" * 64, "-3"), ("tokens", "12345678901")]
+    assert said == [("loss", "1.23457"), ("n" * 48 + "-feed930b", "-3"), ("tokens", "12345678901")]
+
+
+@pytest.mark.parametrize("length", [40, 45, 46, 51, 52, 63])
+def test_figures_of_long_names_stay_apart_and_find_what_was_before(length: int) -> None:
+    """Of rewards, the last letter of whose names is another one; in the status one name has one value."""
+    names = [f"reward_{'n' * (length - 1)}{last}" for last in "ab"]
+    now = as_held_out({names[0]: 1.0, names[1]: 2.0})
+    said = metrics_of({**now, **{f"{name}_before": -value for name, value in now.items()}})
+    found = {one.name: float(one.value) for one in said}
+    assert len(found) == 4
+    assert sorted(found.values()) == [-2, -1, 1, 2]
+    after = {name: value for name, value in found.items() if not name.endswith("_before")}
+    assert {name: -found[f"{name}_before"] for name in after} == after
+
+
+def test_a_name_with_signs_of_its_own_stays_in_its_cell() -> None:
+    assert in_a_cell("eval_reward_a|b\n| c") == "eval reward a\\|b \\| c"
+    figures = (FigureChange(name="eval_reward_a|b\nc", before=1.0, after=2.0),)
+    told = {"job_name": "job", "task_id": "t", "task_type": "GRPO", "base_model": "a/b", "reason": "R", "message": ""}
+    text = text_of(Report(result="Nothing", step=1, figures=figures, **told))
+    assert "| eval reward a\\|b c | 1.0000 |  | 2.0000 |" in text.splitlines()
+    result = Result(1, 1, None, {"a|b": 1.0}, {"a|b": 2.0}, "Completed")
+    wire = {
+        "jobName": "j",
+        "taskID": "t",
+        "taskType": "GRPO",
+        "gpus": 1,
+        "lora": {},
+        "train": {},
+        "data": {"path": "/d"},
+    }
+    config = RunConfig.model_validate(
+        {**wire, "model": {"name": "a/b", "path": "/m"}, "outputDir": "/o", "checkpointDir": "/c"}
+    )
+    assert "| a\\|b, 0 rows | 1.0000 | 2.0000 |" in _card(config, result).splitlines()

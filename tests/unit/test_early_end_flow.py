@@ -20,9 +20,12 @@ __all__ = ["virtual_time"]
 pytestmark = pytest.mark.usefixtures("virtual_time")
 
 FOLDER = f"/data/output/{JOB}/provisional/step-40-0123456789ab"
-POLICY = make_policy(
-    steps={"cache": {"claimName": "cache"}, "submitSeconds": 600}, attempts={"maxAttempts": 1, "backoffSeconds": 5}
-)
+STEPS: Object = {
+    "cache": {"claimName": "cache"},
+    "s3Credentials": {"name": "s3", "key": "credentials"},
+    "submitSeconds": 600,
+}
+POLICY = make_policy(steps=STEPS, attempts={"maxAttempts": 1, "backoffSeconds": 5})
 TARGET: Object = {"output": {"url": "s3://results/a/"}}
 HANDED: Object = {
     "reason": "Completed",
@@ -105,7 +108,7 @@ def test_a_training_that_does_not_end_is_stopped_in_time_and_its_best_adapter_so
 
 
 MORE_ATTEMPTS = make_policy(
-    steps={"cache": {"claimName": "cache"}, "submitSeconds": 600},
+    steps=STEPS,
     attempts={"maxAttempts": 3, "backoffSeconds": 5, "nodeLostSeconds": 30},
 )
 

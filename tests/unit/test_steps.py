@@ -51,6 +51,22 @@ def test_what_lies_elsewhere_is_served_by_a_policy_with_steps_alone(spec: Object
 
 
 @pytest.mark.parametrize(
+    ("output", "secret", "field"),
+    [
+        ({"repository": "acme/x"}, "hubToken", "output.repository"),
+        ({"url": "s3://bucket/out/"}, "s3Credentials", "output.url"),
+    ],
+)
+def test_a_result_that_nobody_could_write_is_refused_before_its_training(
+    output: Object, secret: str, field: str
+) -> None:
+    without = {name: value for name, value in STEPS.items() if name != secret}
+    answer = decide(offer(spec={"output": output}), policies=[policy(steps=without)]).answer
+    assert answer.reason is Reason.FEATURE_NOT_SERVED
+    assert f"spec.{field} is not served: give the policy steps.{secret}, or remove it" in answer.message
+
+
+@pytest.mark.parametrize(
     ("spec", "field"),
     [
         ({"model": {"source": None, "name": "a model with blanks"}}, "model.name"),

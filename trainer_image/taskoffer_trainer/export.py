@@ -16,6 +16,7 @@ from taskoffer.api.contract import Clamp, RunConfig, TaskType
 from taskoffer_trainer.checkpoints import ADAPTER_FILE, ADAPTER_FOLDER, Checkpoint, sha256_of, write_json
 from taskoffer_trainer.config import global_batch
 from taskoffer_trainer.context import context_of, yarn
+from taskoffer_trainer.figures import in_a_cell
 
 __all__ = ["Result", "described", "fill", "prepared", "publish"]
 
@@ -181,7 +182,7 @@ def _card(config: RunConfig, result: Result) -> str:
         "| held out | before | after |",
         "|---|---|---|",
         *(
-            f"| {name.replace('_', ' ')}, {held_out:,} rows | {result.figures_before[name]:.4f} | {value:.4f} |"
+            f"| {in_a_cell(name)}, {held_out:,} rows | {result.figures_before[name]:.4f} | {value:.4f} |"
             for name, value in sorted(result.figures_after.items())
         ),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,12 @@ from pathlib import Path
 
 from taskoffer.api.contract import Metric, Termination
 
-__all__ = ["as_held_out", "largest_peaks", "metrics_of", "peaks"]
+__all__ = ["as_held_out", "in_a_cell", "largest_peaks", "metrics_of", "peaks", "short_name"]
+
+_BEFORE = "_before"
+"""How the name ends of a figure that the base model has."""
+_LONGEST = 64 - len(_BEFORE)
+"""Characters of a figure's name without that; with it a metric has 64 at most."""
 
 
 def as_held_out(figures: Mapping[str, float]) -> dict[str, float]:
@@ -23,12 +29,29 @@ def as_held_out(figures: Mapping[str, float]) -> dict[str, float]:
 def metrics_of(figures: Mapping[str, float]) -> tuple[Metric, ...]:
     """Return figures as they travel, by name; those that are not finite are left out."""
     finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-    return tuple(Metric(name=name[:64], value=_digits(value)) for name, value in sorted(finite.items()))
+    return tuple(Metric(name=short_name(name), value=_digits(value)) for name, value in sorted(finite.items()))
+
+
+def short_name(name: str) -> str:
+    """Return a name as it travels: no two become one, and what is measured before is called like what comes after.
+
+    Rewards have names of up to 63 characters of their own.
+    """
+    name, before = name.removesuffix(_BEFORE), _BEFORE if name.endswith(_BEFORE) else ""
+    if len(name) > _LONGEST:
+        mark = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: _LONGEST - len(mark) - 1]}-{mark}"
+    return name + before
 
 
 def _digits(value: float) -> str:
     """Write a count with all of its digits, and anything else with six."""
     return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 else f"{value:.6g}"
+
+
+def in_a_cell(name: str) -> str:
+    """Return a figure's name as it stands in a table of Markdown; an offer may give a reward any name."""
+    return " ".join(name.replace("_", " ").split()).replace("|", "\\|")
 
 
 def peaks() -> dict[str, int | None]:

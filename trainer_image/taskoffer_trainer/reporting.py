@@ -10,7 +10,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from taskoffer_trainer.checkpoints import (
     write_text,
 )
 from taskoffer_trainer.clock import Clock, now
-from taskoffer_trainer.figures import as_held_out
+from taskoffer_trainer.figures import as_held_out, in_a_cell, short_name
 from taskoffer_trainer.mirror import provisional_adapter
 
 __all__ = ["PLOT_FILE", "REPORT_FILE", "has_report", "history_of", "report_end", "thinned"]
@@ -98,13 +98,17 @@ def _log(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def _figures(config: RunConfig, termination: Termination, history: list[HistoryPoint]) -> Iterator[FigureChange]:
-    said = as_held_out(read_run(config).get("figures_before") or {})
+    said = _by_short_name(as_held_out(read_run(config).get("figures_before") or {}))
     before = {metric.name: float(metric.value) for metric in termination.figures_before} or said
     after = {metric.name: float(metric.value) for metric in termination.figures_after}
     evaluated = [point.figures for point in history if "eval_loss" in point.figures]
-    best = min(evaluated, key=lambda figures: figures["eval_loss"], default={})
+    best = _by_short_name(min(evaluated, key=lambda figures: figures["eval_loss"], default={}))
     for name in sorted({*before, *after}):
         yield FigureChange(name=name, before=before.get(name), best=best.get(name), after=after.get(name))
+
+
+def _by_short_name(figures: Mapping[str, float]) -> dict[str, float]:
+    return {short_name(name): value for name, value in figures.items()}
 
 
 def _earlier(config: RunConfig) -> Iterator[AttemptEnd]:
@@ -196,7 +200,7 @@ def text_of(report: Report) -> str:
     if report.figures:
         lines += ["", "| held out | before | best in training | after |", "|---|---|---|---|"]
         lines += [
-            f"| {one.name.replace('_', ' ')} | {_shown(one.before)} | {_shown(one.best)} | {_shown(one.after)} |"
+            f"| {in_a_cell(one.name)} | {_shown(one.before)} | {_shown(one.best)} | {_shown(one.after)} |"
             for one in report.figures
         ]
     if report.history:

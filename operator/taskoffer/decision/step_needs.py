@@ -11,6 +11,9 @@ from taskoffer.api.v1alpha1.taskoffer import Output, TaskOfferSpec
 from taskoffer.api.v1alpha1.trainingjob import Run
 
 _REMEDY = "give the policy steps.cache, or"
+_FOR_HUBS = "give the policy steps.hubToken, or"
+_FOR_BUCKETS = "give the policy steps.s3Credentials, or"
+_WITHOUT_TARGET = "remove it and take the adapter from the output claim"
 
 
 def model_claim(model: Model) -> ClaimPath | None:
@@ -58,7 +61,9 @@ def unserved(spec: TaskOfferSpec, steps: Steps | None) -> Iterator[tuple[str, st
         yield "dataset.source", f"{_REMEDY} put the data on a claim and set dataset.source.persistentVolumeClaim"
     if output_claim(spec.output, steps) is None:
         yield "output", "set output.persistentVolumeClaim, the claim that receives the adapter"
-    if steps is None and spec.output is not None and spec.output.repository is not None:
-        yield "output.repository", f"{_REMEDY} remove it and take the adapter from the output claim"
-    if steps is None and spec.output is not None and spec.output.url is not None:
-        yield "output.url", f"{_REMEDY} remove it and take the adapter from the output claim"
+    output = spec.output
+    # Nothing can be written to either without a secret; to be told so after the training would be late.
+    if output is not None and output.repository is not None and (steps is None or steps.hub_token is None):
+        yield "output.repository", f"{_REMEDY if steps is None else _FOR_HUBS} {_WITHOUT_TARGET}"
+    if output is not None and output.url is not None and (steps is None or steps.s3_credentials is None):
+        yield "output.url", f"{_REMEDY if steps is None else _FOR_BUCKETS} {_WITHOUT_TARGET}"
