@@ -8,6 +8,7 @@ from typing import Any
 from taskoffer.api.contract import Clamp, RunConfig, evaluated_rows_cap
 from taskoffer_trainer.attention import attention_in_use
 from taskoffer_trainer.config import global_batch
+from taskoffer_trainer.context import within_context
 from taskoffer_trainer.fallback import lowered, profile_of
 from taskoffer_trainer.pod import pod_cpus
 
@@ -34,12 +35,16 @@ def effective(config: RunConfig, cpus: float | None = None) -> Effective:
     Args:
         config: what was asked for; what checkpoints belong to is said in terms of it.
         cpus: CPUs of the pod; found out when absent.
+
+    Raises:
+        TrainerError: ``BAD_CONFIG`` when nothing of it can be done with this model.
     """
     profile = profile_of(config)
     lower, fallbacks = lowered(config, profile)
     lower, loaders = _loaders(lower, pod_cpus() if cpus is None else cpus)
     lower, evaluation = _evaluation(lower)
-    return Effective(lower, profile, (*fallbacks, *loaders, *evaluation))
+    lower, context = within_context(lower)
+    return Effective(lower, profile, (*fallbacks, *loaders, *evaluation, *context))
 
 
 def in_force(config: RunConfig, profile: int, model: Any) -> dict[str, str]:

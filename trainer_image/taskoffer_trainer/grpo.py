@@ -354,7 +354,7 @@ class _Reinforcement(Course):
             self.kept.write(folder)
 
     def answer(self, model: Any, between: Callable[[], None]) -> list[str]:
-        return answers(model, self.tokenizer, self.prompts(), between)
+        return answers(model, self.tokenizer, self.prompts(), self.config.train.max_length, between)
 
     def verify(self, folder: Path, checkpoint: Checkpoint) -> Verified:
         """See the base class; compared are log-probabilities, for a reward may be another one at every call."""

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from taskoffer_trainer.tokens import TokenRow
+from taskoffer_trainer.tokens import ANSWER_TOKENS, TokenRow, prompt_room
 
 __all__ = ["answer_losses", "answers", "padded", "turns"]
 
 Batch = TypeVar("Batch")
-
-ANSWER_TOKENS = 64
-"""Longest sample answer in tokens."""
 
 
 def padded(rows: Sequence[TokenRow], pad: int, device: Any) -> dict[str, Any]:
@@ -67,14 +64,15 @@ def answer_losses(model: Any, rows: Sequence[TokenRow], pad: int) -> tuple[float
 
 
 def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[str], between: Callable[[], None] = lambda: None
+    model: Any, tokenizer: Any, prompts: Sequence[str], longest: int, between: Callable[[], None] = lambda: None
 ) -> list[str]:
     """Let the model answer each prompt, always taking the likeliest token, and return the answers' texts.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer; a chat template is used where it has one.
-        prompts: what a user would say.
+        prompts: what a user would say; of one that is too long its end is answered.
+        longest: tokens of the longest row that the model is trained with.
         between: called before each prompt; may raise to leave early.
     """
     import torch
@@ -90,12 +88,12 @@ def answers(
                 message = [{"role": "user", "content": prompt}]
                 text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
             inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-            ids = inputs["input_ids"].to(model.device)
+            ids = inputs["input_ids"][:, -prompt_room(longest) :].to(model.device)
             with torch.no_grad():
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=ANSWER_TOKENS,
+                    max_new_tokens=min(ANSWER_TOKENS, longest - ids.shape[1]),
                     do_sample=False,
                     temperature=None,
                     top_p=None,

@@ -73,7 +73,7 @@ def try_text(config: SubmitConfig, folder: Path, tensors: int, interrupt: Interr
     with torch.no_grad():
         if not bool(model(input_ids=ids).logits.isfinite().all()):
             raise verify_failed("what it answers has numbers that are not finite")
-    texts = answers(model, tokenizer, PROMPTS, interrupt.check)
+    texts = answers(model, tokenizer, PROMPTS, run.train.max_length, interrupt.check)
     check_answers(texts)
     said = [{"prompt": prompt, "before": "", "after": text} for prompt, text in zip(PROMPTS, texts, strict=True)]
     return Trial(tensors, parameters, said, versions=_versions("transformers", "peft"))

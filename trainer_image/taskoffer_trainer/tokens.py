@@ -13,6 +13,7 @@ from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.instruct_data import Example
 
 __all__ = [
+    "ANSWER_TOKENS",
     "IGNORED",
     "Cuts",
     "TextData",
@@ -23,6 +24,8 @@ __all__ = [
     "left_out_of",
     "parts",
     "prompt_of",
+    "prompt_room",
+    "sample_prompt",
     "tokenize",
     "tokenize_split",
 ]
@@ -31,6 +34,9 @@ T = TypeVar("T")
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
+
+ANSWER_TOKENS = 64
+"""Longest sample answer in tokens."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,31 @@ def common_prefix(left: list[int], right: list[int]) -> int:
     return min(len(left), len(right))
 
 
+def prompt_room(longest: int) -> int:
+    """Return the most tokens of a sample prompt, so that there is room for an answer within the longest row."""
+    return max(longest // 2, longest - ANSWER_TOKENS)
+
+
+def sample_prompt(texts: Sequence[str], tokenizer: Any, longest: int) -> str:
+    """Return the first text that a row has room for, else the shortest.
+
+    A text of the data can be of any length, and one that is left out of the training for that must not be answered
+    either: no memory is planned for it.
+
+    Args:
+        texts: what users have said, at least one.
+        tokenizer: the model's.
+        longest: tokens of the longest row.
+    """
+    room = prompt_room(longest)
+
+    def fits(text: str) -> bool:
+        asked = prompt_of(Example("", text, ""), tokenizer)
+        return len(tokenizer([asked], add_special_tokens=False)["input_ids"][0]) <= room
+
+    return next((text for text in texts if fits(text)), min(texts, key=len))
+
+
 def tokenize_split(split: Split[Example], config: RunConfig, tokenizer: Any) -> TextData:
     """Tokenize both parts. Without sample prompts the first held-out row gives one.
 
@@ -188,8 +219,8 @@ def tokenize_split(split: Split[Example], config: RunConfig, tokenizer: Any) -> 
         TrainerError: ``BAD_DATA`` when no row of a part is short enough.
     """
     length = config.train.max_length
-    first = split.held_out[0]
-    prompts = list(config.sample_prompts) or [first.user or first.answer[:80]]
+    said = [one.user or one.answer[:80] for one in split.held_out]
+    prompts = list(config.sample_prompts) or [sample_prompt(said, tokenizer, length)]
     cuts = [Cuts(length, "training", len(split.train)), Cuts(length, "held-out", len(split.held_out))]
     train = tokenize(split.train, tokenizer, cuts[0])
     held_out = tokenize(split.held_out, tokenizer, cuts[1])
