@@ -268,7 +268,9 @@ class _Reinforcement(Course):
         return [len(one.ids) for one in self.train]
 
     def counts(self) -> dict[str, int]:
-        return {"train": len(self.train), "held_out": len(self.held_out)}
+        there = {"train": len(self.train), "held_out": len(self.held_out), **self.split.left_out}
+        too_long = len(self.split.train) + len(self.split.held_out) - there["train"] - there["held_out"]
+        return {**there, "tooLong": too_long} if too_long else there
 
     def outcome(self, before: dict[str, float], after: dict[str, float]) -> str:
         return f"held-out reward {before['reward']:.4f} -> {after['reward']:.4f}, KL divergence {after['kl']:.4f}"
