@@ -92,7 +92,7 @@ def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: Any
             cuts.cut += len(row.input_ids) > cuts.max_length
             labels = row.labels[: cuts.max_length]
             if all(label == IGNORED for label in labels[1:]):
-                cuts.too_long += 1
+                cuts.leave_out(len(row.input_ids))
                 continue
             rows.append(TokenRow(row.input_ids[: cuts.max_length], labels))
     cuts.say()

@@ -79,10 +79,11 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, cuts: Cuts) -> list[To
             begin = min(common_prefix(prompt, good), common_prefix(prompt, bad))
             for answer in (good, bad):
                 answer += end_of(answer[begin:], tokenizer)
-            cuts.cut += max(len(good), len(bad)) > cuts.max_length
+            longest = max(len(good), len(bad))
+            cuts.cut += longest > cuts.max_length
             pair = TokenPair(good[:begin], good[begin : cuts.max_length], bad[begin : cuts.max_length])
             if pair.chosen_ids == pair.rejected_ids or not (pair.chosen_ids and pair.rejected_ids):
-                cuts.too_long += 1
+                cuts.leave_out(longest)
                 continue
             rows.append(pair)
     cuts.say()

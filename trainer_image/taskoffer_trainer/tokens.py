@@ -35,6 +35,8 @@ T = TypeVar("T")
 IGNORED = -100
 """Label of a token that the loss leaves out."""
 
+_NOTHING = "what the model's tokenizer and chat template make of them has no answer that could be learnt"
+
 ANSWER_TOKENS = 64
 """Longest sample answer in tokens."""
 
@@ -64,16 +66,35 @@ class TextData:
 
 @dataclass
 class Cuts:
-    """What became of rows that are longer than they may be."""
+    """What became of rows that are longer than they may be, or of which nothing can be learnt.
+
+    Attributes:
+        max_length: most tokens of a row.
+        what: which part of the data this is, for messages.
+        rows: how many there are.
+        cut: rows that are longer.
+        too_long: those of them that are left out, because their answer would be gone.
+        nothing: rows that are left out although they are short enough.
+    """
 
     max_length: int
     what: str
     rows: int = 0
     cut: int = 0
     too_long: int = 0
+    nothing: int = 0
+
+    def leave_out(self, length: int) -> None:
+        """Count a row of so many tokens that is left out."""
+        if length > self.max_length:
+            self.too_long += 1
+        else:
+            self.nothing += 1
 
     def say(self) -> None:
         """Print a line when there were any."""
+        if self.nothing:
+            print(f"data: {self.nothing} of {self.rows} {self.what} rows are left out: {_NOTHING}")
         if self.cut:
             print(
                 f"data: {self.cut} of {self.rows} {self.what} rows are longer than {self.max_length} tokens; "
@@ -81,7 +102,13 @@ class Cuts:
             )
 
     def nothing_left(self) -> TrainerError:
-        """Build the error for a part of the data of which no row is short enough."""
+        """Build the error for a part of the data of which no row is left."""
+        if self.nothing:
+            return bad_data(
+                "DataEmpty",
+                f"none of {self.rows} {self.what} rows is left: of {self.nothing}, {_NOTHING}; {self.too_long} have "
+                f"prompts of {self.max_length} tokens and more (train.maxLength)",
+            )
         return bad_data(
             "DataTooLong",
             f"all {self.rows} {self.what} rows have prompts of {self.max_length} tokens and more (train.maxLength)",
@@ -170,7 +197,7 @@ def tokenize(examples: list[Example], tokenizer: Any, cuts: Cuts) -> list[TokenR
             labels = [IGNORED] * begin + ids[begin:]
             cuts.cut += len(ids) > max_length
             if begin >= max_length or len(ids) < 2:
-                cuts.too_long += 1
+                cuts.leave_out(len(ids))
                 continue
             rows.append(TokenRow(ids[:max_length], labels[:max_length]))
     cuts.say()
@@ -228,6 +255,6 @@ def tokenize_split(split: Split[Example], config: RunConfig, tokenizer: Any) -> 
 
 
 def left_out_of(cuts: Sequence[Cuts]) -> dict[str, int]:
-    """Return the rows that were too long in the shape of :attr:`TextData.left_out`."""
-    count = sum(one.too_long for one in cuts)
-    return {"tooLong": count} if count else {}
+    """Return the rows that were left out in the shape of :attr:`TextData.left_out`."""
+    counts = {"tooLong": sum(one.too_long for one in cuts), "nothingToLearn": sum(one.nothing for one in cuts)}
+    return {reason: count for reason, count in counts.items() if count}
