@@ -190,6 +190,15 @@ def silence(found: Probe) -> Any:
 
 
 @probe
+def standing(found: Probe) -> Any:
+    """A run whose steps are too small for its evaluations to differ from the base model's."""
+    train = {"maxSteps": 4, "evalSteps": 2, "saveSteps": 4, "learningRate": 1e-9, "adaptiveLr": {"patience": 3}}
+    course = found.whole(train=train)
+    course.run()
+    return course.progress.metrics["learning_rate_factor"]
+
+
+@probe
 def fallback(found: Probe) -> Any:
     """An attempt with the last profile, from a checkpoint of one with none."""
     settings = {

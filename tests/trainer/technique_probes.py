@@ -173,6 +173,34 @@ def tokens(found: Probe) -> Any:
 
 
 @probe
+def context(found: Probe) -> Any:
+    """A model that knows 96 positions and fails beyond them, asked for rows and for a sample of more tokens."""
+    import shutil
+
+    import transformers
+
+    folder = found.folder / "model"
+    settings = transformers.GPT2Config(vocab_size=1024, n_positions=96, n_embd=64, n_layer=2, n_head=4)
+    transformers.set_seed(1)
+    transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    for pattern in ("*token*", "chat_template*"):
+        for file in Path(found.base["model"]["path"]).glob(pattern):
+            shutil.copy(file, folder)
+    course = found.course(
+        model={"path": str(folder)},
+        samplePrompts=["Say " + "again and " * 300],
+        train={"maxSteps": 2, "evalSteps": 2, "saveSteps": 2, "maxLength": 2048},
+    )
+    train(course)
+    return {
+        "answers": len(course.answer(course.trainer.model, lambda: None)),
+        "losses": history(course, "eval_loss"),
+        "clamps": clamps(course),
+        "longest": max(len(row.input_ids) for row in course.data.train),
+    }
+
+
+@probe
 def optimizers(found: Probe) -> Any:
     result = {}
     for name in ("adamw_torch_fused", "adamw_torch", "adafactor"):

@@ -97,6 +97,10 @@ def test_the_last_profile_goes_on_from_a_checkpoint_with_less_of_everything(foun
     assert sum(said["losses"][8:]) / 4 < sum(said["losses"][:4]) / 4
 
 
+def test_a_rate_that_follows_the_loss_stays_while_that_is_the_base_models(found: Found) -> None:
+    assert found["standing"] == 1.0
+
+
 def test_the_compiled_model_is_called_until_its_pieces_have_changed_too_often(found: Found) -> None:
     said = found["compiling"]
     assert said["calls"][0] > 0

@@ -19,7 +19,7 @@ from taskoffer_trainer.dpo_data import Pair
 from taskoffer_trainer.dpo_tokens import tokenize_pairs
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.instruct_data import Example
-from taskoffer_trainer.tokens import IGNORED, Cuts, tokenize
+from taskoffer_trainer.tokens import IGNORED, Cuts, left_out_of, tokenize
 
 pytestmark = pytest.mark.trainer
 
@@ -232,6 +232,16 @@ def test_long_conversations_are_cut_and_left_out_when_no_answer_is_left(capsys: 
     with pytest.raises(TrainerError, match=r"train\.maxLength") as error:
         tokenize_conversations([TALK], tokenizer, Cuts(first, "training", 1))
     assert error.value.reason == "DataTooLong"
+
+
+def test_where_the_template_keeps_no_answer_the_length_is_not_blamed(capsys: pytest.CaptureFixture[str]) -> None:
+    own = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | upper + '\n' }}{% endfor %}"
+    cuts = Cuts(1000, "training", 1)
+    with pytest.raises(TrainerError, match="chat template make of them has no answer") as error:
+        tokenize_conversations([TALK], tokenizer_with(template=own), cuts)
+    assert error.value.reason == "DataEmpty"
+    assert left_out_of([cuts]) == {"nothingToLearn": 1}
+    assert "1 of 1 training rows are left out" in capsys.readouterr().out
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12).filter(

@@ -40,28 +40,66 @@ def config(wire: dict[str, Any], said: Any, **changes: Any) -> RunConfig:
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 
-CONTEXTS: list[tuple[Any, int | None, Context]] = [
+# What the config.json of such a model says, and the longest row that it was made for.
+SAID: dict[str, tuple[Any, int | None]] = {
+    "llama 2": ({"max_position_embeddings": 4096}, 4096),
+    "gpt 2": ({"n_ctx": 1024, "n_positions": 1024}, 1024),
+    "mpt": ({"max_seq_len": 2048}, 2048),
+    "llama 3.1": (
+        {
+            "max_position_embeddings": 131072,
+            "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        },
+        131072,
+    ),
+    "vicuna 16k": ({"max_position_embeddings": 4096, "rope_scaling": {"factor": 4.0, "type": "linear"}}, 16384),
+    "qwen with yarn": (
+        {
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"factor": 4.0, "original_max_position_embeddings": 32768, "rope_type": "yarn"},
+        },
+        131072,
+    ),
+    "gemma 3": (
+        {
+            "text_config": {
+                "max_position_embeddings": 32768,
+                "rope_parameters": {"full_attention": {"factor": 8.0}, "sliding_attention": {"rope_theta": 1e4}},
+            }
+        },
+        262144,
+    ),
+    "phi 3": ({"max_position_embeddings": 131072, "rope_scaling": {"long_factor": [1.0], "type": "longrope"}}, 131072),
+    "bloom": ({"hidden_size": 64}, None),
+    "nothing of use": ({"max_position_embeddings": None, "n_positions": -1, "rope_scaling": "dynamic"}, None),
+    "no object": ([1], None),
+    "no JSON": ("{", None),
+}
+
+
+@pytest.mark.parametrize(("said", "positions"), SAID.values(), ids=SAID)
+def test_the_longest_row_is_read_from_what_a_model_says(said: Any, positions: int | None, wire: dict[str, Any]) -> None:
+    assert context_of(config(wire, said)) == Context(positions)
+
+
+def test_a_model_that_is_not_there_bounds_nothing(wire: dict[str, Any]) -> None:
+    assert context_of(RunConfig.model_validate(merge(wire, {"model": {"path": "/missing"}}))) == Context()
+
+
+STRETCHED: list[tuple[Any, int, Context]] = [
     # What config.json says, the factor that is asked for, and what is made of both
-    ({"max_position_embeddings": 2048}, None, Context(2048)),
-    ({"n_positions": 1024, "n_ctx": 1024}, None, Context(1024)),
-    ({"max_seq_len": 4096}, None, Context(4096)),
-    ({"text_config": {"max_position_embeddings": 8192}}, None, Context(8192)),
-    ({"alibi": True}, None, Context()),
-    ({"max_position_embeddings": -1}, None, Context()),
-    ([1, 2], None, Context()),
-    ("no JSON", None, Context()),
     ({"max_position_embeddings": 2048}, 4, Context(8192, 2048)),
     ({"max_position_embeddings": 2048, "rope_scaling": None}, 2, Context(4096, 2048)),
     ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default"}}, 2, Context(4096, 2048)),
     ({"max_position_embeddings": 8192, "rope_parameters": YARN}, 4, Context(8192)),
-    ({"max_position_embeddings": 8192, "rope_scaling": {"type": "yarn", "factor": 4}}, 4, Context(8192)),
-    ({"max_position_embeddings": 8192, "rope_parameters": YARN}, None, Context(8192)),
+    ({"max_position_embeddings": 2048, "rope_parameters": YARN}, 4, Context(8192)),
+    ({"max_position_embeddings": 2048, "rope_scaling": {"type": "yarn", "factor": 4}}, 4, Context(8192)),
 ]
 
 
-@pytest.mark.parametrize(("said", "factor", "context"), CONTEXTS)
-def test_what_a_model_takes_in_is_read_from_its_settings(
-    said: Any, factor: int | None, context: Context, wire: dict[str, Any]
+@pytest.mark.parametrize(("said", "factor", "context"), STRETCHED)
+def test_a_model_is_stretched_unless_it_was_before(
+    said: Any, factor: int, context: Context, wire: dict[str, Any]
 ) -> None:
     assert context_of(config(wire, said, model={"yarnFactor": factor})) == context
 

@@ -14,7 +14,7 @@ from taskoffer.api.contract import DataConfig, InstructColumns
 from taskoffer_trainer.data import read_rows, split_rows
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.instruct_data import Example, build_examples
-from taskoffer_trainer.tokens import IGNORED, Cuts, tokenize
+from taskoffer_trainer.tokens import IGNORED, Cuts, sample_prompt, tokenize
 
 pytestmark = pytest.mark.trainer
 
@@ -303,6 +303,15 @@ def test_only_the_answer_counts_for_the_loss() -> None:
     assert len(row.input_ids) == 7
     assert row.labels == [IGNORED] * 4 + row.input_ids[4:]
     assert row.labels[-1] == tokenizer.words["<end>"]
+
+
+@pytest.mark.parametrize(
+    ("words", "chosen"), [([500, 100, 20], 100), ([500, 137, 136, 1], 136), ([500, 300, 400], 300)]
+)
+def test_the_sample_prompt_is_the_first_that_a_row_has_room_for(words: list[int], chosen: int) -> None:
+    """Of 200 tokens 64 are for the answer; where no text fits the shortest is taken."""
+    texts = [" ".join(["word"] * count) for count in words]
+    assert len(sample_prompt(texts, WordTokenizer(), 200).split()) == chosen
 
 
 def test_a_template_that_refuses_a_row_is_bad_data() -> None:

@@ -103,3 +103,21 @@ def test_every_loss_is_the_same_whole_and_in_pieces_of_one(
     sums = {name: one["sum"] for name, one in found.items()}
     assert [sums.pop("bnpo"), sums.pop("with gradient checkpointing")] == pytest.approx([sums["dapo"]] * 2, rel=1e-4)
     assert len(set(sums.values())) == len(sums)
+
+
+COUNTS = """
+from taskoffer_trainer.data import Split
+from taskoffer_trainer.grpo import _Reinforcement
+
+course = object.__new__(_Reinforcement)
+course.split, course.train, course.held_out = Split([1, 2, 3], [4, 5], {"noText": 2}), [1, 2], [4]
+assert course.counts() == {"train": 2, "held_out": 1, "noText": 2, "tooLong": 2}, course.counts()
+course.split = Split([1, 2], [4])
+assert course.counts() == {"train": 2, "held_out": 1}, course.counts()
+print("counted")
+"""
+
+
+def test_prompts_that_are_left_out_are_counted_as_rows_of_other_tasks_are(libraries: Preloader) -> None:
+    done = libraries.run(["-c", COUNTS], dict(os.environ))
+    assert done.stdout.endswith("counted\n"), done.stdout[-3000:]

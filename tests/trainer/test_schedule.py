@@ -104,6 +104,14 @@ def test_a_negative_loss_improves_when_it_falls() -> None:
     assert [found.observe(loss) for loss in (-1.0, -1.1, -1.1001)] == pytest.approx([1.05, 1.05**2, None])
 
 
+def test_the_first_evaluation_is_compared_with_the_base_model() -> None:
+    """A loss that has risen since before the training is no reason to go faster."""
+    settings = TrainSettings.model_validate(ADAPTIVE)
+    risen, fallen = (LearningRate(settings, 100, before=2.0) for _ in range(2))
+    assert [risen.observe(loss) for loss in (2.1, 2.05)] == [None, 0.8]
+    assert fallen.observe(1.9) == 1.05
+
+
 def test_without_the_setting_nothing_is_observed() -> None:
     found = rate(lrSchedulerType="constant")
     assert [found.observe(loss) for loss in (1.0, 2.0, 3.0)] == [None] * 3

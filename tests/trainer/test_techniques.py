@@ -87,6 +87,13 @@ def test_a_limit_of_tokens_makes_the_pieces_smaller_and_changes_no_loss(found: F
     assert limited["losses"] == pytest.approx(free["losses"], rel=1e-5)
 
 
+def test_no_row_and_no_sample_is_longer_than_the_model_can_take(found: Found) -> None:
+    said = found["context"]
+    assert (said["answers"], len(said["losses"]), said["longest"]) == (1, 1, 96)
+    (clamp,) = [one for one in said["clamps"] if one["field"] == "train.maxLength"]
+    assert (clamp["requested"], clamp["effective"], clamp["reason"]) == ("2048", "96", "LengthClamped")
+
+
 def test_the_optimizer_is_the_one_that_was_asked_for(found: Found) -> None:
     said = found["optimizers"]
     assert (said["adamw_torch_fused"]["class"], said["adamw_torch_fused"]["fused"]) == ("AdamW", True)

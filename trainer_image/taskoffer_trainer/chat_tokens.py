@@ -10,7 +10,17 @@ from taskoffer.api.contract import RunConfig
 from taskoffer_trainer.chat_data import Conversation
 from taskoffer_trainer.chat_template import Rendered, render
 from taskoffer_trainer.data import Split
-from taskoffer_trainer.tokens import IGNORED, Cuts, TextData, TokenRow, common_prefix, end_of, left_out_of, parts
+from taskoffer_trainer.tokens import (
+    IGNORED,
+    Cuts,
+    TextData,
+    TokenRow,
+    common_prefix,
+    end_of,
+    left_out_of,
+    parts,
+    sample_prompt,
+)
 
 __all__ = ["tokenize_chat_split", "tokenize_conversations", "turns_by_offsets", "turns_by_prefixes"]
 
@@ -82,7 +92,7 @@ def tokenize_conversations(conversations: Sequence[Conversation], tokenizer: Any
             cuts.cut += len(row.input_ids) > cuts.max_length
             labels = row.labels[: cuts.max_length]
             if all(label == IGNORED for label in labels[1:]):
-                cuts.too_long += 1
+                cuts.leave_out(len(row.input_ids))
                 continue
             rows.append(TokenRow(row.input_ids[: cuts.max_length], labels))
     cuts.say()
@@ -103,7 +113,8 @@ def tokenize_chat_split(split: Split[Conversation], config: RunConfig, tokenizer
         TrainerError: ``BAD_DATA`` when no row of a part is short enough, or the template refuses one.
     """
     length = config.train.max_length
-    prompts = list(config.sample_prompts) or [split.held_out[0].first_prompt]
+    said = [one.first_prompt for one in split.held_out]
+    prompts = list(config.sample_prompts) or [sample_prompt(said, tokenizer, length)]
     cuts = [Cuts(length, "training", len(split.train)), Cuts(length, "held-out", len(split.held_out))]
     train = tokenize_conversations(split.train, tokenizer, cuts[0])
     held_out = tokenize_conversations(split.held_out, tokenizer, cuts[1])

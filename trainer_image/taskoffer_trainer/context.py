@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taskoffer.api.contract import ExitCode, RunConfig, TaskType
+from taskoffer.api.contract import Clamp, ExitCode, GRPOSettings, RunConfig, TaskType
 from taskoffer_trainer.failures import TrainerError
 
-__all__ = ["Context", "context_of", "positions_of", "stretched", "yarn"]
+__all__ = ["Context", "context_of", "stretched", "within_context", "yarn"]
 
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 """What model families call the number of positions in ``config.json``: most, GPT-2 and its kin, MPT."""
 
 
@@ -30,35 +31,59 @@ class Context:
     original: int | None = None
 
 
-def positions_of(settings: Any) -> int | None:
-    """Return the longest text in tokens that a loaded model's settings (``model.config``) state."""
-    return _first(lambda name: getattr(settings, name, None))
-
-
 def context_of(config: RunConfig) -> Context:
     """Return what the base model of a run takes in; needs only its ``config.json``.
 
-    A model that was stretched by the asked factor before it was published (its settings say ``yarn`` and that factor)
-    is taken as it is.
+    A model whose rotary positions are stretched by its own settings takes in what they say: the factor times the
+    original number. One that was stretched by the asked factor before it was published is taken as it is.
 
     Raises:
         TrainerError: ``BAD_CONFIG`` when YaRN is asked for a model that cannot have it.
     """
     if config.task_type is TaskType.IMAGE:
         return Context()
-    said = _said(Path(config.model.path) / "config.json")
-    positions, factor = _first(said.get), config.model.yarn_factor
+    said, factor = _said(Path(config.model.path) / "config.json"), config.model.yarn_factor
+    positions = _positions(said)
     if factor is None:
-        return Context(positions if positions is not None else _first(_inner(said).get))
+        return Context(positions)
     if positions is None:
         raise _no_yarn(config, "does not say how many positions it has")
-    scaling = said.get("rope_scaling") or said.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "yarn" and scaling.get("factor") == factor:
-        return Context(positions)
-    if kind != "default":
-        raise _no_yarn(config, f"has positions that are scaled already, by {kind} with factor {scaling.get('factor')}")
+    for scaling in _scalings(said):
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind == "yarn" and scaling.get("factor") == factor:
+            return Context(positions)
+        if kind != "default":
+            scale = scaling.get("factor")
+            raise _no_yarn(config, f"has positions that are scaled already, by {kind} with factor {scale}")
     return Context(positions * factor, positions)
+
+
+def within_context(config: RunConfig) -> tuple[RunConfig, tuple[Clamp, ...]]:
+    """Cut rows where the model's positions end.
+
+    A model with learned positions has none behind them: on a CPU the lookup fails, on a GPU it takes the process along.
+    One with rotary positions goes on, and learns from what it cannot tell apart.
+
+    Raises:
+        TrainerError: as :func:`context_of`.
+    """
+    train, positions = config.train, context_of(config).positions
+    if positions is None or train.max_length <= positions:
+        return config, ()
+    message = f"{config.model.name} was made for texts of at most {positions} tokens (its config.json)."
+    clamps = [_clamp("train.maxLength", train.max_length, positions, message)]
+    update: dict[str, Any] = {"max_length": positions}
+    drawing = train.grpo or GRPOSettings()
+    if config.task_type is TaskType.GRPO and drawing.max_completion_length >= positions:
+        asked, half = drawing.max_completion_length, max(1, positions // 2)
+        clamps.append(_clamp("train.grpo.maxCompletionLength", asked, half, f"{message} Half are left to the prompt."))
+        update["grpo"] = drawing.model_copy(update={"max_completion_length": half})
+    return config.model_copy(update={"train": train.model_copy(update=update)}), tuple(clamps)
+
+
+def _clamp(field: str, requested: int, effective: int, message: str) -> Clamp:
+    said = message if len(message) <= 512 else message[:509] + "..."
+    return Clamp(field=field, requested=str(requested), effective=str(effective), reason="LengthClamped", message=said)
 
 
 def stretched(config: RunConfig) -> Any:
@@ -100,17 +125,35 @@ def _said(file: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _inner(said: dict[str, Any]) -> dict[str, Any]:
+def _of_text(said: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the language model in one that also takes in other things."""
     inner = said.get("text_config")
-    return inner if isinstance(inner, dict) else {}
+    return inner if isinstance(inner, dict) else said
 
 
-def _first(find: Any) -> int | None:
-    for name in _LENGTHS:
-        found = find(name)
-        if isinstance(found, int) and found > 0:
-            return found
-    return None
+def _positions(said: dict[str, Any]) -> int | None:
+    text = _of_text(said)
+    own = next((int(number) for name in _LENGTHS if (number := _positive(text.get(name)))), None)
+    if own is None:
+        return None
+    scaled = [
+        factor * (_positive(scaling.get("original_max_position_embeddings")) or own)
+        for scaling in _scalings(said)
+        if (factor := _positive(scaling.get("factor")))
+    ]
+    return math.floor(max([own, *scaled]))
+
+
+def _scalings(said: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return how rotary positions are stretched; the models of some families say it for each kind of layer."""
+    text = _of_text(said)
+    found = [one for name in ("rope_scaling", "rope_parameters") if isinstance(one := text.get(name), dict)]
+    return [*found, *(one for scaling in found for one in scaling.values() if isinstance(one, dict))]
+
+
+def _positive(value: Any) -> float | None:
+    usual = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if usual and 0 < value < math.inf else None
 
 
 def _no_yarn(config: RunConfig, why: str) -> TrainerError:

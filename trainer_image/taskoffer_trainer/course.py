@@ -313,6 +313,7 @@ class Course(ABC):
                 if self.average is not None:
                     self.average.restore(resume.folder)
             self.steps.take_word()
+            self.trainer.loss_before = baseline.loss
             self.trainer.begin(self.steps, step)
             self.trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
             step, log = self.trainer.state.global_step, self.trainer.state.log_history

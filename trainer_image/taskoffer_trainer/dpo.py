@@ -163,7 +163,7 @@ class _Preferences(Course):
         return self.figures.measure(model, self.evaluation, shared, between)
 
     def answer(self, model: Any, between: Callable[[], None]) -> list[str]:
-        return answers(model, self.tokenizer, self.data.prompts, between)
+        return answers(model, self.tokenizer, self.data.prompts, self.config.train.max_length, between)
 
     def verify(self, folder: Path, checkpoint: Checkpoint) -> Verified:
         from trl.trainer.utils import add_fused_lm_head

@@ -10,7 +10,16 @@ from taskoffer.api.contract import RunConfig
 from taskoffer_trainer.data import Split
 from taskoffer_trainer.dpo_data import Pair
 from taskoffer_trainer.instruct_data import Example
-from taskoffer_trainer.tokens import Cuts, common_prefix, end_of, full_text, left_out_of, parts, prompt_of
+from taskoffer_trainer.tokens import (
+    Cuts,
+    common_prefix,
+    end_of,
+    full_text,
+    left_out_of,
+    parts,
+    prompt_of,
+    sample_prompt,
+)
 
 __all__ = ["PairData", "TokenPair", "tokenize_pair_split", "tokenize_pairs"]
 
@@ -70,10 +79,11 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, cuts: Cuts) -> list[To
             begin = min(common_prefix(prompt, good), common_prefix(prompt, bad))
             for answer in (good, bad):
                 answer += end_of(answer[begin:], tokenizer)
-            cuts.cut += max(len(good), len(bad)) > cuts.max_length
+            longest = max(len(good), len(bad))
+            cuts.cut += longest > cuts.max_length
             pair = TokenPair(good[:begin], good[begin : cuts.max_length], bad[begin : cuts.max_length])
             if pair.chosen_ids == pair.rejected_ids or not (pair.chosen_ids and pair.rejected_ids):
-                cuts.too_long += 1
+                cuts.leave_out(longest)
                 continue
             rows.append(pair)
     cuts.say()
@@ -92,5 +102,5 @@ def tokenize_pair_split(split: Split[Pair], config: RunConfig, tokenizer: Any) -
     cuts = [Cuts(length, "training", len(split.train)), Cuts(length, "held-out", len(split.held_out))]
     train = tokenize_pairs(split.train, tokenizer, cuts[0])
     held_out = tokenize_pairs(split.held_out, tokenizer, cuts[1])
-    prompts = list(config.sample_prompts) or [split.held_out[0].prompt]
+    prompts = list(config.sample_prompts) or [sample_prompt([one.prompt for one in split.held_out], tokenizer, length)]
     return PairData(train, held_out, prompts, {**split.left_out, **left_out_of(cuts)})

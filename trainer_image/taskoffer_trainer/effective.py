@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from taskoffer.api.contract import Clamp, GRPOSettings, RunConfig, TaskType, evaluated_rows_cap
+from taskoffer.api.contract import Clamp, RunConfig, evaluated_rows_cap
 from taskoffer_trainer.attention import attention_in_use
 from taskoffer_trainer.config import global_batch
-from taskoffer_trainer.context import context_of
+from taskoffer_trainer.context import within_context
 from taskoffer_trainer.fallback import keeps_attention, lowered, profile_of
 from taskoffer_trainer.pod import pod_cpus
 
@@ -43,8 +43,8 @@ def effective(config: RunConfig, cpus: float | None = None) -> Effective:
     lower, fallbacks = lowered(config, profile, keeps_attention(config))
     lower, loaders = _loaders(lower, pod_cpus() if cpus is None else cpus)
     lower, evaluation = _evaluation(lower)
-    lower, lengths = _lengths(lower)
-    return Effective(lower, profile, (*fallbacks, *loaders, *evaluation, *lengths))
+    lower, context = within_context(lower)
+    return Effective(lower, profile, (*fallbacks, *loaders, *evaluation, *context))
 
 
 def in_force(config: RunConfig, profile: int, model: Any) -> dict[str, str]:
@@ -95,27 +95,6 @@ def _evaluation(config: RunConfig) -> tuple[RunConfig, tuple[Clamp, ...]]:
         return config, ()
     message = f"An evaluation every {train.eval_steps} steps of {global_batch(config)} rows takes a tenth of the time."
     return config, (_clamp("data.evalRowsMax", asked, most, "EvaluationClamped", message),)
-
-
-def _lengths(config: RunConfig) -> tuple[RunConfig, tuple[Clamp, ...]]:
-    """Cut rows where the model's positions end.
-
-    A model with learned positions has none behind them: on a CPU the lookup fails, on a GPU it takes the process along.
-    One with rotary positions goes on, and has never seen what it sees there.
-    """
-    train, positions = config.train, context_of(config).positions
-    if positions is None or train.max_length <= positions:
-        return config, ()
-    message = f"{config.model.name} takes texts of {positions} tokens."
-    clamps = [_clamp("train.maxLength", train.max_length, positions, "LengthClamped", message)]
-    update: dict[str, Any] = {"max_length": positions}
-    drawing = train.grpo or GRPOSettings()
-    if config.task_type is TaskType.GRPO and drawing.max_completion_length >= positions:
-        asked, half = drawing.max_completion_length, max(1, positions // 2)
-        message += " Half of them are the prompt's."
-        clamps.append(_clamp("train.grpo.maxCompletionLength", asked, half, "LengthClamped", message))
-        update["grpo"] = drawing.model_copy(update={"max_completion_length": half})
-    return config.model_copy(update={"train": train.model_copy(update=update)}), tuple(clamps)
 
 
 def _clamp(field: str, requested: object, effective: object, reason: str, message: str) -> Clamp:

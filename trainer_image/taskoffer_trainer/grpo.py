@@ -268,7 +268,9 @@ class _Reinforcement(Course):
         return [len(one.ids) for one in self.train]
 
     def counts(self) -> dict[str, int]:
-        return {"train": len(self.train), "held_out": len(self.held_out)}
+        there = {"train": len(self.train), "held_out": len(self.held_out), **self.split.left_out}
+        too_long = len(self.split.train) + len(self.split.held_out) - there["train"] - there["held_out"]
+        return {**there, "tooLong": too_long} if too_long else there
 
     def rows_measured(self) -> int:
         return self.settings.num_generations_eval * len(self.held_out)
@@ -357,7 +359,7 @@ class _Reinforcement(Course):
             self.kept.write(folder)
 
     def answer(self, model: Any, between: Callable[[], None]) -> list[str]:
-        return answers(model, self.tokenizer, self.prompts(), between)
+        return answers(model, self.tokenizer, self.prompts(), self.config.train.max_length, between)
 
     def verify(self, folder: Path, checkpoint: Checkpoint) -> Verified:
         """See the base class; compared are log-probabilities, for a reward may be another one at every call."""

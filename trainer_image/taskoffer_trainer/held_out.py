@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from taskoffer_trainer.context import positions_of
-from taskoffer_trainer.tokens import TokenRow
+from taskoffer_trainer.tokens import ANSWER_TOKENS, TokenRow, prompt_room
 
 __all__ = ["answer_losses", "answers", "padded", "turns"]
 
 Batch = TypeVar("Batch")
-
-ANSWER_TOKENS = 64
-"""Longest sample answer in tokens."""
 
 
 def padded(rows: Sequence[TokenRow], pad: int, device: Any) -> dict[str, Any]:
@@ -71,18 +67,18 @@ def answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
+    longest: int,
     between: Callable[[], None] = lambda: None,
     most: int = ANSWER_TOKENS,
     between_tokens: Callable[[], None] | None = None,
 ) -> list[str]:
     """Let the model answer each prompt, always taking the likeliest token, and return the answers' texts.
 
-    Of a prompt that leaves no room for an answer in the model's positions, the end is taken.
-
     Args:
         model: a causal language model.
         tokenizer: its tokenizer; a chat template is used where it has one.
-        prompts: what a user would say.
+        prompts: what a user would say; of one that is too long its end is answered.
+        longest: tokens of the longest row that the model is trained with.
         between: called before each prompt; may raise to leave early.
         most: longest answer in tokens.
         between_tokens: called after each token; may raise to leave early.
@@ -95,8 +91,6 @@ def answers(
             between_tokens()
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
-    positions = positions_of(model.config)
-    longest = most if positions is None else min(most, max(1, positions // 2))
     was_training = model.training
     model.eval()
     found = []
@@ -108,14 +102,12 @@ def answers(
                 message = [{"role": "user", "content": prompt}]
                 text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
             inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-            ids = inputs["input_ids"].to(model.device)
-            if positions is not None:
-                ids = ids[:, -(positions - longest) :]
+            ids = inputs["input_ids"][:, -prompt_room(longest) :].to(model.device)
             with torch.no_grad():
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=longest,
+                    max_new_tokens=min(most, longest - ids.shape[1]),
                     do_sample=False,
                     temperature=None,
                     top_p=None,

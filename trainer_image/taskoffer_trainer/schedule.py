@@ -21,17 +21,17 @@ class LearningRate:
 
     Attributes:
         factor: product of what :meth:`observe` did so far, within the bounds of the settings.
-        best: smallest held-out loss so far.
+        best: smallest held-out loss so far; at the beginning that of the base model, where it is known.
         waited: evaluations without an improvement since the last change.
         resting: evaluations that still count for nothing after a decrease.
     """
 
     __slots__ = ("__dict__", "_settings", "_total")
 
-    def __init__(self, settings: TrainSettings, total_steps: int) -> None:
+    def __init__(self, settings: TrainSettings, total_steps: int, before: float = math.inf) -> None:
         self._settings, self._total = settings, total_steps
         self.factor = 1.0
-        self.best = math.inf
+        self.best = before
         self.waited = 0
         self.resting = 0
 

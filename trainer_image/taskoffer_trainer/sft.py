@@ -165,7 +165,7 @@ class _Supervised(Course):
         return {"eval_loss": total / tokens}
 
     def answer(self, model: Any, between: Callable[[], None]) -> list[str]:
-        return answers(model, self.tokenizer, self.data.prompts, between)
+        return answers(model, self.tokenizer, self.data.prompts, self.config.train.max_length, between)
 
     def accompany(self, folder: Path) -> None:
         if self._conversations() is not None:

@@ -77,15 +77,16 @@ def try_text(config: SubmitConfig, folder: Path, tensors: int, interrupt: Interr
     with torch.no_grad():
         if not bool(model(input_ids=ids).logits.isfinite().all()):
             raise verify_failed("what it answers has numbers that are not finite")
+    longest = run.train.max_length
     said: list[dict[str, str]] = []
     for prompt in PROMPTS:
-        (text,) = answers(model, tokenizer, (prompt,), interrupt.check, TOKENS, interrupt.check)
+        (text,) = answers(model, tokenizer, (prompt,), longest, interrupt.check, TOKENS, interrupt.check)
         said.append({"prompt": prompt, "before": "", "after": text})
         if text:
             break
     if not any(one["after"] for one in said):
         with model.disable_adapter():
-            before = answers(model, tokenizer, PROMPTS, interrupt.check, TOKENS, interrupt.check)
+            before = answers(model, tokenizer, PROMPTS, longest, interrupt.check, TOKENS, interrupt.check)
         check_answers([one["after"] for one in said], before)
     return Trial(tensors, parameters, said, versions=_versions("transformers", "peft"))
 

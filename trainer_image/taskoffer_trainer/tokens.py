@@ -13,6 +13,7 @@ from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.instruct_data import Example
 
 __all__ = [
+    "ANSWER_TOKENS",
     "IGNORED",
     "Cuts",
     "TextData",
@@ -23,6 +24,8 @@ __all__ = [
     "left_out_of",
     "parts",
     "prompt_of",
+    "prompt_room",
+    "sample_prompt",
     "tokenize",
     "tokenize_split",
 ]
@@ -31,6 +34,11 @@ T = TypeVar("T")
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
+
+_NOTHING = "what the model's tokenizer and chat template make of them has no answer that could be learnt"
+
+ANSWER_TOKENS = 64
+"""Longest sample answer in tokens."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +66,35 @@ class TextData:
 
 @dataclass
 class Cuts:
-    """What became of rows that are longer than they may be."""
+    """What became of rows that are longer than they may be, or of which nothing can be learnt.
+
+    Attributes:
+        max_length: most tokens of a row.
+        what: which part of the data this is, for messages.
+        rows: how many there are.
+        cut: rows that are longer.
+        too_long: those of them that are left out, because their answer would be gone.
+        nothing: rows that are left out although they are short enough.
+    """
 
     max_length: int
     what: str
     rows: int = 0
     cut: int = 0
     too_long: int = 0
+    nothing: int = 0
+
+    def leave_out(self, length: int) -> None:
+        """Count a row of so many tokens that is left out."""
+        if length > self.max_length:
+            self.too_long += 1
+        else:
+            self.nothing += 1
 
     def say(self) -> None:
         """Print a line when there were any."""
+        if self.nothing:
+            print(f"data: {self.nothing} of {self.rows} {self.what} rows are left out: {_NOTHING}")
         if self.cut:
             print(
                 f"data: {self.cut} of {self.rows} {self.what} rows are longer than {self.max_length} tokens; "
@@ -75,7 +102,13 @@ class Cuts:
             )
 
     def nothing_left(self) -> TrainerError:
-        """Build the error for a part of the data of which no row is short enough."""
+        """Build the error for a part of the data of which no row is left."""
+        if self.nothing:
+            return bad_data(
+                "DataEmpty",
+                f"none of {self.rows} {self.what} rows is left: of {self.nothing}, {_NOTHING}; {self.too_long} have "
+                f"prompts of {self.max_length} tokens and more (train.maxLength)",
+            )
         return bad_data(
             "DataTooLong",
             f"all {self.rows} {self.what} rows have prompts of {self.max_length} tokens and more (train.maxLength)",
@@ -164,7 +197,7 @@ def tokenize(examples: list[Example], tokenizer: Any, cuts: Cuts) -> list[TokenR
             labels = [IGNORED] * begin + ids[begin:]
             cuts.cut += len(ids) > max_length
             if begin >= max_length or len(ids) < 2:
-                cuts.too_long += 1
+                cuts.leave_out(len(ids))
                 continue
             rows.append(TokenRow(ids[:max_length], labels[:max_length]))
     cuts.say()
@@ -181,6 +214,31 @@ def common_prefix(left: list[int], right: list[int]) -> int:
     return min(len(left), len(right))
 
 
+def prompt_room(longest: int) -> int:
+    """Return the most tokens of a sample prompt, so that there is room for an answer within the longest row."""
+    return max(longest // 2, longest - ANSWER_TOKENS)
+
+
+def sample_prompt(texts: Sequence[str], tokenizer: Any, longest: int) -> str:
+    """Return the first text that a row has room for, else the shortest.
+
+    A text of the data can be of any length, and one that is left out of the training for that must not be answered
+    either: no memory is planned for it.
+
+    Args:
+        texts: what users have said, at least one.
+        tokenizer: the model's.
+        longest: tokens of the longest row.
+    """
+    room = prompt_room(longest)
+
+    def fits(text: str) -> bool:
+        asked = prompt_of(Example("", text, ""), tokenizer)
+        return len(tokenizer([asked], add_special_tokens=False)["input_ids"][0]) <= room
+
+    return next((text for text in texts if fits(text)), min(texts, key=len))
+
+
 def tokenize_split(split: Split[Example], config: RunConfig, tokenizer: Any) -> TextData:
     """Tokenize both parts. Without sample prompts the first held-out row gives one.
 
@@ -188,8 +246,8 @@ def tokenize_split(split: Split[Example], config: RunConfig, tokenizer: Any) -> 
         TrainerError: ``BAD_DATA`` when no row of a part is short enough.
     """
     length = config.train.max_length
-    first = split.held_out[0]
-    prompts = list(config.sample_prompts) or [first.user or first.answer[:80]]
+    said = [one.user or one.answer[:80] for one in split.held_out]
+    prompts = list(config.sample_prompts) or [sample_prompt(said, tokenizer, length)]
     cuts = [Cuts(length, "training", len(split.train)), Cuts(length, "held-out", len(split.held_out))]
     train = tokenize(split.train, tokenizer, cuts[0])
     held_out = tokenize(split.held_out, tokenizer, cuts[1])
@@ -197,6 +255,6 @@ def tokenize_split(split: Split[Example], config: RunConfig, tokenizer: Any) -> 
 
 
 def left_out_of(cuts: Sequence[Cuts]) -> dict[str, int]:
-    """Return the rows that were too long in the shape of :attr:`TextData.left_out`."""
-    count = sum(one.too_long for one in cuts)
-    return {"tooLong": count} if count else {}
+    """Return the rows that were left out in the shape of :attr:`TextData.left_out`."""
+    counts = {"tooLong": sum(one.too_long for one in cuts), "nothingToLearn": sum(one.nothing for one in cuts)}
+    return {reason: count for reason, count in counts.items() if count}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,13 @@ __all__ = ["CourseTrainer", "training_arguments"]
 
 
 class CourseTrainer(StepTrainer):
-    """Steps as this package defines them, measured and stopped as the course of a run wants it."""
+    """Steps as this package defines them, measured and stopped as the course of a run wants it.
+
+    Attributes:
+        loss_before: held-out loss of the base model, where it is known.
+    """
+
+    loss_before = math.inf
 
     def take_over(self, course: Course, keeper: CheckpointKeeper) -> None:
         """Add the callbacks.
@@ -63,7 +70,7 @@ class CourseTrainer(StepTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Let one object say every learning rate of the run."""
-        self.learning_rate = LearningRate(self.course.config.train, num_training_steps)
+        self.learning_rate = LearningRate(self.course.config.train, num_training_steps, self.loss_before)
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.learning_rate)  # type: ignore[attr-defined]
         self._created_lr_scheduler = True
         return self.lr_scheduler
