@@ -52,6 +52,20 @@ def test_a_server_without_ranges_begins_again(place: Place) -> None:
     assert contents(place.item()) == {"data.jsonl": ROWS}
 
 
+def test_a_server_that_does_not_say_how_long_a_file_is_cannot_be_relied_upon_and_the_log_says_so(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = b"row\n" * 1000
+    place.hub.files["rows"] = WebFile(rows, length=False)
+    place.prepare(web(f"{place.hub.url}/files/rows"))
+    assert "does not say how long it is; a sha256 would tell" in capsys.readouterr().out
+    place.prepare(web(f"{place.hub.url}/files/rows", sha256=sha256(rows)), jobName="other")
+    assert "does not say how long" not in capsys.readouterr().out
+    place.hub.faults.cut_after, place.hub.faults.cuts = 0, 9
+    cut = place.refusal(web(f"{place.hub.url}/files/rows?2", sha256=sha256(rows + b"more")), jobName="third")
+    assert (cut.code, cut.reason) == (ExitCode.BAD_DATA, "ChecksumMismatch")
+
+
 def test_a_file_that_changes_between_two_tries_is_not_mixed(place: Place) -> None:
     place.hub.faults.cut_after, place.hub.faults.cuts = 50_000, 1
     other = ROWS[::-1]

@@ -259,6 +259,9 @@ class _Run:
                     f"{self.remote.label} has {total} bytes and {self.remote.size} were announced",
                 )
         self.expected = total if total is not None else self.remote.size
+        if self.expected is None and not self._verified and "Transfer-Encoding" not in response.headers:
+            # RFC 9112, 8: where only the end of the connection ends it, a part cannot be told from the whole.
+            print(f"{self.remote.label}: the server does not say how long it is; a sha256 would tell that all came")
         self.speaker.total = self.speaker.total or self.expected
         self.etag = _strong_etag(response)
         write_json(self.about, _Partial(etag=self.etag).model_dump())
