@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ from taskoffer.api.contract import (
     Tuning,
 )
 from taskoffer.decision.memory import Layout
+from taskoffer.decision.micro_batch import Bounds, fewer_rows, more_rows
 from taskoffer_trainer.attention import attention_clamp
 from taskoffer_trainer.fallback import lowered
 from taskoffer_trainer.schedule import LearningRate
@@ -74,6 +77,11 @@ def after(profile: int, field: str) -> Clamp | None:
     return next((clamp for clamp in lowered(run(), profile)[1] if clamp.field == field), None)
 
 
+def more(size: int, since_fewer: timedelta | None) -> Clamp | None:
+    """Return what is said of a fifth more where eight rows fit."""
+    return more_rows(size, Decimal("0.2"), Bounds(1, 8), since_fewer, timedelta(minutes=10)).clamp
+
+
 ROWS: list[tuple[str, Callable[[], Clamp | None], tuple[str, str, str, str], str]] = [
     # What is asked, what says so; field, requested, effective and reason; a part of the message.
     (
@@ -112,11 +120,35 @@ ROWS: list[tuple[str, Callable[[], Clamp | None], tuple[str, str, str, str], str
         ("lora.loraDropout", "0.05", "0", "FallbackProfile"),
         "Profile 1",
     ),
+    (
+        "memory > 90 %: batch -10 %, of one row",
+        lambda: fewer_rows(1, Decimal("0.1"), Bounds(1, 8)).clamp,
+        ("tuning.microBatch", "1 -10 %", "1", "BatchAtMinimum"),
+        "1 at a time is the fewest that go through together",
+    ),
+    (
+        "efficiency < 80 %: batch +20 %, of four rows",
+        lambda: more(4, None),
+        ("tuning.microBatch", "4 +20 %", "5", "BatchClamped"),
+        "4 +20 % is 4.8; rows are whole",
+    ),
+    (
+        "efficiency < 80 %: batch +20 %, of all that fit",
+        lambda: more(8, None),
+        ("tuning.microBatch", "8 +20 %", "8", "BatchAtMaximum"),
+        "8 at a time is the most that is predicted to fit",
+    ),
+    (
+        "efficiency < 80 %: batch +20 %, while memory > 90 % has just taken some",
+        lambda: more(4, timedelta(minutes=9)),
+        ("tuning.microBatch", "4 +20 %", "4", "BatchSettles"),
+        "it was lowered 540 s ago, and nothing is added within 600 s of that",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("asked", "said", "fields", "message"), ROWS, ids=[row[0] for row in ROWS])
-def test_what_the_trainer_cannot_take_literally_is_changed_and_told(
+def test_what_a_running_job_cannot_take_literally_is_changed_and_told(
     asked: str, said: Callable[[], Clamp | None], fields: tuple[str, str, str, str], message: str
 ) -> None:
     clamp = said()

@@ -137,6 +137,9 @@ class Reason(StrEnum):
     )
     INVALID_JOB = "InvalidJob", "The stored TrainingJob does not fit the schema of this version."
     BATCH_CLAMPED = "BatchClamped", "The micro-batch was lowered to what fits; the rows per step stay the same."
+    BATCH_AT_MINIMUM = "BatchAtMinimum", "The micro-batch is as small as it can be; less was asked for."
+    BATCH_AT_MAXIMUM = "BatchAtMaximum", "The micro-batch is as large as is predicted to fit; more was asked for."
+    BATCH_SETTLES = "BatchSettles", "The micro-batch was lowered a moment ago, so that it is not raised yet."
     RANK_CLAMPED = "RankClamped", "The LoRA rank was lowered to what is useful or allowed."
     TARGETS_CLAMPED = (
         "TargetsClamped",
