@@ -168,7 +168,8 @@ def tokens(found: Probe) -> Any:
 
         course.trainer.piece_loss = seen
         train(course)
-        result[str(most)] = {"padded": padded, "losses": history(course, "loss")}
+        losses = history(course, "loss")
+        result[str(most)] = {"padded": padded, "losses": losses, "evaluated": course.evaluation.size}
     return result
 
 

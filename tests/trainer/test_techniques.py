@@ -85,6 +85,8 @@ def test_a_limit_of_tokens_makes_the_pieces_smaller_and_changes_no_loss(found: F
     assert len(free["padded"]) == 3
     assert max(limited["padded"]) <= 200 < max(free["padded"])
     assert limited["losses"] == pytest.approx(free["losses"], rel=1e-5)
+    # Evaluations are planned with the memory of a step: one row of 160 tokens.
+    assert (free["evaluated"], limited["evaluated"]) == (8, 1)
 
 
 def test_no_row_and_no_sample_is_longer_than_the_model_can_take(found: Found) -> None:

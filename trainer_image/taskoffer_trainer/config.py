@@ -17,7 +17,7 @@ from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.pipelines import check_layout, layout_of
 from taskoffer_trainer.rewards import check_rewards
 
-__all__ = ["check_paths", "fingerprint", "global_batch", "identity", "load_config", "problems"]
+__all__ = ["check_paths", "fingerprint", "global_batch", "identity", "load_config", "problems", "rows_at_once"]
 
 
 def load_config(path: Path) -> RunConfig:
@@ -191,6 +191,18 @@ def global_batch(config: RunConfig) -> int:
         return rows
     group = (config.train.grpo or GRPOSettings()).num_generations
     return -(-rows // group) * group
+
+
+def rows_at_once(config: RunConfig) -> int:
+    """Return how many rows of full length may go through a model at once: what memory is planned for.
+
+    Without a limit of tokens that is the micro-batch. A preference pair is two sequences.
+    """
+    train = config.train
+    rows, tokens = train.per_device_train_batch_size, train.per_device_train_max_tokens
+    if tokens is None or config.task_type is TaskType.IMAGE:
+        return rows
+    return min(rows, max(1, tokens // (train.max_length * (2 if config.task_type is TaskType.DPO else 1))))
 
 
 _FREE = (

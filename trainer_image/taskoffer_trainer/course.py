@@ -29,7 +29,7 @@ from taskoffer_trainer.checkpoints import (
 )
 from taskoffer_trainer.clock import reserve_clamp
 from taskoffer_trainer.concluding import concluded
-from taskoffer_trainer.config import global_batch
+from taskoffer_trainer.config import global_batch, rows_at_once
 from taskoffer_trainer.effective import effective, in_force
 from taskoffer_trainer.evaluating import Evaluation
 from taskoffer_trainer.failures import COMPLETED, DEADLINE_REACHED, STOPPED, StopRequestedError, TrainerError
@@ -258,7 +258,6 @@ class Course(ABC):
 
     def _plan_evaluations(self) -> None:
         """Measure as many rows at once as are asked for, as far as memory allows, and say when it does not."""
-        train = self.config.train
 
         def told(evaluation: Evaluation) -> None:
             others = (one for one in self.progress.clamps if one not in shrunk)
@@ -266,7 +265,7 @@ class Course(ABC):
             self.progress.clamps = (*others, *shrunk)
             self.progress.note(evaluation_out_of_memory=evaluation.repeated)
 
-        asked = train.per_device_eval_batch_size or train.per_device_train_batch_size
+        asked = self.config.train.per_device_eval_batch_size or rows_at_once(self.config)
         shrunk: list[Clamp] = []
         self.evaluation = Evaluation(asked, self.world, Path(self.config.checkpoint_dir), told)
         told(self.evaluation)

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from taskoffer.api.contract import DRAWN_PER_TRAINED, ExitCode, RunConfig
 from taskoffer_trainer.checkpoints import read_run, write_json, write_run
+from taskoffer_trainer.config import rows_at_once
 from taskoffer_trainer.failures import TrainerError
 from taskoffer_trainer.fallback import OUT_OF_MEMORY, TOO_MANY_ROWS
 from taskoffer_trainer.out_of_memory import is_out_of_memory
@@ -76,17 +77,10 @@ def settled_at_once(asked: RunConfig, world: World, most: int | None) -> int:
         most: more are not to be drawn in this attempt.
     """
     known = world.share(read_run(asked) if world.rank == 0 else None).get(_AT_ONCE)
-    size = known if isinstance(known, int) else DRAWN_PER_TRAINED * _trained_at_once(asked)
+    size = known if isinstance(known, int) else DRAWN_PER_TRAINED * rows_at_once(asked)
     if known is None and world.rank == 0:
         write_run(asked, {_AT_ONCE: size})
     return size if most is None else min(size, most)
-
-
-def _trained_at_once(asked: RunConfig) -> int:
-    """Return how many of the longest rows are trained at once, which is what memory is planned for."""
-    train = asked.train
-    rows, tokens = train.per_device_train_batch_size, train.per_device_train_max_tokens
-    return rows if tokens is None else min(rows, max(1, tokens // train.max_length))
 
 
 def random_numbers(seeds: Sequence[int], length: int) -> torch.Tensor:
