@@ -105,6 +105,32 @@ def signalled(found: Probe) -> Any:
 
 
 @probe
+def interrupted(found: Probe) -> Any:
+    """Runs that get SIGTERM while the base model is measured, and while the average is."""
+    from taskoffer_trainer.failures import StopRequestedError
+
+    def measurements(fatal: int) -> list[Any]:
+        course = found.whole(train={"maxSteps": 2, "evalSteps": 2, "saveSteps": 2, "emaDecay": 0.9})
+        measured, calls, done = course.measure, [], []
+
+        def measure(*given: Any) -> Any:
+            calls.append(1)
+            if len(calls) == fatal:
+                course.stop._note(0, None)
+            figures = measured(*given)
+            done.append(1)
+            return figures
+
+        course.measure = measure
+        with contextlib.suppress(StopRequestedError):
+            course.run()
+        return [len(calls), len(done), course.stop.signalled]
+
+    # The evaluation of the last step lies between them.
+    return {"base": measurements(1), "average": measurements(3)}
+
+
+@probe
 def reserved(found: Probe) -> Any:
     """A run that is to be ready earlier than its time allows for."""
     return clamps(found.course(timeLimitSeconds=600, train={"reserveMinutes": 12}))

@@ -44,6 +44,11 @@ def test_a_signal_in_an_evaluation_is_heeded_at_its_end_and_not_a_step_later(fou
     assert [said["mark"]["eval_loss"]] == said["losses"]
 
 
+def test_one_process_leaves_a_measurement_outside_of_the_training_as_soon_as_a_signal_comes(found: Found) -> None:
+    # Measurements that were begun, and those that came to their end.
+    assert found["interrupted"] == {"base": [1, 0, True], "average": [3, 2, True]}
+
+
 def test_a_reserve_that_was_cut_is_among_what_was_changed(found: Found) -> None:
     told = [one for one in found["reserved"] if one["field"] == "train.reserveMinutes"]  # type: ignore[index]
     assert [(one["requested"], one["effective"], one["reason"]) for one in told] == [("12", "1", "ReserveClamped")]

@@ -92,7 +92,7 @@ def test_encoding_the_pictures_is_no_part_of_loading_the_model_again(monkeypatch
     monkeypatch.setattr(image, "lora_config", end)
     course: Any = SimpleNamespace(
         config=SimpleNamespace(lora=None),
-        world=SimpleNamespace(size=2),
+        between=lambda: None,
         split=None,
         prompts=list,
         denoiser=SimpleNamespace(target_modules=""),

@@ -268,6 +268,14 @@ def test_a_finished_run_stays_finished_where_its_provisional_adapter_cannot_even
     assert "could not be removed: [Errno 28]" in capsys.readouterr().out
 
 
+def test_a_fallback_profile_that_cannot_be_noted_does_not_hide_what_has_ended_the_attempt(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("taskoffer_trainer.fallback.write_run", no_room)
+    launcher._fall_back(config, Termination(exit_code=137, reason="OutOfMemory"))
+    assert "no fallback profile could be noted" in capsys.readouterr().out
+
+
 def test_a_checkpoint_too_many_that_cannot_be_removed_costs_no_training(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from taskoffer.api.contract import DataConfig
+from taskoffer_trainer.__main__ import main as command
 from taskoffer_trainer.data import split_rows
 from taskoffer_trainer.instruct_data import build_examples
 
@@ -219,6 +220,14 @@ def test_check_looks_at_paths_without_training(training: MakeTraining) -> None:
     assert "ready to train acme/tiny-llama" in good.log
     bad = training("bad", model={"path": "/nowhere"}).run("--check")
     assert bad.code == 66
+
+
+def test_an_end_that_cannot_be_written_down_keeps_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TASKOFFER_TERMINATION_LOG", str(tmp_path / "nowhere" / "end.json"))
+    assert command(["--config", str(tmp_path / "absent.json")]) == 64
+    assert "end.json could not be written: [Errno 2]" in capsys.readouterr().out
 
 
 def test_merge_removes_what_is_none() -> None:

@@ -187,12 +187,12 @@ class Course(ABC):
         self._announce()
         self._leave_together()
         self.progress.enter(RunState.EVALUATING)
-        baseline = measured_base(self, _go_on)
+        baseline = measured_base(self, self.between())
         self._leave_together()
         summary = self._train(baseline)
         if summary.exit_code == ExitCode.STOPPED:
             return summary
-        best = chosen(self, _go_on)
+        best = chosen(self, self.between())
         # The adapter is verified by rank 0 alone, on all GPUs if need be, and only one base model at a time has to fit.
         self.average = None
         del self.trainer
@@ -209,6 +209,13 @@ class Course(ABC):
             share_out(model, self.world, device)
         else:
             model.to(device)
+
+    def between(self) -> Callable[[], None]:
+        """Return what is called between pieces of work outside of the training: one process leaves there on a signal.
+
+        Of several none may leave alone, for the others would wait for it.
+        """
+        return self.stop.check if self.world.size == 1 else lambda: None
 
     def _leave_together(self) -> None:
         """End all ranks when one of them got a signal, before there is anything to save."""
@@ -352,7 +359,3 @@ def _stopped_at(step: int, total: int) -> str:
     if step == 0:
         return f"stopped by a signal before the first of {total} steps"
     return f"stopped by a signal with a checkpoint of step {step} of {total}"
-
-
-def _go_on() -> None:
-    """Between the pieces of work that all ranks do together nobody may leave."""

@@ -101,9 +101,7 @@ class _Pictures(Course):
 
     def prepare(self, arguments: TrainingArguments) -> ImageTrainer:
         config = self.config
-        # A rank may not leave alone when there are others that would wait for it.
-        between = self.stop.check if self.world.size == 1 else _go_on
-        self.data = encode_split(config, self.split, self.prompts(), self.denoiser, self.device, between)
+        self.data = encode_split(config, self.split, self.prompts(), self.denoiser, self.device, self.between())
         # The verification loads the network again and encodes nothing again.
         began = time.monotonic()
         network = load_component(config, self.layout.network, self.device.dtype)
@@ -211,7 +209,3 @@ class _Pictures(Course):
 def _picture(when: str, number: int) -> str:
     """Return the name of a sample picture's file."""
     return f"{when}-{number}.png"
-
-
-def _go_on() -> None:
-    """Stay together with the other ranks."""

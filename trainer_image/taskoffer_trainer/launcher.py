@@ -348,7 +348,12 @@ def _completed(config: RunConfig, clock: Clock, run_dir: Path, termination: Term
 
 def _fall_back(config: RunConfig, termination: Termination) -> None:
     """Let the next attempt ask for less where that may help; after a signal the failure may be of its making."""
-    profile = note_end(config, termination)
+    try:
+        profile = note_end(config, termination)
+    except OSError as error:
+        # What has ended the attempt is what the operator must read, and not that its disk is full as well.
+        print(f"trainer: no fallback profile could be noted in {config.checkpoint_dir}: {error}", flush=True)
+        return
     if profile is not None:
         print(f"trainer: {termination.reason}; the next attempt goes on with fallback profile {profile}", flush=True)
 

@@ -51,6 +51,8 @@ def encode_termination(termination: Termination, limit: int = MAX_TERMINATION_BY
 def write_termination(termination: Termination) -> Path | None:
     """Write the termination message and return its path, or ``None`` where there is no place for it.
 
+    Where it cannot be written that is told: the exit code says more than the one of a program that failed over it.
+
     The file is the kubelet's, which mounts it before the container starts. Outside of a pod it is absent and
     is not created; ``TASKOFFER_TERMINATION_LOG`` names another file.
     """
@@ -58,5 +60,9 @@ def write_termination(termination: Termination) -> Path | None:
     path = Path(override or TERMINATION_LOG)
     if override is None and not path.exists():
         return None
-    path.write_bytes(encode_termination(termination))
+    try:
+        path.write_bytes(encode_termination(termination))
+    except OSError as error:
+        print(f"trainer: {path} could not be written: {error}", flush=True)
+        return None
     return path
