@@ -127,7 +127,7 @@ def test_a_run_without_memory_for_a_single_row_goes_on_with_the_profile_for_that
     path = Path(__file__).parent / "little_memory"
     first.environment["PYTHONPATH"] = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
     outcome = first.run()
-    assert (outcome.code, outcome.termination["reason"]) == (137, "OutOfMemory"), outcome.log
+    assert (outcome.code, outcome.termination["reason"]) == (138, "OutOfMemory"), outcome.log
     kept = json.loads((first.checkpoints / "run.json").read_text())
     assert (kept["profile"], [one["reason"] for one in kept["fallbacks"]]) == (2, ["OutOfMemory"])
     second = training("run", **changes, attempt=2)

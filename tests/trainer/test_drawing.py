@@ -85,12 +85,12 @@ def refusal(drawer):
         drawer(model, asked, 4)
     except TrainerError as error:
         return error.code, error.reason, error.message
-assert refusal(Never(tokens))[:2] == (137, "OutOfMemory")
+assert refusal(Never(tokens))[:2] == (138, "OutOfMemory")
 # Of a model that is shared out the other ranks wait, so the attempt ends, and the next one draws fewer.
 drawing.is_shared_out = lambda _: True
 shared = Path(sys.argv[3])
 code, reason, said = refusal(Little(tokens, folder=shared))
-assert (code, reason) == (137, "TooManyRowsAtOnce") and said.endswith("the next attempt draws 2"), said
+assert (code, reason) == (138, "TooManyRowsAtOnce") and said.endswith("the next attempt draws 2"), said
 assert Little(tokens, folder=shared).fits == 2
 assert ids(Little(tokens, folder=shared)(model, asked, 4)) == ids(together)
 drawing.is_shared_out = lambda _: False

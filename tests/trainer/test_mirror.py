@@ -272,7 +272,7 @@ def test_a_fallback_profile_that_cannot_be_noted_does_not_hide_what_has_ended_th
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("taskoffer_trainer.fallback.write_run", no_room)
-    launcher._fall_back(config, Termination(exit_code=137, reason="OutOfMemory"))
+    launcher._fall_back(config, Termination(exit_code=138, reason="OutOfMemory"))
     assert "no fallback profile could be noted" in capsys.readouterr().out
 
 

@@ -72,7 +72,7 @@ def test_lack_of_memory_is_known_by_class_or_message(
     monkeypatch.setattr(rank, "_train", fail)
     config = RunConfig.model_validate({**base_config, "outputDir": "/o", "checkpointDir": "/c"})
     ended = rank.run(config, tmp_path, 0, Stop())
-    assert (ended.exit_code, ended.reason) == ((137, "OutOfMemory") if memory else (70, "InternalError"))
+    assert (ended.exit_code, ended.reason) == ((138, "OutOfMemory") if memory else (70, "InternalError"))
 
 
 def test_what_torch_raises_on_this_machine_is_known() -> None:

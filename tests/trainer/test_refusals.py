@@ -189,7 +189,9 @@ def test_a_failure_says_how_far_the_attempt_came_and_so_do_its_report_and_what_i
     termination, run = slow["all"].termination, shared_training("all")
     step = termination["step"]
     assert f"10 steps in a row up to step {step + 1} are not finite" in termination["message"]
-    assert (step >= 9, termination["totalSteps"]) == (True, 24)
+    assert (step >= 9, termination["totalSteps"], termination["samples"]) == (True, 24, 4 * step)
+    newest = max(int(path.parent.name.partition("-")[2]) for path in run.checkpoints.glob("checkpoint-*/COMPLETE"))
+    assert termination["checkpoint"] == f"checkpoint-{newest}"
     report = json.loads((run.output / "report.json").read_text())
     assert [(one["exitCode"], one["step"]) for one in report["attempts"]] == [(138, step)]
     kept = json.loads((run.checkpoints / "run.json").read_text())

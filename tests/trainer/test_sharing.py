@@ -108,7 +108,7 @@ def test_the_base_model_and_the_result_are_measured_as_in_one_process(runs: Runs
 
 
 def test_out_of_memory_ends_the_attempt_and_the_next_one_takes_fewer_rows_at_once(runs: Runs) -> None:
-    assert (runs.failed.code, runs.failed.termination["reason"]) == (137, "TooManyRowsAtOnce"), runs.failed.log
+    assert (runs.failed.code, runs.failed.termination["reason"]) == (138, "TooManyRowsAtOnce"), runs.failed.log
     said = "4 row(s) at once do not fit into memory, the next attempt takes 2"
     assert runs.failed.termination["message"] == said
     kept = json.loads((runs.shared.checkpoints / f"checkpoint-{STEPS}" / "steps.json").read_text())

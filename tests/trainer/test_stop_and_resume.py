@@ -94,6 +94,17 @@ def test_sigterm_leaves_a_complete_checkpoint_and_exit_code_143(alone: Stopped) 
     assert not alone.stopped.adapter.exists()
 
 
+def test_the_termination_of_a_stopped_run_says_what_was_learned_from_and_what_is_kept(alone: Stopped) -> None:
+    termination, train = alone.outcome.termination, alone.stopped.config["train"]
+    rows = train["perDeviceTrainBatchSize"] * train["gradientAccumulationSteps"]
+    assert termination["samples"] == termination["step"] * rows
+    assert termination["checkpoint"] == f"checkpoint-{termination['step']}"
+    records = [json.loads(path.read_text()) for path in alone.stopped.checkpoints.glob("checkpoint-*/COMPLETE")]
+    losses = [record["eval_loss"] for record in records if record["eval_loss"] is not None]
+    assert termination["bestEvalLoss"] == min(losses)
+    assert "checkpoint" not in alone.whole_outcome.termination
+
+
 @dataclass
 class Resumed:
     """Two attempts to go on: from what the stopped run left, and from the same with damage done to it."""

@@ -520,7 +520,7 @@ def test_a_permanent_exit_code_fails_the_job_at_once(code: ExitCode) -> None:
     assert "log ends: no such column" in failed.message
 
 
-@pytest.mark.parametrize("code", [1, ExitCode.OUT_OF_MEMORY, ExitCode.RESTART, ExitCode.STOPPED, None])
+@pytest.mark.parametrize("code", [1, ExitCode.KILLED, ExitCode.RESTART, ExitCode.STOPPED, None])
 def test_any_other_end_is_followed_by_another_attempt(code: int | None) -> None:
     made = look(job([attempt(started=5)]), jobs=[batch()], pods=[ended(code, message="Evicted")])
     assert said(made, "Failed") is None

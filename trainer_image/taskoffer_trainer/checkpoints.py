@@ -40,6 +40,7 @@ __all__ = [
     "complete_checkpoints",
     "finished_run",
     "is_refused",
+    "kept_so_far",
     "logged",
     "mark_complete",
     "mark_finished",
@@ -229,6 +230,16 @@ def _fault(folder: Path, record: dict[str, Any] | None) -> str | None:
         if sha256_of(path) != digest:
             return f"the content of {name} has changed"
     return None
+
+
+def kept_so_far(config: RunConfig) -> tuple[str | None, float | None]:
+    """Return the name of the newest finished checkpoint and the smallest held-out loss of all of them.
+
+    Looks at what they say of themselves and not at their weights, for there may be little time left.
+    """
+    said = [(folder.name, record) for folder in _folders(config) if (record := _read_json(folder / COMPLETE))]
+    losses = [record["eval_loss"] for _, record in said if isinstance(record.get("eval_loss"), (int, float))]
+    return (said[0][0] if said else None), min(filter(math.isfinite, losses), default=None)
 
 
 def complete_checkpoints(config: RunConfig, remove_broken: bool = False) -> list[Checkpoint]:

@@ -173,7 +173,7 @@ class Drawer:
             between: called before each batch; may raise to leave early.
 
         Raises:
-            TrainerError: ``OUT_OF_MEMORY`` when not even one row fits, or when the model is shared out.
+            TrainerError: ``RESTART`` when not even one row fits, or when the model is shared out.
         """
         shared_out, batches = is_shared_out(model), 0
         # Prompts of like length together need little padding.
@@ -212,7 +212,7 @@ class Drawer:
         There the other ranks wait for this one in the middle of a pass, so that nothing can be repeated.
 
         Raises:
-            TrainerError: ``OUT_OF_MEMORY``, see :meth:`__call__`.
+            TrainerError: ``RESTART``, see :meth:`__call__`.
         """
         self.fits = max(1, size // 2)
         if self.folder is not None:
@@ -224,7 +224,7 @@ class Drawer:
             reason = OUT_OF_MEMORY if size == 1 else TOO_MANY_ROWS
             told = f"and fewer cannot be; {_REMEDY}" if size == 1 else f"the next attempt draws {self.fits}"
             message = f"{size} completion(s) at once cannot be drawn for lack of memory, {told}"
-            raise TrainerError(ExitCode.OUT_OF_MEMORY, reason, message)
+            raise TrainerError(ExitCode.RESTART, reason, message)
         print(f"train: {self.fits} completions at once are drawn from now on", flush=True)
 
     def _draw(self, model: Any, asked: Sequence[Completion]) -> list[Completion]:

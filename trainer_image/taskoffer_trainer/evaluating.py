@@ -105,7 +105,7 @@ class Evaluation:
             most: another limit of the rows at once.
 
         Raises:
-            TrainerError: ``OUT_OF_MEMORY`` when not even one row fits, or when the model is shared out.
+            TrainerError: ``RESTART`` when not even one row fits, or when the model is shared out.
         """
         size = min(self.size, most)
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -144,7 +144,7 @@ class Evaluation:
             least: rows that are never fewer where the model is shared out.
 
         Raises:
-            TrainerError: ``OUT_OF_MEMORY`` when not even one row fits, or when the model is shared out.
+            TrainerError: ``RESTART`` when not even one row fits, or when the model is shared out.
         """
         whole, done = is_shared_out(model), 0
         found: list[Sequence[float]] = []
@@ -173,7 +173,7 @@ class Evaluation:
             torch.cuda.empty_cache()
         if size == 1:
             raise TrainerError(
-                ExitCode.OUT_OF_MEMORY,
+                ExitCode.RESTART,
                 OUT_OF_MEMORY,
                 f"a held-out row alone does not fit into memory; {_REMEDY}",
             )
@@ -188,13 +188,13 @@ class Evaluation:
             least: fewer cannot be.
 
         Raises:
-            TrainerError: always ``OUT_OF_MEMORY``.
+            TrainerError: always ``RESTART``.
         """
         self._note(size)
         smaller = size > least
         told = f"the next attempt takes {max(least, self.size)}" if smaller else f"and fewer cannot be; {_REMEDY}"
         raise TrainerError(
-            ExitCode.OUT_OF_MEMORY,
+            ExitCode.RESTART,
             TOO_MANY_ROWS if smaller else OUT_OF_MEMORY,
             f"{size} held-out row(s) at once do not fit into memory, {told}",
         )

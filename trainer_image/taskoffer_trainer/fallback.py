@@ -71,7 +71,10 @@ def keeps_attention(config: RunConfig) -> bool:
 
 
 def _short_of_memory(fallbacks: list[dict[str, object]]) -> bool:
-    return bool(fallbacks) and all(one.get("exitCode") == ExitCode.OUT_OF_MEMORY for one in fallbacks)
+    def lacked(one: dict[str, object]) -> bool:
+        return one.get("reason") == OUT_OF_MEMORY or one.get("exitCode") == ExitCode.KILLED
+
+    return bool(fallbacks) and all(map(lacked, fallbacks))
 
 
 def lowered(config: RunConfig, profile: int, keep_attention: bool = False) -> tuple[RunConfig, tuple[Clamp, ...]]:
@@ -173,10 +176,10 @@ def _first_that_helps(termination: Termination) -> int | None:
     loads rows.
     """
     code, reason = termination.exit_code, termination.reason
-    if code == ExitCode.OUT_OF_MEMORY:
-        return SMALLEST_PIECE if reason != TOO_MANY_ROWS else None
+    if code == ExitCode.KILLED:
+        return SMALLEST_PIECE
     if code == ExitCode.RESTART:
-        return {COMPILE_FAILED: 1, GRADIENTS_NOT_FINITE: LOWER_RATE}.get(reason)
+        return {COMPILE_FAILED: 1, OUT_OF_MEMORY: SMALLEST_PIECE, GRADIENTS_NOT_FINITE: LOWER_RATE}.get(reason)
     return 1 if reason in (INTERNAL_ERROR, KILLED) and code not in _ASKED_FOR else None
 
 

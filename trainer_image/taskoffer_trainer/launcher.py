@@ -24,9 +24,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from taskoffer.api.contract import ExitCode, RunConfig, Termination
-from taskoffer_trainer.checkpoints import check_identity, complete_checkpoints, finished_run, remove_checkpoints
+from taskoffer_trainer.checkpoints import (
+    check_identity,
+    complete_checkpoints,
+    finished_run,
+    kept_so_far,
+    remove_checkpoints,
+)
 from taskoffer_trainer.clock import STARTED, Clock, process_started
-from taskoffer_trainer.config import check_paths
+from taskoffer_trainer.config import check_paths, global_batch
 from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED, STOPPED, TrainerError
 from taskoffer_trainer.fallback import note_end
 from taskoffer_trainer.figures import largest_peaks
@@ -246,7 +252,7 @@ def _termination(end: RankEnd) -> Termination:
         return Termination(exit_code=end.code, reason=STOPPED, message="stopped before the training had begun")
     if end.code > 128:
         name = signal.Signals(end.code - 128).name if end.code - 128 in set(signal.Signals) else str(end.code - 128)
-        hint = "; as a rule the container ran out of memory" if end.code == ExitCode.OUT_OF_MEMORY else ""
+        hint = "; as a rule the container ran out of memory" if end.code == ExitCode.KILLED else ""
         if end.by_us:
             hint = " by the launcher, because it did not stop"
         return Termination(exit_code=end.code, reason=KILLED, message=f"rank {end.rank} was killed by {name}{hint}")
@@ -335,7 +341,7 @@ def _attempt(config: RunConfig, clock: Clock) -> Termination:
 
 
 def _completed(config: RunConfig, clock: Clock, run_dir: Path, termination: Termination) -> Termination:
-    """Say what a rank that failed had no time to: how far it came, its clamps, and the best adapter so far."""
+    """Say what a rank that failed had no time to: how far it came, its clamps, its checkpoints and its best adapter."""
     report = read_report(run_dir / "progress.json", config, clock)
     told: dict[str, object] = {"clamps": termination.clamps or report.clamps}
     if termination.exit_code != ExitCode.DONE:
@@ -343,6 +349,10 @@ def _completed(config: RunConfig, clock: Clock, run_dir: Path, termination: Term
         if termination.total_steps is None:
             told |= {"step": report.step, "total_steps": report.total_steps}
             told["resumed_from_step"] = report.resumed_from_step
+        with contextlib.suppress(OSError):
+            told["checkpoint"], told["best_eval_loss"] = kept_so_far(config)
+    step = told.get("step", termination.step)
+    told["samples"] = step * global_batch(config) if isinstance(step, int) and step else None
     return termination.model_copy(update=told)
 
 

@@ -83,7 +83,7 @@ def run(config: RunConfig, run_dir: Path, rank: int, stop: Stop) -> Termination:
         if is_out_of_memory(error):
             hint = "a smaller train.perDeviceTrainBatchSize or train.maxLength needs less"
             message = f"rank {rank} ran out of memory; {hint}: {error}"
-            return _ended(ExitCode.OUT_OF_MEMORY, "OutOfMemory", message).model_copy(update=peaks())
+            return _ended(ExitCode.RESTART, "OutOfMemory", message).model_copy(update=peaks())
         return _ended(ExitCode.INTERNAL, INTERNAL_ERROR, f"rank {rank}: {type(error).__name__}: {error}")
 
 

@@ -254,7 +254,7 @@ class StepTrainer:
         """Compute the gradient of one step over all ranks; again in smaller pieces when memory does not suffice.
 
         Raises:
-            TrainerError: ``OUT_OF_MEMORY`` when even the smallest piece does not fit.
+            TrainerError: ``RESTART`` when even the smallest piece does not fit.
         """
         steps, number = self.steps, self.state.global_step  # type: ignore[attr-defined]
         began = time.monotonic()
@@ -336,7 +336,7 @@ class StepTrainer:
         before = steps.micro_batch.size
         if not steps.micro_batch.too_large(max(1, too_large)):
             raise TrainerError(
-                ExitCode.OUT_OF_MEMORY,
+                ExitCode.RESTART,
                 OUT_OF_MEMORY,
                 f"{too_large} row(s) at once do not fit into memory, and fewer cannot be; {_REMEDY}",
             )
@@ -352,7 +352,7 @@ class StepTrainer:
         The step cannot be repeated: the other ranks wait for this one in the middle of a pass through the model.
 
         Raises:
-            TrainerError: always ``OUT_OF_MEMORY``.
+            TrainerError: always ``RESTART``.
         """
         steps = self.steps
         steps.counters.out_of_memory += 1
@@ -360,7 +360,7 @@ class StepTrainer:
         steps.leave_word()
         told = f"the next attempt takes {steps.micro_batch.size}" if smaller else f"and fewer cannot be; {_REMEDY}"
         reason = TOO_MANY_ROWS if smaller else OUT_OF_MEMORY
-        raise TrainerError(ExitCode.OUT_OF_MEMORY, reason, f"{size} row(s) at once do not fit into memory, {told}")
+        raise TrainerError(ExitCode.RESTART, reason, f"{size} row(s) at once do not fit into memory, {told}")
 
     def _reduce(self, model: Any, count: float) -> None:
         """Add up the gradients over the ranks and divide them by what the loss is a mean over."""

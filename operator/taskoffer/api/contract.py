@@ -205,17 +205,17 @@ class ExitCode(IntEnum):
     """Training ended, but the result did not pass verification, or what was handed over is not what arrived."""
     NO_ACCESS = 77
     """A hub, a bucket or an address refused access: a token, a permission or a signature that has expired."""
-    OUT_OF_MEMORY = 137
+    KILLED = 137
     """Killed, as a rule for lack of memory."""
     RESTART = 138
-    """It asks to be started again; training goes on from its last checkpoint, a download where it stopped."""
+    """It asks to be started again, as for want of memory; training goes on from its checkpoint, a download as well."""
     STOPPED = 143
     """Stopped by SIGTERM; training has written a checkpoint, a download is kept as far as it came."""
 
     @property
     def retryable(self) -> bool:
         """Tell whether another attempt with the same settings can succeed."""
-        return self in (ExitCode.INTERNAL, ExitCode.OUT_OF_MEMORY, ExitCode.RESTART, ExitCode.STOPPED)
+        return self in (ExitCode.INTERNAL, ExitCode.KILLED, ExitCode.RESTART, ExitCode.STOPPED)
 
 
 class LoraSettings(WireModel):

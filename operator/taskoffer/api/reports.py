@@ -93,6 +93,13 @@ class Termination(WireModel):
     message: Annotated[str, StringConstraints(max_length=1024)] = ""
     step: int = 0
     total_steps: int | None = None
+    samples: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Rows that these steps have learned from, completions under GRPO; a row of each epoch counts."
+    )
+    checkpoint: Annotated[str, StringConstraints(max_length=64)] | None = Field(
+        None, description="The newest checkpoint, from which another attempt goes on; absent after a verified result."
+    )
+    best_eval_loss: float | None = Field(None, description="Smallest held-out loss of the checkpoints that are kept.")
     train_loss: float | None = None
     eval_loss_before: float | None = Field(None, description="Held-out loss of the base model.")
     eval_loss_after: float | None = Field(None, description="Held-out loss with the adapter.")
