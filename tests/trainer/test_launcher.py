@@ -47,6 +47,18 @@ def test_the_rank_that_explains_the_run_is_chosen(ends: list[RankEnd], rank: int
     assert decide(ends).rank == rank
 
 
+def test_a_signal_that_comes_before_the_configuration_is_read_ends_the_run_with_143(tmp_path: Path) -> None:
+    """As process 1 it would not get one that it does not wait for."""
+    config = tmp_path / "run.json"
+    os.mkfifo(config)
+    command = [sys.executable, "-m", "taskoffer_trainer", "--config", str(config)]
+    program = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Whoever opens a pipe to write waits for its reader.
+    with program, config.open("w"):
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(30) == 143
+
+
 def test_a_rank_is_offline_and_keeps_a_thread_count_that_is_set(
     training: MakeTraining, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

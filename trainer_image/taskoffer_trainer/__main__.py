@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+_ended: list[int] = []
+"""The exit code, once it is known."""
+
+if __name__ == "__main__":
+    # Before the rest is imported, which takes a second in a new pod. Process 1 of a container never gets a signal that
+    # it has no handler for: one that came now would be lost, and the training begin and go on until it is killed.
+    signal.signal(signal.SIGTERM, lambda *_: None if _ended else os._exit(143))
+
 import argparse
 import sys
 import traceback
@@ -19,8 +30,9 @@ Needs no network. Writes only to the output folder, the checkpoint folder and /t
 
 _MORE = """\
 Exit codes: 0 done and verified; 143 stopped by a signal, a checkpoint is written and the same command goes on
-from it; 137 out of memory and 138 please start again (both worth another attempt); 64 bad configuration; 65
-bad data; 66 model missing; 70 fault in the trainer; 74 the result did not pass verification.
+from it; 137 killed, as a rule for lack of memory, and 138 please start again (both worth another attempt); 64
+bad configuration; 65 bad data; 66 model missing; 70 fault in the trainer; 74 the result did not pass
+verification.
 
 Environment: TASKOFFER_PROGRESS_PORT (progress endpoint, 9500; 0 takes a free port), TASKOFFER_TERMINATION_LOG
 (termination message, /dev/termination-log), TASKOFFER_LOSS_PLOT (0 draws no picture of the losses),
@@ -71,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _leave(termination: Termination) -> None:
+    _ended.append(termination.exit_code)
     stream = sys.stdout if termination.exit_code == ExitCode.DONE else sys.stderr
     print(
         f"trainer: {termination.reason} (exit code {termination.exit_code}) {termination.message}",
