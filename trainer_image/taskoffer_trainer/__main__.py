@@ -11,8 +11,8 @@ _ended: list[int] = []
 """The exit code, once it is known."""
 
 if __name__ == "__main__":
-    # Importing the rest takes a second in a new pod. Process 1 of a container never gets a signal that it has no handler
-    # for: one that came now would be lost, and the training begin and go on until it is killed.
+    # Importing the rest takes a second in a new pod. Process 1 of a container never gets a signal for which it has no
+    # handler: one that came now would be lost, and the training begin and go on until it is killed.
     signal.signal(signal.SIGTERM, lambda *_: None if _ended else os._exit(143))
 
 import argparse
