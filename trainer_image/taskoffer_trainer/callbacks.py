@@ -108,6 +108,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             return self.config.expected_seconds
         return times.seconds(self.config, max(0, self.total - self.step))
 
+    def _reach(self, step: int) -> None:
+        """Take over the step and its rows together, for a failure is told with what was written last."""
+        self.step = step
+        if self.steps is not None:
+            self.note(samples_total=self.steps.counters.samples)
+
     def _count(self, counters: Counters) -> None:
         """Take over what was done so far, and the rate since the last time."""
         here = time.monotonic()
@@ -116,7 +122,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._tokens, self._tokens_at = float(counters.tokens), here
         self._last_tokens = self._tokens, self._stepped
         self._first_tokens = self._first_tokens or self._last_tokens
-        self.note(tokens_total=counters.tokens, samples_total=counters.samples, out_of_memory=counters.out_of_memory)
+        self.note(tokens_total=counters.tokens, out_of_memory=counters.out_of_memory)
 
     def report(self) -> ProgressReport:
         """Build the report. 100 % is only said when the adapter is verified and in place."""
@@ -150,7 +156,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Learn how many steps there are."""
-        self.total, self.step = state.max_steps, state.global_step
+        self.total = state.max_steps
+        self._reach(state.global_step)
         self._tokens_at = self._train_began = time.monotonic()
         self._tokens = float(self.steps.counters.tokens) if self.steps is not None else 0.0
         self.enter(RunState.TRAINING)
@@ -164,7 +171,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         took = time.monotonic() - self._step_began
         self.timings.steps.append(took)
         self._stepped += took
-        self.step = state.global_step
+        self._reach(state.global_step)
         if self.steps is not None:
             # transformers knows nothing of epochs here: one pass of its loop is the whole run.
             state.epoch = self.steps.counters.samples / self.steps.plan.rows

@@ -311,10 +311,11 @@ class Course(ABC):
         log = logged(resume) if resume else []
         if stop.agree(self.timings.reserve) is StopCause.DEADLINE and resume is None:
             self._begin_late()
+        if resume:
+            self.steps.restore(resume.folder)
         if step < total and stop.cause is StopCause.NONE:
             if resume:
                 print(f"train: going on from step {step} of {total}", flush=True)
-                self.steps.restore(resume.folder)
                 self.timings.stretch = self.steps.stretch or 1
                 if self.average is not None:
                     self.average.restore(resume.folder)
@@ -331,6 +332,7 @@ class Course(ABC):
             message=_stopped_at(step, total) if stopped else "",
             step=step,
             total_steps=total,
+            samples=self.steps.counters.samples,
             train_loss=losses[-1] if losses else None,
             eval_loss_before=baseline.loss,
             figures_before=metrics_of(as_held_out(baseline.figures)),

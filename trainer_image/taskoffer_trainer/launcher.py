@@ -32,7 +32,7 @@ from taskoffer_trainer.checkpoints import (
     remove_checkpoints,
 )
 from taskoffer_trainer.clock import STARTED, Clock, process_started
-from taskoffer_trainer.config import check_paths, global_batch
+from taskoffer_trainer.config import check_paths
 from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED, STOPPED, TrainerError
 from taskoffer_trainer.fallback import note_end
 from taskoffer_trainer.figures import largest_peaks
@@ -351,8 +351,8 @@ def _completed(config: RunConfig, clock: Clock, run_dir: Path, termination: Term
             told["resumed_from_step"] = report.resumed_from_step
         with contextlib.suppress(OSError):
             told["checkpoint"], told["best_eval_loss"] = kept_so_far(config)
-    step = told.get("step", termination.step)
-    told["samples"] = step * global_batch(config) if isinstance(step, int) and step else None
+    if termination.samples is None:
+        told["samples"] = next((int(one.value) for one in report.metrics if one.name == "samples_total"), None)
     return termination.model_copy(update=told)
 
 

@@ -94,7 +94,8 @@ class Termination(WireModel):
     step: int = 0
     total_steps: int | None = None
     samples: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Rows that these steps have learned from, completions under GRPO; a row of each epoch counts."
+        None,
+        description="Rows that these steps have learned from; each epoch counts anew, a prompt is one under GRPO.",
     )
     checkpoint: Annotated[str, StringConstraints(max_length=64)] | None = Field(
         None, description="The newest checkpoint, from which another attempt goes on; absent after a verified result."
