@@ -17,15 +17,18 @@ from pathlib import Path
 import pytest
 
 from auditor_history import POD
+from taskoffer_lab.api_client import MERGE_PATCH
 from taskoffer_lab.demo.checks import adapters_of, check_files, check_losses
 from taskoffer_lab.paths import package_root
 from taskoffer_lab.process_table import wait_until
 from taskoffer_lab.state import find_record, records
 from training_place import (
+    ATTEMPTS,
     GRACE_SECONDS,
     GROUP,
     NAMESPACE,
     PODS,
+    POLICY,
     SECONDS,
     TRAINED_SECONDS,
     UID_LABEL,
@@ -180,6 +183,49 @@ def test_broken_data_fail_the_job_at_the_first_attempt_with_the_logs_last_lines(
     for message in (condition(job, "Failed")["message"], condition(offer, "Finished")["message"]):
         assert "exit code 65" in message
         assert "train.jsonl line 2 is not JSON" in message
+
+
+TOO_LITTLE = "32Mi"
+"""Memory with which a container starts, and in which Python cannot import what the trainer needs at once."""
+
+
+def test_a_container_killed_for_lack_of_memory_says_how_much_it_had_and_the_next_attempt_is_told(place: Place) -> None:
+    allow_memory(place, TOO_LITTLE)
+    try:
+        place.offer("little-memory", "one")
+        place.until("little-memory", "Admitted", "Admitted", SECONDS)
+    finally:
+        allow_memory(place, None)
+    offer = place.until("little-memory", "Finished", "Failed", TRAINED_SECONDS)
+
+    job = place.job("little-memory")
+    attempts = job["status"]["attempts"]
+    assert [(one["exitCode"], one["reason"]) for one in attempts] == [(137, "OOMKilled")] * ATTEMPTS
+    assert condition(job, "Failed")["reason"] == "AttemptsExhausted"
+    for message in (condition(job, "Failed")["message"], condition(offer, "Finished")["message"]):
+        assert f"(its limit is {TOO_LITTLE} for each of 1 GPU(s)); podTemplate.memoryPerGpu gives it more" in message
+    told = [settings_of(place, attempt["jobName"]).get("lackedMemory") for attempt in attempts]
+    assert told == [None, [1], [1, 2]]
+
+
+def allow_memory(place: Place, size: str | None) -> None:
+    """Change what the policy gives to containers, and wait until it is in force."""
+    path = f"/apis/taskoffer.dev/v1alpha1/capacitypolicies/{POLICY}"
+    place.api.request("PATCH", path, {"spec": {"podTemplate": {"memoryPerGpu": size}}}, MERGE_PATCH)
+
+    def ready() -> bool:
+        policy = place.api.request("GET", path)
+        found = condition(policy, "Ready")
+        return bool(found["status"] == "True" and found["observedGeneration"] == policy["metadata"]["generation"])
+
+    wait_until(ready, "the changed policy in force", SECONDS)
+
+
+def settings_of(place: Place, attempt: str) -> Object:
+    """Return what the trainer of an attempt reads."""
+    found = place.api.request("GET", f"/api/v1/namespaces/{NAMESPACE}/configmaps/{attempt}")
+    settings: Object = json.loads(found["data"]["run.json"])
+    return settings
 
 
 # The demo's own life

@@ -17,7 +17,7 @@ from taskoffer_trainer.checkpoints import read_run, write_run
 from taskoffer_trainer.config import fingerprint
 from taskoffer_trainer.effective import effective
 from taskoffer_trainer.failures import TrainerError
-from taskoffer_trainer.fallback import lowered, note_end, profile_of
+from taskoffer_trainer.fallback import lowered, note_end, note_kills, profile_of
 from taskoffer_trainer.pod import pod_cpus
 from taskoffer_trainer.stream import SampleStream, StepBatches, StepPlan
 from taskoffer_trainer.tuning import MicroBatch
@@ -178,6 +178,34 @@ def test_a_failure_goes_to_the_first_profile_that_may_mend_it_and_any_other_rais
     asked = config(wire, lora={"loraDropout": 0.1})
     assert note_end(asked, Termination(exit_code=code, reason=reason)) == (profile or None)
     assert profile_of(asked) == profile
+
+
+def test_each_attempt_that_was_killed_for_lack_of_memory_raises_the_profile_once(wire: dict[str, Any]) -> None:
+    asked = config(wire, lora={"loraDropout": 0.1}, attempt=2, lackedMemory=[1])
+    kept = Path(asked.checkpoint_dir) / "checkpoint-40"
+    kept.mkdir()
+    (kept / "COMPLETE").write_text(json.dumps({"files": {}, "eval_loss": 2.5}))
+    assert [note_kills(asked), note_kills(asked), profile_of(asked)] == [2, None, 2]
+    assert read_run(asked)["fallbacks"] == [
+        {"attempt": 1, "exitCode": 137, "reason": "OutOfMemory", "step": 40, "profile": 2}
+    ]
+    # Plain attention takes more memory, so that is not what lack of it leads to.
+    assert effective(asked, 64).config.train.attn_implementation == asked.train.attn_implementation
+    assert note_kills(asked.model_copy(update={"attempt": 3, "lacked_memory": (1, 2)})) == 3
+
+
+def test_a_kill_that_the_trainer_has_noted_itself_is_not_counted_again(wire: dict[str, Any]) -> None:
+    """The kernel may take a rank first, and the container after the launcher has noted it."""
+    first = config(wire)
+    note_end(first, Termination(exit_code=ExitCode.KILLED, reason="Killed"))
+    assert note_kills(first.model_copy(update={"attempt": 2, "lacked_memory": (1,)})) is None
+    assert profile_of(first) == 2
+
+
+def test_without_a_kill_nothing_is_noted(wire: dict[str, Any]) -> None:
+    asked = config(wire)
+    assert note_kills(asked) is None
+    assert read_run(asked) == {}
 
 
 def test_profiles_that_would_change_nothing_are_left_out_and_the_last_one_stays(wire: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from taskoffer.decision.keys import OfferKey
 from taskoffer.decision.lifecycle import step
 from taskoffer.render.trainingjob import run_config, training_job
 from taskoffer_trainer.effective import effective
-from taskoffer_trainer.fallback import note_end, profile_of
+from taskoffer_trainer.fallback import note_end, note_kills, profile_of
 
 pytestmark = pytest.mark.trainer
 
@@ -32,12 +32,17 @@ NAN = (ExitCode.RESTART, "GradientsNotFinite")
 MEMORY = (ExitCode.RESTART, "OutOfMemory")
 COMPILING = (ExitCode.RESTART, "CompileFailed")
 UNKNOWN = (ExitCode.INTERNAL, "InternalError")
+KILLED = (ExitCode.KILLED, "OOMKilled")
+"""The kernel has killed the whole container: only the kubelet knows why."""
 
 COURSES: dict[str, tuple[list[tuple[int, str]], list[int], list[int]]] = {
     # How each attempt ends, the profile that each runs with, and the same where the first one would change nothing.
     "no finite gradients": ([NAN, NAN, NAN], [0, 3, 3], [0, 3, 3]),
     "not enough memory": ([MEMORY, MEMORY, MEMORY], [0, 2, 3], [0, 2, 3]),
     "memory, then gradients": ([MEMORY, NAN, NAN], [0, 2, 3], [0, 2, 3]),
+    "the container is killed": ([KILLED, KILLED, KILLED], [0, 2, 3], [0, 2, 3]),
+    "killed, then gradients": ([KILLED, NAN, NAN], [0, 2, 3], [0, 2, 3]),
+    "gradients, then killed": ([NAN, KILLED, KILLED], [0, 3, 3], [0, 3, 3]),
     "no compiling": ([COMPILING, COMPILING, COMPILING], [0, 1, 2], [0, 2, 3]),
     "compiling, then gradients": ([COMPILING, NAN, NAN], [0, 1, 3], [0, 2, 3]),
     "nobody knows why": ([UNKNOWN, UNKNOWN, UNKNOWN], [0, 1, 2], [0, 2, 3]),
@@ -76,6 +81,10 @@ def written(job: TrainingJob, made: JobPlan) -> TrainingJob:
     return TrainingJob.model_validate(merged(job.to_wire(), {"status": made.status.to_wire()}))
 
 
+def is_killed(end: Termination) -> bool:
+    return (end.exit_code, end.reason) == KILLED
+
+
 def ended_badly(job: TrainingJob, attempt: Attempt, after: float, end: Termination) -> JobPlan:
     """Look at a job whose attempt has begun, and whose pod has ended with these words."""
     pod = PodView(
@@ -89,7 +98,8 @@ def ended_badly(job: TrainingJob, attempt: Attempt, after: float, end: Terminati
         started_at=at(after + 5),
         finished_at=at(after + 50),
         exit_code=end.exit_code,
-        message=json.dumps(end.to_wire()),
+        reason=KILLED[1] if is_killed(end) else "Error",
+        message="" if is_killed(end) else json.dumps(end.to_wire()),
     )
     return looked_at(job, after + 60, jobs=(JobView(attempt.job_name, "uid", False, True),), pods=(pod,))
 
@@ -108,9 +118,12 @@ def course(preset: str, ends: list[tuple[int, str]], place: Path) -> tuple[list[
         assert action.number == number
         job = written(job, made) if made.status is not None else job
         config = run_config(job, action.attempt, number).model_copy(update={"checkpoint_dir": str(place)})
+        # As the trainer does at the beginning of an attempt, and at its end where it has time to.
+        note_kills(config)
         ran.append((profile_of(config), effective(config, 64).config))
         end = Termination(exit_code=code, reason=reason)
-        note_end(config, end)
+        if not is_killed(end):
+            note_end(config, end)
         job = written(job, ended_badly(job, action.attempt, after, end))
         after += 600
     failed = condition_of(job.status.conditions, "Failed")

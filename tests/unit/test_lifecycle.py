@@ -71,11 +71,12 @@ def job(
     clock: str = "Absolute",
     conditions: Sequence[Object] = (),
     limits: Object | None = None,
+    run: Object | None = None,
     **status: Any,
 ) -> TrainingJob:
     wire = make_training_job(
         name=NAME,
-        spec={"run": {"clockMode": clock, "limits": {"nodeLostSeconds": 120, **(limits or {})}}},
+        spec={"run": {"clockMode": clock, "limits": {"nodeLostSeconds": 120, **(limits or {})}, **(run or {})}},
         status={"attempts": list(attempts), "conditions": list(conditions), **status},
     )
     return TrainingJob.model_validate(stored(wire, uid="tj-uid"))
@@ -518,6 +519,40 @@ def test_a_permanent_exit_code_fails_the_job_at_once(code: ExitCode) -> None:
     failed = next(c for c in status_of(made).conditions if c.type == "Failed")
     assert f"exit code {int(code)}" in failed.message
     assert "log ends: no such column" in failed.message
+
+
+WITH_A_LIMIT = "(its limit is 64Gi for each of 2 GPU(s)); podTemplate.memoryPerGpu gives it more"
+WITHOUT = "(it has no limit of its own, so the node lacked it); podTemplate.memoryPerGpu gives it more"
+SAID_SO: Object = {"exitCode": 137, "reason": "Killed", "message": "rank 1 was killed by SIGKILL"}
+
+
+@pytest.mark.parametrize(
+    ("memory", "left", "reason", "told"),
+    [
+        ("64Gi", "", "OOMKilled", ("OOMKilled: the container was killed for lack of memory", WITH_A_LIMIT)),
+        (None, "", "OOMKilled", ("OOMKilled: ", WITHOUT)),
+        ("64Gi", "step 3", "OOMKilled", (f"{WITH_A_LIMIT}; log ends: step 3",)),
+        ("64Gi", json.dumps(SAID_SO), "Killed", ("Killed: rank 1 was killed by SIGKILL",)),
+    ],
+    ids=["a limit", "no limit", "the end of its log", "the trainer had time to say more"],
+)
+def test_a_container_that_lacked_memory_says_how_much_it_had_and_what_gives_it_more(
+    memory: str | None, left: str, reason: str, told: tuple[str, ...]
+) -> None:
+    pod_settings = {"image": "trainer:1", **({"memoryPerGpu": memory} if memory else {})}
+    # The tail of the log, which is asked for, is what the kubelet has kept of it.
+    made = look(
+        job([attempt(started=5)], run={"gpus": 2, "pod": pod_settings}),
+        after=70,
+        jobs=[batch()],
+        pods=[ended(137, message=left, reason="OOMKilled")],
+        log=left if left == "step 3" else "",
+    )
+    last = status_of(made).attempts[0]
+    assert (last.outcome, last.exit_code, last.reason) == (AttemptOutcome.FAILED, 137, reason)
+    for words in told:
+        assert words in str(last.message)
+        assert words in made.notices[0].message
 
 
 @pytest.mark.parametrize("code", [1, ExitCode.KILLED, ExitCode.RESTART, ExitCode.STOPPED, None])

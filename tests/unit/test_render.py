@@ -254,6 +254,29 @@ def test_the_offer_says_by_how_much_the_models_context_is_stretched(said: Any, f
     assert ("yarnFactor" in config.to_wire()["model"]) == (factor is not None)
 
 
+@pytest.mark.parametrize(
+    ("reasons", "number", "told"),
+    [
+        ([], 1, None),
+        (["Error"], 2, None),
+        (["OOMKilled"], 2, (1,)),
+        (["OOMKilled", "GradientsNotFinite", "OOMKilled"], 4, (1, 3)),
+        # The attempt that this is about, and one that was made since, are none that were before it.
+        (["OOMKilled", "OOMKilled", "OOMKilled"], 2, (1,)),
+    ],
+)
+def test_the_trainer_is_told_which_attempts_lacked_memory_without_a_last_word(
+    reasons: list[str], number: int, told: tuple[int, ...] | None
+) -> None:
+    made = made_job()
+    attempts = tuple(attempt().model_copy(update={"reason": reason}) for reason in reasons)
+    made = made.model_copy(update={"status": made.status.model_copy(update={"attempts": attempts})})
+    config = run_config(made, attempt(), number)
+    assert config.lacked_memory == told
+    # Images from before there was such a setting read no field that they do not know.
+    assert ("lackedMemory" in config.to_wire()) == (told is not None)
+
+
 @pytest.mark.parametrize(("seconds", "limit"), [(120, 7080), (7200, 1), (9000, 1)])
 def test_time_for_handing_over_is_taken_off_either_clock(seconds: int, limit: int) -> None:
     output = {**CLAIMS["output"], "repository": "acme/adapter"}

@@ -195,6 +195,24 @@ def test_a_pod_tells_how_its_container_ended() -> None:
     assert (view.exit_code, view.message, view.started_at) == (65, "no column", NOW)
 
 
+@pytest.mark.parametrize(
+    ("of_the_pod", "of_the_container", "reason"),
+    [
+        ({}, {"exitCode": 137, "reason": "OOMKilled"}, "OOMKilled"),
+        ({"reason": "Evicted"}, {"exitCode": 143, "reason": "Error"}, "Error"),
+        ({"reason": "Evicted"}, {}, "Evicted"),
+        ({}, {}, ""),
+    ],
+)
+def test_a_pod_tells_why_it_ended_in_the_kubelets_word(
+    of_the_pod: dict[str, Any], of_the_container: dict[str, Any], reason: str
+) -> None:
+    raw = stored(make_pod(phase="Failed"), uid="u")
+    ended = {"name": "trainer", "state": {"terminated": of_the_container}}
+    raw["status"] |= {**of_the_pod, "containerStatuses": [ended]}
+    assert pod_entry(raw).view.reason == reason
+
+
 def test_a_pod_that_could_not_be_prepared_says_why_and_has_not_started() -> None:
     raw = stored(make_pod(phase="Failed"), uid="u")
     terminated = {"exitCode": 1, "message": "Permission denied", "startedAt": "2026-01-31T12:00:00Z"}

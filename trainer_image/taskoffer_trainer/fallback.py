@@ -15,7 +15,9 @@ must be among them: a lack of memory goes to the second at once, gradients that 
 could not be compiled or broke without a reason of its own to the next one. After that each failure goes one further.
 
 The number is kept in the checkpoint folder by the trainer itself. A stop by a signal does not raise it, and neither
-does the loss of a node, after which nothing of the trainer is left to raise it.
+does the loss of a node, after which nothing of the trainer is left to raise it. Nor is there anything left where the
+kernel kills a whole container for lack of memory, as it may with cgroups v2; but that the kubelet has seen,
+and the operator tells the next attempt of it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from taskoffer.api.contract import Clamp, ExitCode, RunConfig, Termination
-from taskoffer_trainer.checkpoints import read_run, write_run
+from taskoffer_trainer.checkpoints import kept_so_far, read_run, write_run
 from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "keeps_attention",
     "lowered",
     "note_end",
+    "note_kills",
     "profile_of",
 ]
 
@@ -181,6 +184,22 @@ def _first_that_helps(termination: Termination) -> int | None:
     if code == ExitCode.RESTART:
         return {COMPILE_FAILED: 1, OUT_OF_MEMORY: SMALLEST_PIECE, GRADIENTS_NOT_FINITE: LOWER_RATE}.get(reason)
     return 1 if reason in (INTERNAL_ERROR, KILLED) and code not in _ASKED_FOR else None
+
+
+def note_kills(config: RunConfig) -> int | None:
+    """Raise the profile after earlier attempts that were killed as a whole for lack of memory, each of them once.
+
+    Returns:
+        The profile of this attempt where that has changed it, else ``None``.
+    """
+    raised = None
+    for number in config.lacked_memory or ():
+        if all(one.get("attempt") != number for one in read_run(config).get("fallbacks", [])):
+            newest, _ = kept_so_far(config)
+            step = int(newest.rpartition("-")[2]) if newest is not None else 0
+            killed = Termination(exit_code=ExitCode.KILLED, reason=OUT_OF_MEMORY, step=step)
+            raised = note_end(config.model_copy(update={"attempt": number}), killed) or raised
+    return raised
 
 
 def note_end(config: RunConfig, termination: Termination) -> int | None:

@@ -34,7 +34,7 @@ from taskoffer_trainer.checkpoints import (
 from taskoffer_trainer.clock import STARTED, Clock, process_started
 from taskoffer_trainer.config import check_paths
 from taskoffer_trainer.failures import INTERNAL_ERROR, KILLED, STOPPED, TrainerError
-from taskoffer_trainer.fallback import note_end
+from taskoffer_trainer.fallback import note_end, note_kills
 from taskoffer_trainer.figures import largest_peaks
 from taskoffer_trainer.mirror import remove_provisional
 from taskoffer_trainer.progress import ProgressServer, progress_port, read_report
@@ -295,7 +295,20 @@ def launch(config: RunConfig) -> Termination:
     with kept_log(Path(config.output_dir), heading):
         check_identity(config)
         _check_deadline(config, clock)
+        _take_over_kills(config)
         return _attempt(config, clock)
+
+
+def _take_over_kills(config: RunConfig) -> None:
+    """Ask for less where earlier attempts were killed for lack of memory before they could leave word of it."""
+    try:
+        profile = note_kills(config)
+    except OSError as error:
+        print(f"trainer: no fallback profile could be noted in {config.checkpoint_dir}: {error}", flush=True)
+        return
+    if profile is not None:
+        killed = ", ".join(map(str, config.lacked_memory or ()))
+        print(f"trainer: fallback profile {profile}, for lack of memory has killed attempt {killed}", flush=True)
 
 
 def _attempt(config: RunConfig, clock: Clock) -> Termination:

@@ -92,7 +92,7 @@ class CourseTrainer(StepTrainer):
         """Compute the gradient of one step, with the compiled model for as long as that pays.
 
         Raises:
-            TrainerError: ``RESTART`` when the model cannot be compiled; ``RESTART``.
+            TrainerError: ``RESTART`` when the model cannot be compiled, and when not even one row fits into memory.
         """
         loss = self._compiled_step(model, rows, num_items_in_batch)
         if bool(torch.isfinite(loss)):

@@ -96,7 +96,6 @@ __all__ = [
     "PREPARE_CONFIG_PATH",
     "PROGRESS_PORT",
     "PROVISIONAL_FOLDER",
-    "SHARDING_SERVED",
     "SIGNATURE_PREFIXES",
     "SUBMIT_CONFIG_PATH",
     "TERMINATION_LOG",
@@ -164,9 +163,6 @@ __all__ = [
     "job_folder",
     "rank_cap",
 ]
-
-SHARDING_SERVED = True
-"""Whether the trainer can share out a model's parameters over its GPUs (FSDP)."""
 
 CONFIG_PATH = "/etc/taskoffer/run.json"
 """Where the pod finds its RunConfig."""
@@ -381,6 +377,9 @@ class RunConfig(WireModel):
     version: Literal["v1alpha1"] = "v1alpha1"
     job_name: str = Field(description="Name of the TrainingJob.")
     attempt: Annotated[int, Field(ge=1)] = Field(1, description="Number of the attempt, from 1.")
+    lacked_memory: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="Earlier attempts that were killed as a whole for lack of memory, without a last word."
+    )
     task_id: str = Field(description="Identity of the task in its market.")
     task_type: TaskType = Field(description="What kind of training this is.")
     gpus: Annotated[int, Field(ge=1, le=8)] = Field(description="Training processes to start, one per GPU.")

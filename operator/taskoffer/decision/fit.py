@@ -17,7 +17,6 @@ from functools import lru_cache
 from taskoffer.api.contract import (
     CHECKPOINT_BYTES,
     FEWEST_CHECKPOINTS,
-    SHARDING_SERVED,
     Clamp,
     LayerRank,
     LoraSettings,
@@ -51,6 +50,8 @@ from taskoffer.decision.clamping import (
 )
 from taskoffer.decision.memory import GIB, IMAGE_MODELS, Layout, Load, Need, image_need, text_need
 
+SHARDING_SERVED = True
+"""Whether the trainer can share out a model's parameters over its GPUs (FSDP)."""
 _LEAST_RANK = 8
 """Below this an adapter is not what anybody has asked for, so the offer is refused instead."""
 _MOST_ACCUMULATION = 65_536

@@ -42,7 +42,7 @@ from taskoffer.decision.lost_pods import awaited_pods
 from taskoffer.decision.measured import with_measured
 from taskoffer.decision.moments import later
 from taskoffer.decision.placed_jobs import MoveRequest
-from taskoffer.decision.trainer_words import last_words, result_of
+from taskoffer.decision.trainer_words import last_words, left_by_run, result_of
 
 _NOT_STARTED = "the pod has not started"
 
@@ -227,7 +227,7 @@ class _Pass(EarlyEndDraft):
         finished = self._by_own_clock(pod.finished_at or self.facts.now)
         if not pod.succeeded and self._was_stopped_by_clock(finished):
             return self._trained_by_clock(finished, pod.exit_code)
-        message = last_words(report, pod.message, None if pod.succeeded else self.facts.log_tail)
+        message = last_words(report, left_by_run(pod, self.run_spec), None if pod.succeeded else self.facts.log_tail)
         if pod.succeeded:
             self._amend(outcome=AttemptOutcome.SUCCEEDED, finished_at=finished, exit_code=0, message=message or None)
             return self._complete(report)
@@ -241,6 +241,7 @@ class _Pass(EarlyEndDraft):
             outcome=AttemptOutcome.STOPPED if stopped else AttemptOutcome.FAILED,
             finished_at=finished,
             exit_code=code,
+            reason=(report.reason if report else pod.reason)[:64] or None,
             message=message or None,
         )
         summary = f"attempt {len(self.attempts)} ended with exit code {code}: {message or 'no message'}"

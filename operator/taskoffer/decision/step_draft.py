@@ -16,7 +16,7 @@ from taskoffer.decision.moments import later
 from taskoffer.decision.naming import step_name
 from taskoffer.decision.own_trainer import submit_seconds
 from taskoffer.decision.step_needs import has_target, is_prepared, is_submitted
-from taskoffer.decision.trainer_words import last_words, parse_termination, result_of
+from taskoffer.decision.trainer_words import last_words, left_by, parse_termination, result_of
 
 _SAYS = {
     StepName.PREPARE: (Reason.PREPARING, Reason.PREPARE_FAILED, "model and data are being fetched"),
@@ -133,7 +133,9 @@ class StepDraft(JobDraft):
 
     def _step_failed(self, name: StepName, view: StepView, report: Termination | None, train: str) -> JobPlan:
         _, reason, _ = _SAYS[name]
-        left = view.pod.message if view.pod is not None else ""
+        settings = self.run_spec.steps
+        memory = settings.memory if settings is not None else None
+        left = left_by(view.pod, memory, "steps.memory") if view.pod is not None else ""
         code = view.pod.exit_code if view.pod is not None else None
         words = last_words(report, left, None) or "it did not end in time, or its pod was removed"
         ended = f"exit code {code}: {words}" if code is not None else words

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from taskoffer.api.contract import ExitCode, Metric, ProgressReport, Termination
-from taskoffer.api.v1alpha1.trainingjob import Result, TrainerStatus
+from taskoffer.api.v1alpha1.trainingjob import OOM_KILLED, Result, Run, TrainerStatus
+from taskoffer.decision.job_facts import PodView
 
 PERMANENT_EXIT_CODES = frozenset(code for code in ExitCode if not code.retryable) - {ExitCode.DONE}
 """Exit codes after which the same settings fail again: no further attempt is made."""
@@ -30,6 +31,27 @@ def last_words(report: Termination | None, left: str, log_tail: str | None) -> s
         room = _LONGEST - len(message[:500]) - 14
         message = f"{message[:500]}; log ends: {log_tail[-room:]}"
     return message
+
+
+def left_by(pod: PodView, limit: str | None, setting: str) -> str:
+    """Return what a container left behind, and that it lacked memory where it had no time to say so itself.
+
+    Args:
+        pod: its pod.
+        limit: the memory that it was allowed, in words; None where it had no limit.
+        setting: the policy's setting that allows more.
+    """
+    if pod.reason != OOM_KILLED:
+        return pod.message
+    allowed = f"its limit is {limit}" if limit else "it has no limit of its own, so the node lacked it"
+    log = f"; log ends: {pod.message.strip()}" if pod.message.strip() else ""
+    return f"{OOM_KILLED}: the container was killed for lack of memory ({allowed}); {setting} gives it more{log}"
+
+
+def left_by_run(pod: PodView, run: Run) -> str:
+    """Return what a training's container left behind, see :func:`left_by`."""
+    each = run.pod.memory_per_gpu
+    return left_by(pod, f"{each} for each of {run.gpus} GPU(s)" if each else None, "podTemplate.memoryPerGpu")
 
 
 def result_of(report: Termination | None) -> Result | None:

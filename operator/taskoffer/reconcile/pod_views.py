@@ -108,6 +108,7 @@ def pod_entry(raw: Raw) -> PodEntry:
             started_at=moment(started),
             finished_at=moment(ended.get("finishedAt")),
             exit_code=ended.get("exitCode"),
+            reason=str(ended.get("reason") or status.get("reason") or ""),
             message=str(ended.get("message") or status.get("message") or ""),
             waiting=_waiting(status, state),
         ),

@@ -10,7 +10,7 @@ from taskoffer.api.contract import EVAL_ROWS_MAX, MIN_ROWS, DataConfig, FetchIte
 from taskoffer.api.v1alpha1.capacitypolicy import CapacityPolicySpec
 from taskoffer.api.v1alpha1.meta import API_VERSION, ClaimPath
 from taskoffer.api.v1alpha1.taskoffer import Admission, ClockMode, TaskOfferSpec
-from taskoffer.api.v1alpha1.trainingjob import Attempt, OfferRef, Run, TrainingJob, TrainingJobSpec
+from taskoffer.api.v1alpha1.trainingjob import OOM_KILLED, Attempt, OfferRef, Run, TrainingJob, TrainingJobSpec
 from taskoffer.decision.effective import Effective, effective_settings
 from taskoffer.decision.items import data_item, format_of, model_item
 from taskoffer.decision.keys import OfferKey
@@ -114,6 +114,7 @@ def run_config(job: TrainingJob, attempt: Attempt, number: int) -> RunConfig:
     return RunConfig(
         job_name=name,
         attempt=number,
+        lacked_memory=_lacked_memory(job, number),
         task_id=run.task_id,
         task_type=run.task_type,
         gpus=run.gpus,
@@ -145,6 +146,12 @@ def run_config(job: TrainingJob, attempt: Attempt, number: int) -> RunConfig:
         expected_seconds=expected_seconds(run.predicted),
         sample_prompts=dataset.sample_prompts,
     )
+
+
+def _lacked_memory(job: TrainingJob, number: int) -> tuple[int, ...] | None:
+    """Return the earlier attempts after which nothing was left that could tell the trainer what they lacked."""
+    earlier = enumerate(job.status.attempts[: number - 1], 1)
+    return tuple(one for one, attempt in earlier if attempt.reason == OOM_KILLED) or None
 
 
 def output_path(job: TrainingJob, leaf: str) -> str:

@@ -165,6 +165,10 @@ class Preemptor(WireModel):
     asked_at: Time = Field(description="When the job was to stop.")
 
 
+OOM_KILLED = "OOMKilled"
+"""The kubelet's reason for the end of a container that the kernel killed for lack of memory."""
+
+
 class Attempt(WireModel):
     """One try: a batch/v1 Job of its own name on decided GPUs, written here before the Job is created."""
 
@@ -179,6 +183,9 @@ class Attempt(WireModel):
     preempted_for: Preemptor | None = Field(None, description="The offer that its GPUs were taken back for.")
     outcome: AttemptOutcome | None = Field(None, description="How it ended; absent while it runs.")
     exit_code: int | None = Field(None, description="Exit code of the container.")
+    reason: Annotated[str, StringConstraints(max_length=64)] | None = Field(
+        None, description="Why it failed, in CamelCase: the trainer's reason, else the kubelet's, as OOMKilled."
+    )
     message: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
         None, description="What the trainer or the log said at the end."
     )
