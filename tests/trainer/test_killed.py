@@ -83,6 +83,8 @@ def killed(shared_training: MakeTraining) -> Killed:
         run.kill()
         assert not training.adapter.exists()
         assert assert_whole(provisional(training)[-1])["provisional"] is True
+    # As the operator says it of a container that the kernel has killed as a whole.
+    training.config["lackedMemory"] = [KILLS]
     run = attempt(training, KILLS + 1).start()
     run.wait_for_step(drawn.randrange(STEPS // 4, STEPS // 2))
     for rank in run.children():
@@ -127,6 +129,19 @@ def test_what_a_killed_rank_leaves_is_reported_as_provisional_and_worth_another_
     assert report["adapter"].startswith("provisional/step-")
     assert report["figures"][0]["name"] == "eval_loss"
     assert [one["attempt"] for one in report["attempts"]] == [KILLS + 1]
+
+
+def test_a_lack_of_memory_that_only_the_operator_knows_of_makes_the_next_attempt_ask_for_less(killed: Killed) -> None:
+    log = (killed.training.output / "log.txt").read_text()
+    told = f"trainer: attempt {KILLS} was killed for lack of memory; going on with fallback profile"
+    assert [line for line in log.splitlines() if line.startswith(told)] == [f"{told} 2"]
+    lowered = [one for one in killed.rank_killed.termination["clamps"] if one["reason"] == "FallbackProfile"]
+    assert ("train.perDeviceTrainBatchSize", "4", "smallest") in [
+        (one["field"], one["requested"], one["effective"]) for one in lowered
+    ]
+    # The rank that was killed then is the reason for the one after, and the first one is not counted twice.
+    last = [one for one in killed.done.termination["clamps"] if one["reason"] == "FallbackProfile"]
+    assert "train.learningRate" in {one["field"] for one in last}
 
 
 def test_its_end_says_where_the_best_adapter_so_far_lies_and_what_was_clamped(killed: Killed) -> None:

@@ -308,7 +308,7 @@ def _take_over_kills(config: RunConfig) -> None:
         return
     if profile is not None:
         killed = ", ".join(map(str, config.lacked_memory or ()))
-        print(f"trainer: fallback profile {profile}, for lack of memory has killed attempt {killed}", flush=True)
+        print(f"trainer: attempt {killed} was killed for lack of memory; going on with fallback profile {profile}")
 
 
 def _attempt(config: RunConfig, clock: Clock) -> Termination:
