@@ -56,7 +56,9 @@ def admitted(deadline: float | None = 3600, *, active: bool = True) -> OfferFact
     return OfferFacts(active=active, admission=Admission.model_validate(admission), finished=False)
 
 
-def made_by(name: str, *, ended: bool | None = None, message: str = "", code: int | None = None) -> StepView:
+def made_by(
+    name: str, *, ended: bool | None = None, message: str = "", code: int | None = None, reason: str = ""
+) -> StepView:
     """The Job of a step: running, or ended well (True) or badly (False), with its newest pod."""
     view = JobView(f"{NAME}-{name}", f"{name}-uid", False, ended is not None, bool(ended), NOW)
     pod = PodView(
@@ -70,6 +72,7 @@ def made_by(name: str, *, ended: bool | None = None, message: str = "", code: in
         started_at=at(5),
         exit_code=code,
         message=message,
+        reason=reason,
     )
     return StepView(view, pod)
 

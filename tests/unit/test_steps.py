@@ -253,6 +253,15 @@ def test_the_result_is_handed_over_after_the_training_and_only_then_the_job_is_c
     assert done.status.result.submitted_revision == "a" * 40
 
 
+def test_a_step_that_lacked_memory_says_how_much_it_had_and_what_gives_it_more() -> None:
+    ended = made_by("submit", ended=False, message="loading the base model", code=137, reason="OOMKilled")
+    assert told(look(trained(SUBMITTED), {StepName.SUBMIT: ended}), "Failed") == (
+        "SubmitFailed",
+        "step Submit ended with exit code 137: OOMKilled: the container was killed for lack of memory "
+        "(its limit is 4Gi); steps.memory gives it more; log ends: loading the base model",
+    )
+
+
 def test_a_result_that_cannot_be_handed_over_fails_the_job_and_not_the_training() -> None:
     said = json.dumps({"exitCode": 74, "reason": "VerifyFailed", "message": "no tensors"})
     plan = look(trained(SUBMITTED), {StepName.SUBMIT: made_by("submit", ended=False, message=said, code=74)})

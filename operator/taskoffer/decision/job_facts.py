@@ -40,10 +40,10 @@ class PodView:
     started_at: datetime | None = None
     finished_at: datetime | None = None
     exit_code: int | None = None
-    reason: str = ""
-    """The kubelet's word for the end of the container, as OOMKilled, or of the pod, as Evicted."""
     message: str = ""
     waiting: str = ""
+    reason: str = ""
+    """The kubelet's word for the end of the container, as OOMKilled, or of the pod, as Evicted."""
 
 
 @dataclass(frozen=True, slots=True)
