@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ def why_not(rung: str) -> str:
     if missing and find_go() is None and os.environ.get("TASKOFFER_OFFLINE"):
         return f"no Go toolchain to build {', '.join(missing)} with, and TASKOFFER_OFFLINE is set"
     return why_no_nodes() if rung == "node" else ""
+
+
+def pytest_configure() -> None:
+    """Let SIGINT end what the tests start, also where a shell began the run in its background and so ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,13 +1,17 @@
 """Clusters for tests, one of each kind for the whole run."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from taskoffer_lab.debian import IMAGE_TOOLS, ensure_programs
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.local_provider import LocalCluster, LocalProvider
+from taskoffer_lab.paths import package_root
 from taskoffer_lab.progress import say
 from taskoffer_lab.spec import ClusterSpec
 
@@ -42,3 +46,17 @@ def image_tools() -> None:
         ensure_programs(tool.program for tool in IMAGE_TOOLS)
     except LabError as error:
         pytest.skip(str(error))
+
+
+@contextmanager
+def owner_of_a_cluster(program: str, name: str) -> Iterator["subprocess.Popen[str]"]:
+    """A process that runs `program` with the name of its cluster and has said "up"; killed at the latest here."""
+    environment = {**os.environ, "PYTHONPATH": str(package_root())}
+    command = [sys.executable, "-c", program, name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as owner:
+        try:
+            assert owner.stdout is not None
+            assert "up\n" in iter(owner.stdout.readline, "")
+            yield owner
+        finally:
+            owner.kill()

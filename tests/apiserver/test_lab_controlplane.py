@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lab_fixtures import owner_of_a_cluster
 from taskoffer_lab.api_client import ApiClient, ApiError, ClientConfig
 from taskoffer_lab.errors import LabError
 from taskoffer_lab.install import install
@@ -48,14 +49,6 @@ def processes_of(name: str) -> list[str]:
 def traces_of(name: str) -> list[str]:
     folder = state_root() / name
     return processes_of(name) + ([str(folder)] if folder.exists() else [])
-
-
-def start_owner(name: str) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "PYTHONPATH": str(package_root())}
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, name], stdout=subprocess.PIPE, text=True, env=environment)
-    assert owner.stdout is not None
-    assert owner.stdout.readline() == "up\n"
-    return owner
 
 
 def test_the_control_plane_answers_as_kubernetes_1_36(controlplane: LocalCluster) -> None:
@@ -114,10 +107,10 @@ def test_a_member_can_be_paused_stopped_and_started_again() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
 def test_nothing_is_left_when_the_owner_ends_by(number: signal.Signals) -> None:
     name = f"end-{os.getpid()}"
-    owner = start_owner(name)
-    assert len(processes_of(name)) >= 5
-    owner.send_signal(number)
-    owner.communicate(timeout=60)
+    with owner_of_a_cluster(OWNER, name) as owner:
+        assert len(processes_of(name)) >= 5
+        owner.send_signal(number)
+        owner.communicate(timeout=60)
     wait_until(lambda: traces_of(name) == [], f"all traces of {name} gone after {number.name}", 60)
 
 
@@ -143,17 +136,15 @@ def test_taking_a_cluster_down_whose_supervisor_was_killed_sweeps_it() -> None:
 
 def test_a_killed_supervisor_takes_its_processes_along_and_the_next_command_sweeps_the_rest() -> None:
     name = f"sweep-{os.getpid()}"
-    owner = start_owner(name)
-    supervisor = find_record(name).supervisor
-    assert supervisor is not None
-    os.kill(supervisor.pid, signal.SIGKILL)
-    wait_until(lambda: not supervisor.alive, "the supervisor's end", 30)
-    wait_until(lambda: processes_of(name) == [], "the end of its children", 30)
-    assert (state_root() / name).exists()
-    assert name in sweep()
-    assert traces_of(name) == []
-    owner.kill()
-    owner.communicate()
+    with owner_of_a_cluster(OWNER, name):
+        supervisor = find_record(name).supervisor
+        assert supervisor is not None
+        os.kill(supervisor.pid, signal.SIGKILL)
+        wait_until(lambda: not supervisor.alive, "the supervisor's end", 30)
+        wait_until(lambda: processes_of(name) == [], "the end of its children", 30)
+        assert (state_root() / name).exists()
+        assert name in sweep()
+        assert traces_of(name) == []
 
 
 def test_a_cluster_that_cannot_start_says_why_and_keeps_its_logs(monkeypatch: pytest.MonkeyPatch) -> None:

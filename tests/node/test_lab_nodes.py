@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import tarfile
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,13 +15,14 @@ from typing import Any
 
 import pytest
 
+from lab_fixtures import owner_of_a_cluster
 from taskoffer_lab.base_images import cached_archives
 from taskoffer_lab.cgroups import hierarchies
 from taskoffer_lab.gpus import RESOURCE
 from taskoffer_lab.host_changes import BOUND
 from taskoffer_lab.local_provider import LocalCluster, LocalProvider
 from taskoffer_lab.network import ClusterNetwork, links
-from taskoffer_lab.paths import package_root, state_root
+from taskoffer_lab.paths import state_root
 from taskoffer_lab.process_table import wait_until
 from taskoffer_lab.registry_name import BUSYBOX_IMAGE, REGISTRY
 from taskoffer_lab.spec import ClusterSpec
@@ -288,35 +288,24 @@ def test_two_nodes_of_which_one_vanishes_and_comes_back_leave_nothing_behind() -
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
 def test_nothing_of_a_node_with_a_running_pod_is_left_when_the_owner_ends_by(number: signal.Signals) -> None:
     name = f"gone-{os.getpid()}"
-    owner = start_owner(name)
-    record = find_record(name)
-    assert len(traces_of(record)) > 10
-    owner.send_signal(number)
-    owner.communicate(timeout=60)
+    with owner_of_a_cluster(OWNER, name) as owner:
+        record = find_record(name)
+        assert len(traces_of(record)) > 10
+        owner.send_signal(number)
+        owner.communicate(timeout=60)
     wait_until(lambda: traces_of(record) == [], f"nothing left after {number.name}", 60)
 
 
 def test_the_next_command_sweeps_what_a_killed_supervisor_left_of_a_node() -> None:
     name = f"swept-{os.getpid()}"
-    owner = start_owner(name)
-    record = find_record(name)
-    assert record.supervisor is not None
-    os.kill(record.supervisor.pid, signal.SIGKILL)
-    wait_until(lambda: processes_in(record.layout.root) == [], "the end of the node", 60)
-    assert traces_of(record) != []
-    assert name in sweep()
-    assert traces_of(record) == []
-    owner.kill()
-    owner.communicate()
-
-
-def start_owner(name: str) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "PYTHONPATH": str(package_root())}
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, name], stdout=subprocess.PIPE, text=True, env=environment)
-    assert owner.stdout is not None
-    lines = iter(owner.stdout.readline, "")
-    assert "up\n" in lines
-    return owner
+    with owner_of_a_cluster(OWNER, name):
+        record = find_record(name)
+        assert record.supervisor is not None
+        os.kill(record.supervisor.pid, signal.SIGKILL)
+        wait_until(lambda: processes_in(record.layout.root) == [], "the end of the node", 60)
+        assert traces_of(record) != []
+        assert name in sweep()
+        assert traces_of(record) == []
 
 
 def test_images_of_an_earlier_cluster_are_still_there_but_its_containers_are_not() -> None:
