@@ -17,6 +17,7 @@ from taskoffer.api.base import rfc3339
 from taskoffer.decision.cycle import Plan, _Cycle, plan
 from taskoffer.decision.snapshot import Snapshot
 from taskoffer.decision.verdict import Verdict
+from taskoffer.reconcile.views import OfferState
 from taskoffer.reconcile.world import World
 from taskoffer.render.offers import decision_patch
 
@@ -111,6 +112,12 @@ class Cluster:
         made.in_flight |= self.world.in_flight
         made.held_back |= self.world.held_back
         made.assumed |= self.world.assumed
+        for uid, entry in self.world.by_state[OfferState.HOLDING].items():
+            # Who has not admitted an offer predicts it anew, by a policy that may have changed since.
+            anew = made.offers.get(uid)
+            if anew is not None and entry.admission is not None and entry.evaluation is not None:
+                count = sum(part.count for part in entry.admission.assignments)
+                anew.occupies = entry.evaluation.made.seconds_on(count)
         return made
 
 
