@@ -191,6 +191,10 @@ class StoreHandler(BaseHTTPRequestHandler):
         if not self._signed():
             return None
         upload = self.entry.query.get("uploadId", [""])[0]
+        if bucket not in self.hub.buckets:
+            return self.answer(404, b"<Error><Code>NoSuchBucket</Code><Message>no such bucket</Message></Error>")
+        if bucket in self.hub.read_only:
+            return self.answer(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
         if "?uploads" in self.path:
             upload = f"{len(self.hub.pieces)}/+="
             self.hub.pieces[upload] = {}

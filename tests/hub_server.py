@@ -1,8 +1,8 @@
 """A model hub, a web server and an object store in one thread: what their clients really ask, and their faults.
 
 The hub speaks what huggingface_hub 2.4 asks: repository info, the tree in pages, ``resolve`` with a redirect to
-another host for LFS files, repository creation, preupload, LFS batch with PUT and verify, and commit. The request log
-has every method, path and whether a token came with it.
+another host for LFS files, whose a token is and where it may write, repository creation, preupload, LFS batch with PUT
+and verify, and commit. The request log has every method, path and whether a token came with it.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class HubServer:
         self.region = ""
         self.region_answer = (301, "PermanentRedirect")
         self.refused_in_cards: tuple[str, ...] = ()
+        self.who: dict[str, Any] | None = None
+        self.read_only: set[str] = set()
         self.faults = Faults()
         self.asked: list[Asked] = []
         self.lock = threading.Lock()
@@ -205,6 +207,21 @@ class _Handler(StoreHandler):
             self.json({"error": "no such revision"}, 404, code)
             return None
         return repository, oid
+
+    def on_get_whoami(self) -> None:
+        if self.hub.who is None:
+            return self.answer(404, b"{}", {"X-Error-Message": "no such page"})
+        return self.json(self.hub.who) if self._may(Repository(), writing=True) else None
+
+    def on_get_auth(self, kind: str, name: str) -> None:
+        """Answer whether the caller may write, as a hub that knows this question (``who`` is set) does."""
+        if self.hub.who is None:
+            return self.answer(404, b"{}", {"X-Error-Message": "no such page"})
+        if not self._may(self.hub.repositories.get(name), writing=True):
+            return None
+        if name in self.hub.read_only:
+            return self.json({"error": "forbidden"}, 403, {"X-Error-Message": "You have read access only"})
+        return self.json({})
 
     def on_get_info(self, kind: str, name: str, revision: str | None) -> None:
         found = self._at(kind, name, revision or "main")
@@ -371,6 +388,8 @@ class _Handler(StoreHandler):
 
 _NAME = r"([^/]+/[^/]+|[^/]+)"
 _ROUTES = [
+    (r"/api/whoami-v2", "get_whoami"),
+    (rf"/api/(models|datasets)/{_NAME}/auth-check/write", "get_auth"),
     (rf"/api/(models|datasets)/{_NAME}/tree/([^/]+)(/.+)?", "get_tree"),
     (rf"/api/(models|datasets)/{_NAME}/revision/([^/]+)", "get_info"),
     (rf"/api/(models|datasets)/{_NAME}/preupload/([^/]+)", "post_preupload"),

@@ -16,6 +16,11 @@ async def created(rig: Rig, name: str) -> Object:
     return rig.kube.get_now(BATCH_JOBS, name)
 
 
+async def prepares(rig: Rig, name: str = JOB) -> None:
+    """Play the step before the training: what is to be trained lies on claims, and the target may be written to."""
+    ends(rig, await created(rig, f"{name}-prepare"), 0, {"reason": "Completed", "message": "0 items are ready"})
+
+
 async def trains(rig: Rig, name: str = JOB) -> Object:
     """Play the kubelet: the container of the first attempt runs."""
     job = await created(rig, f"{name}-1")
@@ -29,8 +34,8 @@ async def trains(rig: Rig, name: str = JOB) -> Object:
     return job
 
 
-def submits(rig: Rig, job: Object, code: int, said: Object) -> None:
-    """Play Job controller and kubelet: the step after the training has ended."""
+def ends(rig: Rig, job: Object, code: int, said: Object) -> None:
+    """Play Job controller and kubelet: a step has ended."""
     name, terminated = job["metadata"]["name"], {"exitCode": code, "message": json.dumps({"exitCode": code, **said})}
     status = {"name": "step", "state": {"terminated": {**terminated, "startedAt": "2026-01-31T12:55:00Z"}}}
     pod = {

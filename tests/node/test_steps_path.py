@@ -10,6 +10,7 @@ import pytest
 from taskoffer_lab.fixtures import build_instruct_dataset, build_tiny_model
 from taskoffer_lab.process_table import wait_until
 from training_place import (
+    HUB_TOKEN,
     NAMESPACE,
     SECONDS,
     TRAINED_SECONDS,
@@ -94,17 +95,35 @@ def test_a_data_set_that_is_not_there_fails_the_task_with_the_reason_and_without
     assert "acme/never" not in stocked.hub.repositories
 
 
+def test_a_token_that_may_not_write_fails_the_task_before_it_has_taken_a_gpu(stocked: Place) -> None:
+    owner = {"type": "access_token", "accessToken": {"displayName": "lab", "role": "read"}}
+    stocked.hub.who = {"type": "user", "name": "acme", "orgs": [], "auth": owner}
+    try:
+        stocked.offer("reader", "one", spec={"output": from_the_hub("acme/unwritten")["output"]})
+        stocked.until("reader", "Finished", "Failed", SECONDS)
+    finally:
+        stocked.hub.who = None
+    job = stocked.job("reader")
+    failed = condition(job, "Failed")
+    assert failed["reason"] == "PrepareFailed"
+    assert "acme/unwritten: the token of acme is one for reading" in failed["message"]
+    assert steps_of(job)["Prepare"] == "Failed"
+    assert [attempt.get("startedAt") for attempt in job["status"]["attempts"]] == [None]
+    assert "acme/unwritten" not in stocked.hub.repositories
+
+
 def test_a_hub_that_refuses_the_result_fails_the_task_and_leaves_the_adapter_on_its_claim(stocked: Place) -> None:
-    stocked.hub.add("acme/taken", {"README.md": b"of somebody else"}, gated=True)
+    stocked.offer("refused", "one", spec={"output": from_the_hub("acme/refused")["output"]})
+    stocked.training("refused")
+    # The token was good when it was asked about, and is withdrawn during the training.
     stocked.hub.token = "another-token"
     try:
-        stocked.offer("refused", "one", spec={"output": from_the_hub("acme/refused")["output"]})
         stocked.until("refused", "Finished", "Failed", TRAINED_SECONDS)
     finally:
-        stocked.hub.token = "a-token-of-the-hub"
+        stocked.hub.token = HUB_TOKEN
     job = stocked.job("refused")
     assert condition(job, "Failed")["reason"] == "SubmitFailed"
-    assert steps_of(job) == {"Train": "Succeeded", "Submit": "Failed"}
+    assert steps_of(job) == {"Prepare": "Succeeded", "Train": "Succeeded", "Submit": "Failed"}
     path = Path(job["status"]["result"]["adapterPath"]).relative_to("/data/output")
     assert (stocked.outputs / path / "adapter_model.safetensors").is_file()
 

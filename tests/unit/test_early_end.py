@@ -49,7 +49,9 @@ def job(attempts: Sequence[Object], run: Object | None = None, **status: Any) ->
         **TARGET,
     }
     wire = make_training_job(
-        name=NAME, spec={"run": merged(base, run or {})}, status={"attempts": list(attempts), **status}
+        name=NAME,
+        spec={"run": merged(base, run or {})},
+        status={"attempts": list(attempts), "steps": [{"name": "Prepare", "state": "Succeeded"}], **status},
     )
     return TrainingJob.model_validate(stored(wire, uid="tj-uid"))
 
@@ -193,7 +195,7 @@ def test_its_submit_step_verifies_from_scratch_what_lies_in_the_folder_then() ->
     plan = look(killed(), 210)
     (action,) = plan.actions
     assert action == EnsureStep(StepName.SUBMIT, DEADLINE - 210, at(DEADLINE), at(DEADLINE + 21_600), provisional=True)
-    assert states(plan) == {"Train": "Failed", "Submit": "Pending"}
+    assert states(plan) == {"Prepare": "Succeeded", "Train": "Failed", "Submit": "Pending"}
     text = step_config_map(killed(), action)["data"]["submit.json"]
     config = SubmitConfig.model_validate_json(text)
     assert (config.unverified, config.provisional) == (True, True)
@@ -212,7 +214,7 @@ def test_the_job_is_complete_once_it_was_verified_and_says_what_it_is_and_why() 
         "the best adapter so far, of step 40, was verified and handed over to acme/expected-name; the training ended "
         "early: AttemptsExhausted: attempt 1 ended with exit code 137: no message (attempt 1 of 1)",
     )
-    assert states(plan) == {"Train": "Failed", "Submit": "Succeeded"}
+    assert states(plan) == {"Prepare": "Succeeded", "Train": "Failed", "Submit": "Succeeded"}
     assert plan.status is not None
     assert plan.status.result is not None
     assert (plan.status.result.adapter_path, plan.status.result.submitted_to) == (FOLDER, "acme/expected-name")

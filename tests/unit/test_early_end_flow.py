@@ -9,7 +9,7 @@ import pytest
 from builders import make_node, make_policy
 from core_builders import NOW
 from fake_replica import Rig, end_pod, leading
-from played_pods import JOB, created, submits, trains
+from played_pods import JOB, created, ends, prepares, trains
 from taskoffer.adapters.kube import BATCH_JOBS, CONFIG_MAPS, JOBS_OF_TRAINING, NODES, PODS, Object
 from taskoffer.api.base import rfc3339
 from taskoffer.api.contract import ProgressReport, SubmitConfig
@@ -71,6 +71,7 @@ def test_what_a_killed_training_has_kept_decides_and_its_gpu_is_free_meanwhile(c
     async def main() -> None:
         async with leading(nodes={"node-a": 1}, policy=POLICY) as rig:
             rig.offer(spec=TARGET, hours=1)
+            await prepares(rig)
             await trains(rig)
             await rig.until(lambda: "provisional" in status_of(rig))
             assert rig.booked() == {"node-a": 1}
@@ -81,7 +82,7 @@ def test_what_a_killed_training_has_kept_decides_and_its_gpu_is_free_meanwhile(c
             config = rig.kube.get_now(CONFIG_MAPS, f"{JOB}-submit")["data"]["submit.json"]
             asked = SubmitConfig.model_validate_json(config)
             assert (asked.unverified, asked.provisional) == (True, True)
-            submits(rig, submit, code, said)
+            ends(rig, submit, code, said)
             await rig.until(lambda: rig.finished() == finished)
             (end,) = [c for c in rig.read()["status"]["conditions"] if c["type"] == "Finished"]
             assert end["message"].startswith(words)
@@ -94,6 +95,7 @@ def test_a_training_that_does_not_end_is_stopped_in_time_and_its_best_adapter_so
     async def main() -> None:
         async with leading(nodes={"node-a": 1}, policy=POLICY) as rig:
             rig.offer(spec=TARGET, hours=1)
+            await prepares(rig)
             await trains(rig)
             await rig.quiet(2900)
             assert not rig.kube.get_now(BATCH_JOBS, f"{JOB}-1")["spec"].get("suspend")
@@ -101,7 +103,7 @@ def test_a_training_that_does_not_end_is_stopped_in_time_and_its_best_adapter_so
             end_pod(rig.kube, f"{JOB}-1-pod", 143, "")
             submit = await created(rig, f"{JOB}-submit")
             assert status_of(rig)["earlyEnd"]["reason"] == "DeadlineExceeded"
-            submits(rig, submit, 0, HANDED)
+            ends(rig, submit, 0, HANDED)
             await rig.until(lambda: rig.finished() == "Succeeded")
 
     run_virtually(main())
@@ -116,6 +118,7 @@ MORE_ATTEMPTS = make_policy(
 async def _loses_its_node(rig: Rig) -> None:
     """Let a training that has kept an adapter lose its node, while there is no room elsewhere."""
     rig.offer(spec=TARGET, hours=1)
+    await prepares(rig)
     await trains(rig)
     await rig.until(lambda: "provisional" in status_of(rig))
     away = {"type": "Ready", "status": "Unknown", "lastTransitionTime": rfc3339(NOW)}
@@ -130,7 +133,7 @@ def test_a_pod_that_stays_on_a_lost_node_does_not_keep_the_best_adapter_from_bei
             submit = await created(rig, f"{JOB}-submit")
             assert status_of(rig)["earlyEnd"]["reason"] == "DeadlineExceeded"
             assert rig.booked() == {"node-a": 1}, "its pod may still run"
-            submits(rig, submit, 0, HANDED)
+            ends(rig, submit, 0, HANDED)
             await rig.until(lambda: rig.finished() == "Succeeded")
 
     run_virtually(main())

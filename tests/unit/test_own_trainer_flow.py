@@ -11,7 +11,7 @@ import pytest
 from builders import make_policy
 from core_builders import HIGH_TAKES
 from fake_replica import end_pod, leading
-from played_pods import JOB, created, submits, trains
+from played_pods import JOB, created, ends, trains
 from taskoffer.adapters.kube import BATCH_JOBS, CONFIG_MAPS, JOBS_OF_TRAINING, PODS, Object
 from taskoffer.api.contract import SubmitConfig
 from taskoffer.reconcile import replica
@@ -64,7 +64,7 @@ def test_one_that_never_ends_is_stopped_in_time_and_what_it_has_left_decides(
             assert rig.booked() == {}
             config = rig.kube.get_now(CONFIG_MAPS, f"{JOB}-submit")["data"]["submit.json"]
             assert SubmitConfig.model_validate_json(config).unverified
-            submits(rig, submit, code, said)
+            ends(rig, submit, code, said)
             await rig.until(lambda: rig.finished() == finished)
             (end,) = [c for c in rig.read()["status"]["conditions"] if c["type"] == "Finished"]
             assert end["message"] == words

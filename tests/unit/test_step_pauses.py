@@ -121,7 +121,7 @@ def test_the_last_try_begins_half_a_minute_before_the_deadline(after: float, aga
         reason, message = told(plan, "Failed")
         assert reason == "SubmitFailed"
         assert "HubUnavailable: the hub answered 503; try 1 was the last before" in message
-        assert states(plan) == {"Train": "Succeeded", "Submit": "Failed"}
+        assert states(plan) == {"Prepare": "Succeeded", "Train": "Succeeded", "Submit": "Failed"}
     else:
         assert step_of(kept(made, plan), StepName.SUBMIT).next_try_at == at(again)
 

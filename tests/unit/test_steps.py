@@ -280,6 +280,26 @@ def ensured(name: StepName) -> EnsureStep:
     return EnsureStep(name, 600, at(3600), at(7200))
 
 
+def test_where_a_result_is_to_go_is_asked_beforehand_also_when_nothing_is_to_be_fetched() -> None:
+    made = job(SUBMITTED)
+    plan = look(made)
+    (action,) = plan.actions
+    assert isinstance(action, EnsureStep)
+    assert told(plan) == ("Preparing", "it is being asked whether the result may be handed over")
+    text = step_config_map(made, action)["data"]["prepare.json"]
+    found = PrepareConfig.model_validate_json(text)
+    assert found.items == ()
+    submit = SubmitConfig.model_validate_json(step_config_map(made, ensured(StepName.SUBMIT))["data"]["submit.json"])
+    assert found.target == submit.target is not None
+    assert found.credentials == submit.credentials
+    # There is nothing of the cache that the training would read.
+    asked = job(SUBMITTED, steps=[{"name": "Prepare", "state": "Succeeded"}])
+    mounts = attempt_job(asked, first_attempt_of(asked), 1)["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+    assert "cache" not in {mount["name"] for mount in mounts}
+    # What stays on its claim is asked of nobody.
+    assert [type(one) for one in look(job({})).actions] == [EnsureAttempt]
+
+
 @pytest.mark.parametrize("name", [StepName.PREPARE, StepName.SUBMIT])
 def test_the_job_of_a_step(name: StepName) -> None:
     assert_golden(f"step-{name.value.lower()}", step_job(job(FULL), ensured(name)))

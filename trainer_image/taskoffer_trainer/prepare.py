@@ -32,13 +32,14 @@ from taskoffer_trainer.listing import Context, Listing, Wanted, git_key, secret
 from taskoffer_trainer.model_files import what_is_lacking
 from taskoffer_trainer.row_files import formats_of
 from taskoffer_trainer.step_command import run_step
+from taskoffer_trainer.target_check import check_target
 
 __all__ = ["main", "prepare"]
 
 _ABOUT = """\
-Fetches the model, the data and a foreign trainer that a PrepareConfig file names into a cache that jobs share, checks
-them, and gives the job its own folder there, <cache>/jobs/<job>. What is there already is not fetched again, and a
-download that was stopped goes on where it was."""
+Asks whether the result may be written where it is to go, then fetches the model, the data and a foreign trainer that a
+PrepareConfig file names into a cache that jobs share, checks them, and gives the job its own folder there,
+<cache>/jobs/<job>. What is there already is not fetched again, and a download that was stopped goes on where it was."""
 
 _MORE = """\
 Exit codes: 0 all is there; 143 stopped by a signal and 138 please start again (the network, a full cache or disk):
@@ -63,11 +64,12 @@ def check(config: PrepareConfig, interrupt: Interrupt) -> str:
     Cache.open(Path(config.cache.path), interrupt)
     secret("hubTokenFile", config.credentials.hub_token_file)
     read_keys(config.credentials)
+    check_target(config, interrupt)
     with ExitStack() as stack:
         for item in config.items:
             if item.source.hub is None and item.source.s3 is None:
                 _list(Context(item, config.credentials, config.network, interrupt, stack))
-    return f"ready to fetch {', '.join(item.name for item in config.items)} for {config.job_name}"
+    return f"ready to fetch {', '.join(item.name for item in config.items) or 'nothing'} for {config.job_name}"
 
 
 def prepare(config: PrepareConfig, interrupt: Interrupt) -> Termination:
@@ -83,6 +85,7 @@ def prepare(config: PrepareConfig, interrupt: Interrupt) -> Termination:
             f"leaseExpiresAt: {config.lease_expires_at:%Y-%m-%dT%H:%M:%SZ} has passed",
         )
     cache = Cache.open(Path(config.cache.path), interrupt)
+    check_target(config, interrupt)
     fetched = []
     with cache.job_lock(config.job_name), ExitStack() as stack:
         cache.hold(config.job_name, config.lease_expires_at)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote, urlencode
@@ -14,7 +15,7 @@ from xml.sax.saxutils import escape
 
 import httpx2
 
-from taskoffer.api.contract import BucketFiles, ExitCode, Published, SubmitConfig
+from taskoffer.api.contract import BucketFiles, ExitCode, PrepareConfig, Published, SubmitConfig
 from taskoffer_trainer.addresses import TOO_MANY_REDIRECTS, check_address, make_client
 from taskoffer_trainer.buckets import Bucket, read_keys
 from taskoffer_trainer.cache import BLOCK
@@ -23,12 +24,14 @@ from taskoffer_trainer.fetch import Speaker, document_fields, error_document
 from taskoffer_trainer.interrupt import Interrupt
 from taskoffer_trainer.submit_verify import Part, failed
 
-__all__ = ["to_bucket", "to_folder"]
+__all__ = ["may_write_to", "to_bucket", "to_folder"]
 
 _T = TypeVar("_T")
 PIECE = 64 << 20
 """Bytes that are written to a bucket in one request; a larger file goes in pieces of so many. One request takes 5 GiB
 at most, which an adapter of high rank exceeds, and of pieces only the one that breaks is sent again."""
+_REFUSED = "SubmitRefused"
+"""Reason of an answer that is neither a success nor a lack of rights."""
 MOST_PIECES = 10_000
 """Pieces of one object that S3 takes (AWS, "Amazon S3 multipart upload limits")."""
 
@@ -103,13 +106,7 @@ def to_bucket(config: SubmitConfig, target: BucketFiles, parts: list[Part], inte
     Raises:
         TrainerError: ``NO_ACCESS``, ``RESTART`` when the store does not answer, or ``VERIFY_FAILED``.
     """
-    bucket = Bucket.of(target, read_keys(config.credentials))
-    # A store other than AWS is the operator's choice, as the hub is.
-    guarded = target.endpoint is None
-    if guarded:
-        check_address(bucket.base, config.network)
-    with make_client(config.network, guarded) as client:
-        run = _BucketUpload(bucket, config, interrupt, client, sum(part.size for part in parts))
+    with _upload(config, target, interrupt, sum(part.size for part in parts)) as run:
         for part in parts:
             # Who may write and read objects and not list them is told 403 of one that is not there.
             if run.digest(part, nothing=(403, 404)) != part.sha256:
@@ -119,11 +116,51 @@ def to_bucket(config: SubmitConfig, target: BucketFiles, parts: list[Part], inte
     return _published(target.url, parts)
 
 
+def may_write_to(target: BucketFiles, config: PrepareConfig, interrupt: Interrupt) -> bool:
+    """Tell whether objects can be written below a prefix: an upload in pieces is begun there and given up.
+
+    Returns:
+        False where the store's answer decides nothing.
+
+    Raises:
+        TrainerError: ``NO_ACCESS``; ``VERIFY_FAILED`` when there is no such bucket; ``RESTART`` when the store does not
+            answer.
+    """
+    part = Part.of("adapter_model.safetensors", b"")
+    with _upload(config, target, interrupt, 0) as run:
+        try:
+            upload = run.begin(part)
+        except TrainerError as error:
+            if error.reason != _REFUSED:
+                raise
+            return False
+        run.give_up(part, upload)
+    return True
+
+
+@contextmanager
+def _upload(
+    config: SubmitConfig | PrepareConfig, target: BucketFiles, interrupt: Interrupt, total: int
+) -> Iterator[_BucketUpload]:
+    bucket = Bucket.of(target, read_keys(config.credentials))
+    # A store other than AWS is the operator's choice, as the hub is.
+    guarded = target.endpoint is None
+    if guarded:
+        check_address(bucket.base, config.network)
+    with make_client(config.network, guarded) as client:
+        yield _BucketUpload(bucket, config, interrupt, client, total)
+
+
 class _BucketUpload:
     """One result on its way to one bucket."""
 
     def __init__(
-        self, bucket: Bucket, config: SubmitConfig, interrupt: Interrupt, client: httpx2.Client, total: int
+        self,
+        bucket: Bucket,
+        config: SubmitConfig | PrepareConfig,
+        interrupt: Interrupt,
+        client: httpx2.Client,
+        total: int,
     ) -> None:
         self.bucket, self.config, self.interrupt = bucket, config, interrupt
         self.client = client
@@ -165,12 +202,24 @@ class _BucketUpload:
 
         self._tried(part.name, ask)
 
-    def _put_pieces(self, part: Part, path: Path) -> None:
-        """Write an object in pieces, which become one when the last has arrived (AWS, "Multipart upload overview")."""
+    def begin(self, part: Part) -> str:
+        """Begin an upload in pieces and return its id."""
         begun = self._tried(part.name, lambda: self._post(self._url(part, uploads=""), b""))
         upload = begun.get("UploadId")
         if not upload:
-            raise failed("SubmitRefused", f"{part.name}: the store gives no id for an upload in pieces")
+            raise failed(_REFUSED, f"{part.name}: the store gives no id for an upload in pieces")
+        return upload
+
+    def give_up(self, part: Part, upload: str) -> None:
+        """End an upload in pieces without an object: pieces without an end would stay and be paid for."""
+        # The answer does not matter: nothing depends on it, or a failure is told.
+        with contextlib.suppress(httpx2.HTTPError):
+            url = self._url(part, uploadId=upload)
+            self.client.delete(url, headers=self.bucket.headers("DELETE", url))
+
+    def _put_pieces(self, part: Part, path: Path) -> None:
+        """Write an object in pieces, which become one when the last has arrived (AWS, "Multipart upload overview")."""
+        upload = self.begin(part)
         size = max(PIECE, -(-part.size // MOST_PIECES))
         try:
             tags = [self._put_piece(part, path, upload, at, size) for at in range(0, part.size, size)]
@@ -180,10 +229,7 @@ class _BucketUpload:
             )
             self._join(part, upload, f"<CompleteMultipartUpload>{pieces}</CompleteMultipartUpload>".encode())
         except BaseException:
-            # Pieces without an end would stay and be paid for. The answer does not matter: the failure is told.
-            with contextlib.suppress(httpx2.HTTPError):
-                url = self._url(part, uploadId=upload)
-                self.client.delete(url, headers=self.bucket.headers("DELETE", url))
+            self.give_up(part, upload)
             raise
 
     def _join(self, part: Part, upload: str, pieces: bytes) -> None:
@@ -242,7 +288,8 @@ class _BucketUpload:
                 return ask()
             except httpx2.HTTPStatusError as error:
                 status = error.response.status_code
-                region = self.bucket.wrong_region(error.response, error_document(error.response))
+                document = error_document(error.response)
+                region = self.bucket.wrong_region(error.response, document)
                 if region is not None:
                     raise region from error
                 if status in (401, 403):
@@ -252,10 +299,12 @@ class _BucketUpload:
                         f"{name}: the store answered {status}; check credentials.s3CredentialsFile and its rights",
                     ) from error
                 if status < 500 and status not in (408, 429):
-                    raise failed("SubmitRefused", f"{name}: the store answered {status}") from error
+                    if document.get("Code") == "NoSuchBucket":
+                        raise failed("BucketMissing", f"there is no bucket {self.bucket.name}") from error
+                    raise failed(_REFUSED, f"{name}: the store answered {status}") from error
                 why = f"the store answered {status}"
             except httpx2.TooManyRedirects as error:
-                raise failed("SubmitRefused", f"{name}: {TOO_MANY_REDIRECTS}") from error
+                raise failed(_REFUSED, f"{name}: {TOO_MANY_REDIRECTS}") from error
             except httpx2.TransportError as error:
                 why = str(error) or type(error).__name__
             if number < network.tries:

@@ -18,7 +18,7 @@ from taskoffer_trainer.interrupt import Interrupt
 from taskoffer_trainer.listing import secret
 from taskoffer_trainer.submit_verify import Part, failed, with_plainer_cards
 
-__all__ = ["to_hub"]
+__all__ = ["check_meant", "to_hub"]
 
 _CARD_REFUSED = "CardRefused"
 
@@ -73,6 +73,25 @@ def _upload(api: Any, config: SubmitConfig, target: HubTarget, parts: list[Part]
     )
 
 
+def check_meant(target: HubTarget, info: Any) -> None:
+    """See that a repository that exists is the one that was meant.
+
+    Raises:
+        TrainerError: ``VERIFY_FAILED`` where it has another name, or is public and the result is not.
+    """
+    if info.id != target.repository:
+        raise failed(
+            "NameMismatch",
+            f"the hub knows {target.repository} as {info.id}, and the name must be the exact one",
+        )
+    if target.private and not info.private:
+        raise failed(
+            "RepositoryPublic",
+            f"{target.repository} exists and is public, and the result is private: make it private, name another "
+            "repository, or have the policy say steps.privateRepositories: false",
+        )
+
+
 def _place(target: HubTarget, part: Part) -> str:
     return str(PurePosixPath(target.subfolder or "") / part.name)
 
@@ -97,18 +116,7 @@ class _Upload:
         """Create the repository when it is missing, and see that it is the one that was meant."""
         target = self.target
         self._ask(lambda: self.api.create_repo(target.repository, private=target.private, exist_ok=True))
-        info = self._ask(lambda: self.api.repo_info(target.repository))
-        if info.id != target.repository:
-            raise failed(
-                "NameMismatch",
-                f"the hub knows {target.repository} as {info.id}, and the name must be the exact one",
-            )
-        if target.private and not info.private:
-            raise failed(
-                "RepositoryPublic",
-                f"{target.repository} exists and is public, and the result is private: make it private, name another "
-                "repository, or have the policy say steps.privateRepositories: false",
-            )
+        check_meant(target, self._ask(lambda: self.api.repo_info(target.repository)))
 
     def head(self) -> str:
         """Return the newest commit."""

@@ -264,29 +264,6 @@ class NetworkSettings(WireModel):
     retry_wait_seconds: Annotated[float, Field(ge=0, le=60)] = Field(1.0, description="The first of these waits.")
 
 
-class PrepareConfig(WireModel):
-    """All that the prepare step needs to know."""
-
-    version: Literal["v1alpha1"] = "v1alpha1"
-    job_name: JobName = Field(description="Name of the TrainingJob.")
-    attempt: Annotated[int, Field(ge=1)] = Field(1, description="Number of the attempt, from 1.")
-    items: Annotated[tuple[FetchItem, ...], Field(min_length=1, max_length=8)] = Field(description="What to fetch.")
-    cache: CacheSettings = Field(default_factory=CacheSettings)
-    lease_expires_at: Time = Field(
-        description="Until when the job keeps its files in the cache: its deadline and some grace for submitting."
-    )
-    deadline: Time | None = Field(None, description="When to give up fetching.")
-    credentials: Credentials = Field(default_factory=Credentials)
-    network: NetworkSettings = Field(default_factory=NetworkSettings)
-
-    @model_validator(mode="after")
-    def _check_names(self) -> Self:
-        names = [item.name for item in self.items]
-        if len(set(names)) != len(names):
-            raise ValueError(f"items: two have the same name: {', '.join(sorted(names))}")
-        return self
-
-
 class HubTarget(WireModel):
     """A repository on a model hub that receives the adapter."""
 
@@ -311,6 +288,35 @@ class SubmitTarget(WireModel):
             raise ValueError(f"needs exactly one of hub, folder and s3, and there is {', '.join(given) or 'none'}")
         if self.s3 is not None and not self.s3.url.endswith("/"):
             raise ValueError("s3.url: the result is several files; end the address with a slash")
+        return self
+
+
+class PrepareConfig(WireModel):
+    """All that the prepare step needs to know."""
+
+    version: Literal["v1alpha1"] = "v1alpha1"
+    job_name: JobName = Field(description="Name of the TrainingJob.")
+    attempt: Annotated[int, Field(ge=1)] = Field(1, description="Number of the attempt, from 1.")
+    items: Annotated[tuple[FetchItem, ...], Field(max_length=8)] = Field(description="What to fetch.")
+    cache: CacheSettings = Field(default_factory=CacheSettings)
+    lease_expires_at: Time = Field(
+        description="Until when the job keeps its files in the cache: its deadline and some grace for submitting."
+    )
+    deadline: Time | None = Field(None, description="When to give up fetching.")
+    credentials: Credentials = Field(default_factory=Credentials)
+    network: NetworkSettings = Field(default_factory=NetworkSettings)
+    target: SubmitTarget | None = Field(
+        None,
+        description="Where the result will go: whether it may be written there is asked before anything is fetched.",
+    )
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [item.name for item in self.items]
+        if len(set(names)) != len(names):
+            raise ValueError(f"items: two have the same name: {', '.join(sorted(names))}")
+        if not names and self.target is None:
+            raise ValueError("items: name what to fetch, or a target to ask about")
         return self
 
 

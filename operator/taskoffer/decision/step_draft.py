@@ -15,12 +15,12 @@ from taskoffer.decision.measured import expected_seconds
 from taskoffer.decision.moments import later
 from taskoffer.decision.naming import step_name
 from taskoffer.decision.own_trainer import submit_seconds
-from taskoffer.decision.step_needs import has_target, is_prepared, is_submitted
+from taskoffer.decision.step_needs import has_target, is_fetched, is_prepared, is_submitted
 from taskoffer.decision.trainer_words import last_words, left_by, parse_termination, result_of
 
 _SAYS = {
-    StepName.PREPARE: (Reason.PREPARING, Reason.PREPARE_FAILED, "model and data are being fetched"),
-    StepName.SUBMIT: (Reason.SUBMITTING, Reason.SUBMIT_FAILED, "the result is being handed over"),
+    StepName.PREPARE: (Reason.PREPARING, Reason.PREPARE_FAILED),
+    StepName.SUBMIT: (Reason.SUBMITTING, Reason.SUBMIT_FAILED),
 }
 _SHORTEST_SECONDS = 30
 """A step gets this long at least, however near the deadline is; nearer than that none is begun again."""
@@ -61,6 +61,13 @@ class StepDraft(JobDraft):
         step = self.steps.get(name)
         return step_name(self.facts.job.metadata.name, name, (step.repeats or 0) if step is not None else 0)
 
+    def _what(self, name: StepName) -> str:
+        if name is StepName.SUBMIT:
+            return "the result is being handed over"
+        if is_fetched(self.run_spec):
+            return "model and data are being fetched"
+        return "it is being asked whether the result may be handed over"
+
     def _lapses(self, step: StepStatus) -> bool:
         """Tell whether what was fetched may be gone before an attempt that begins now is done with it.
 
@@ -77,7 +84,7 @@ class StepDraft(JobDraft):
         return later(self.facts.now, self.run_spec.time_limit_seconds + settings.timeout_seconds + margin)
 
     def _begin_step(self, name: StepName, train: str) -> JobPlan:
-        running, failed, what = _SAYS[name]
+        (running, failed), what = _SAYS[name], self._what(name)
         deadline, now = self.current.deadline, self.facts.now
         if deadline is not None and now >= deadline:
             before = self.steps.get(name)
@@ -122,7 +129,7 @@ class StepDraft(JobDraft):
         return EnsureStep(name, seconds, deadline, until, repeats, failures, self.early_end is not None)
 
     def _step_runs(self, name: StepName, view: StepView, train: str) -> JobPlan:
-        running, _, what = _SAYS[name]
+        (running, _), what = _SAYS[name], self._what(name)
         pod = view.pod
         started = pod is not None and pod.started_at is not None
         if not started and pod is not None and pod.waiting:
@@ -132,7 +139,7 @@ class StepDraft(JobDraft):
         return self._plan(train)
 
     def _step_failed(self, name: StepName, view: StepView, report: Termination | None, train: str) -> JobPlan:
-        _, reason, _ = _SAYS[name]
+        _, reason = _SAYS[name]
         settings = self.run_spec.steps
         memory = settings.memory if settings is not None else None
         left = left_by(view.pod, memory, "steps.memory") if view.pod is not None else ""
@@ -147,7 +154,7 @@ class StepDraft(JobDraft):
 
         What stands in the status decides when, so that a restart of the operator changes nothing.
         """
-        _, reason, _ = _SAYS[name]
+        _, reason = _SAYS[name]
         settings, now, step = self.run_spec.steps, self.facts.now, self.steps.get(name)
         assert settings is not None  # noqa: S101 - what is needed says so.
         step = step or StepStatus(name=name, state="Pending", started_at=now)
@@ -228,7 +235,7 @@ class StepDraft(JobDraft):
             }
         )
         if state == "Succeeded":
-            running, _, _ = _SAYS[name]
+            running, _ = _SAYS[name]
             self.notices.append(Notice(running, f"step {name.value} succeeded: {message}"[:1024]))
 
     def _take_step(self, name: StepName, report: Termination | None) -> None:

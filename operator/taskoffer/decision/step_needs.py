@@ -33,10 +33,15 @@ def output_claim(output: Output | None, steps: Steps | None) -> ClaimPath | None
     return steps.workspace if steps is not None else None
 
 
-def is_prepared(run: Run) -> bool:
+def is_fetched(run: Run) -> bool:
     """Tell whether something has to be fetched before the training."""
     lacking = model_claim(run.model) is None or data_claim(run.dataset) is None
     return run.steps is not None and (lacking or (run.trainer is not None and run.trainer.repository is not None))
+
+
+def is_prepared(run: Run) -> bool:
+    """Tell whether there is something to do before the training: to fetch, or to ask where the result is to go."""
+    return is_fetched(run) or (run.steps is not None and has_target(run))
 
 
 def is_submitted(run: Run) -> bool:

@@ -9,7 +9,7 @@ from taskoffer.api.contract import CONFIG_PATH, POD_UID_VARIABLE, PROGRESS_PORT,
 from taskoffer.api.v1alpha1.meta import API_VERSION, ClaimPath
 from taskoffer.api.v1alpha1.trainingjob import Attempt, Run, TrainingJob
 from taskoffer.decision.own_trainer import starts_its_clock
-from taskoffer.decision.step_needs import data_claim, is_prepared, model_claim, output_claim
+from taskoffer.decision.step_needs import data_claim, is_fetched, model_claim, output_claim
 from taskoffer.render.claims import claim_spec
 from taskoffer.render.names import (
     ATTEMPT_LABEL,
@@ -211,7 +211,7 @@ def _volumes(job: TrainingJob, attempt: Attempt) -> tuple[list[Manifest], list[M
         # Whether a volume is read-only is a matter of the mount: two volumes of one pod may use the same claim.
         volumes.append({"name": name, "persistentVolumeClaim": {"claimName": claim.claim_name}})
         mounts.append({"name": name, "mountPath": path, "readOnly": read_only})
-    if run.steps is not None and is_prepared(run):
+    if run.steps is not None and is_fetched(run):
         # What was fetched for this job and nothing else of the cache; the links in its folder are the files themselves.
         folder = str(job_folder(job.metadata.name))
         volumes.append({"name": "cache", "persistentVolumeClaim": {"claimName": run.steps.cache.claim_name}})

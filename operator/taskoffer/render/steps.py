@@ -147,6 +147,7 @@ def _prepare(job: TrainingJob, action: EnsureStep) -> PrepareConfig:
         deadline=action.deadline,
         credentials=_credentials(steps),
         network=steps.network,
+        target=target_of(run.output, steps) if run.output is not None else None,
     )
 
 
