@@ -105,6 +105,70 @@ def signalled(found: Probe) -> Any:
 
 
 @probe
+def owed(found: Probe) -> Any:
+    """Runs that get SIGTERM when an evaluation that takes long is due, and in the middle of one; and how they go on."""
+    from unittest.mock import patch
+
+    whole = train(found.course(**MOVING))
+
+    def stopped(place: Path, arrange: Any) -> dict[str, Any]:
+        (place / "checkpoints").mkdir(parents=True)
+        first = found.course(place=place, **MOVING)
+        with patch("taskoffer_trainer.callbacks.UNNOTICED_SECONDS", -1.0), arrange(first):
+            train(first)
+        left, begun = checkpoint(first, 4), history(first, "eval_loss")
+        marks = [json.loads((left / "COMPLETE").read_text())["eval_loss"]]
+        again = train(found.course(place=place, **MOVING), left)
+        marks.append(json.loads((left / "COMPLETE").read_text())["eval_loss"])
+        return {
+            "step": first.trainer.state.global_step,
+            "cause": first.stop.cause.name,
+            "begun": begun,
+            "marks": marks,
+            "losses": history(again, "eval_loss"),
+            "rates": history(again, "learning_rate"),
+            "weightsEqual": equal(trained(whole), trained(again)),
+            "optimizerEqual": _optimizers_equal(whole, again),
+            "owedAfter": again.steps.owed,
+        }
+
+    @contextlib.contextmanager
+    def when_due(course: Any) -> Iterator[None]:
+        step = course.trainer.training_step
+
+        def stepped(*given: Any, **more: Any) -> Any:
+            if course.trainer.state.global_step == 3:
+                course.stop._note(0, None)
+            return step(*given, **more)
+
+        course.trainer.training_step = stepped
+        yield
+
+    @contextlib.contextmanager
+    def in_its_middle(course: Any) -> Iterator[None]:
+        measure = course.measure
+
+        def measured(model: Any, shared: bool, between: Any) -> Any:
+            if course.trainer.state.global_step == 4:
+                # One of the two rows is measured when it comes.
+                course.evaluation.asked = 1
+                calls = iter([lambda: None, lambda: course.stop._note(0, None)])
+                return measure(model, shared, lambda: (next(calls, lambda: None)(), between()))
+            return measure(model, shared, between)
+
+        course.measure = measured
+        with patch("taskoffer_trainer.trainer.UNNOTICED_SECONDS", -1.0):
+            yield
+
+    return {
+        "losses": history(whole, "eval_loss"),
+        "rates": history(whole, "learning_rate"),
+        "due": stopped(found.folder / "due", when_due),
+        "middle": stopped(found.folder / "middle", in_its_middle),
+    }
+
+
+@probe
 def interrupted(found: Probe) -> Any:
     """Runs that get SIGTERM while the base model is measured, and while the average is."""
     from taskoffer_trainer.failures import StopRequestedError

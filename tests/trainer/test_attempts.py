@@ -44,6 +44,19 @@ def test_a_signal_in_an_evaluation_is_heeded_at_its_end_and_not_a_step_later(fou
     assert [said["mark"]["eval_loss"]] == said["losses"]
 
 
+@pytest.mark.parametrize("when", ["due", "middle"])
+def test_a_long_evaluation_that_a_signal_leaves_out_is_made_up_by_the_next_attempt_before_its_first_step(
+    when: str, found: Found
+) -> None:
+    whole, said = found["owed"], found["owed"][when]  # type: ignore[index]
+    assert (said["step"], said["cause"]) == (4, "SIGNAL")
+    assert said["begun"] == whole["losses"][:1]
+    # The checkpoint that was written in its place learns what it is worth.
+    assert said["marks"] == [None, whole["losses"][1]]
+    assert (said["losses"], said["rates"]) == (whole["losses"], whole["rates"])
+    assert (said["weightsEqual"], said["optimizerEqual"], said["owedAfter"]) == (True, True, False)
+
+
 def test_one_process_leaves_a_measurement_outside_of_the_training_as_soon_as_a_signal_comes(found: Found) -> None:
     # Measurements that were begun, and those that came to their end.
     assert found["interrupted"] == {"base": [1, 0, True], "average": [3, 2, True]}

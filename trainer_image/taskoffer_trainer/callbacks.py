@@ -34,7 +34,7 @@ from taskoffer_trainer.progress import Spoken, write_report
 from taskoffer_trainer.sharding import is_shared_out, local
 from taskoffer_trainer.steps import Counters, Steps
 from taskoffer_trainer.stop import Stop, StopCause
-from taskoffer_trainer.timings import Timings
+from taskoffer_trainer.timings import UNNOTICED_SECONDS, Timings
 from taskoffer_trainer.tuning import rest
 
 __all__ = ["CheckpointKeeper", "DutyCycle", "NaNGuard", "Progress", "StopWatch"]
@@ -260,14 +260,21 @@ def _sum(gradient: torch.Tensor) -> torch.Tensor:
 class StopWatch(TrainerCallback):  # type: ignore[misc]
     """Ends the training after the present step or evaluation on a signal or before the deadline, all ranks together."""
 
-    def __init__(self, stop: Stop, timings: Timings) -> None:
-        self.stop, self.timings = stop, timings
+    def __init__(self, stop: Stop, timings: Timings, steps: Steps) -> None:
+        self.stop, self.timings, self.steps = stop, timings, steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask all ranks; must come after the callback that plans evaluation and checkpoints."""
-        if self._agree(control) is StopCause.DEADLINE:
+        cause = self._agree(control)
+        if cause is StopCause.DEADLINE:
             # What is exported is the best checkpoint, so this one has to be measured as well.
             control.should_evaluate = True
+        elif cause is StopCause.SIGNAL and control.should_evaluate and state.global_step < self.steps.plan.total_steps:
+            # The checkpoint has to be there before the grace of a signal is over.
+            self.steps.owed = bool(self.steps.world.largest(float(self.timings.evaluate > UNNOTICED_SECONDS))[0])
+            control.should_evaluate = not self.steps.owed
+            if self.steps.owed:
+                print(f"train: step {state.global_step}, the evaluation is left to the next attempt", flush=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask again: who waits for the end of a signalled run is not to wait for a step that began after it."""
@@ -299,6 +306,14 @@ class CheckpointKeeper(TrainerCallback):  # type: ignore[misc]
         self.config, self.expected, self.steps, self.timings = config, expected_tensors, steps, timings
         self.accompany = accompany
         self.evaluated: tuple[int, float] | None = None
+
+    def make_up(self, folder: Path) -> None:
+        """Note in the checkpoint that the run goes on from what its evaluation, which was owed, has given."""
+        world = self.steps.world
+        if world.rank == 0 and self.evaluated is not None:
+            mark_complete(folder, *self.evaluated, self.expected)
+            mirror_best(self.config, self.accompany)
+        world.wait()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check, mark and rotate on rank 0, while the others wait.

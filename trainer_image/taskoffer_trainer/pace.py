@@ -10,14 +10,12 @@ from transformers import TrainerCallback
 from taskoffer.api.contract import Clamp
 from taskoffer_trainer.callbacks import Progress
 from taskoffer_trainer.steps import Steps
-from taskoffer_trainer.timings import Timings
+from taskoffer_trainer.timings import UNNOTICED_SECONDS, Timings
 
 __all__ = ["EvaluationPace", "stretched"]
 
 SHARE = 0.1
 """Most of the time that evaluations may take; the rows are capped by the same share, from what is known beforehand."""
-UNNOTICED_SECONDS = 2.0
-"""An evaluation that is shorter is never put off."""
 
 
 def stretched(evaluate_seconds: float, step_seconds: float, eval_steps: int) -> int:

@@ -74,7 +74,8 @@ class Steps:
     """What the steps of a run share: their plan, the ranks, the tuning, and what was done.
 
     ``worked`` is how long the last step took in seconds, ``messages`` how many of gradients it sent to other ranks,
-    and ``stretch`` how many times ``eval_steps`` lie between two evaluations, once that was decided.
+    ``stretch`` how many times ``eval_steps`` lie between two evaluations, once that was decided, and ``owed`` whether
+    the evaluation of the last step was left out for a signal, and is made when the run goes on.
     """
 
     config: RunConfig
@@ -88,6 +89,7 @@ class Steps:
     worked: float = 0.0
     messages: int = 0
     stretch: int | None = None
+    owed: bool = False
 
     def batches(self, first: int) -> StepBatches:
         """Return the rows of this rank from a step on."""
@@ -113,7 +115,8 @@ class Steps:
 
     def keep(self, folder: Path) -> None:
         """Write what a later attempt has to know into a checkpoint."""
-        value = {**asdict(self.counters), "fits": self.micro_batch.fits, "stretch": self.stretch}
+        known = {"fits": self.micro_batch.fits, "stretch": self.stretch, "owed": self.owed}
+        value = {**asdict(self.counters), **known}
         write_json(folder / _FILE, value)
 
     def restore(self, folder: Path) -> None:
@@ -121,7 +124,7 @@ class Steps:
         value = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         limits = [limit for limit in (self.micro_batch.fits, value["fits"]) if limit is not None]
         self.micro_batch.fits = min(limits, default=None)
-        self.stretch = value["stretch"]
+        self.stretch, self.owed = value["stretch"], value.get("owed", False)
         self.counters = Counters(value["samples"], value["tokens"], value["out_of_memory"])
 
     def leave_word(self) -> None:

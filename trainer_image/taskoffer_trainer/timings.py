@@ -7,10 +7,12 @@ from collections import deque
 
 from taskoffer.api.contract import GRPOSettings, RunConfig, TaskType
 
-__all__ = ["EVALUATION_SHARE", "Timings", "evaluate_every"]
+__all__ = ["EVALUATION_SHARE", "UNNOTICED_SECONDS", "Timings", "evaluate_every"]
 
 EVALUATION_SHARE = 0.1
 """Most of the time that is left before a deadline that evaluations may take (task market, §5.1)."""
+UNNOTICED_SECONDS = 2.0
+"""An evaluation that is shorter is never put off."""
 MARGIN_SECONDS = 5.0
 """What is added to the measured durations before a deadline, for what nobody measures."""
 

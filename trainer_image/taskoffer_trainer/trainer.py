@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,16 @@ from taskoffer_trainer.callbacks import CheckpointKeeper, DutyCycle, NaNGuard, S
 from taskoffer_trainer.checkpoints import ADAPTER_FILE
 from taskoffer_trainer.compiling import Compiling, compile_failed
 from taskoffer_trainer.config import global_batch
+from taskoffer_trainer.failures import StopRequestedError
 from taskoffer_trainer.figures import as_held_out
 from taskoffer_trainer.in_time import InTime
 from taskoffer_trainer.models import Device
 from taskoffer_trainer.pace import EvaluationPace
 from taskoffer_trainer.schedule import LearningRate
 from taskoffer_trainer.sharding import gathered, is_shared_out, put_back, read_adapter
-from taskoffer_trainer.steps import StepTrainer
+from taskoffer_trainer.steps import Steps, StepTrainer
 from taskoffer_trainer.telemetry import Telemetry
+from taskoffer_trainer.timings import UNNOTICED_SECONDS
 
 if TYPE_CHECKING:
     from taskoffer_trainer.course import Course
@@ -59,7 +62,7 @@ class CourseTrainer(StepTrainer):
             NaNGuard(course.progress),
             EvaluationPace(course.steps, course.timings, course.progress),
             InTime(course.config, course.stop.clock, course.timings, course.steps.world),
-            StopWatch(course.stop, course.timings),
+            StopWatch(course.stop, course.timings, course.steps),
             course.average,
             keeper,
             Telemetry(course.config, course.run_dir, course.rank, course.timings),
@@ -128,7 +131,10 @@ class CourseTrainer(StepTrainer):
         course, state = self.course, self.state  # type: ignore[attr-defined]
         course.progress.enter(RunState.EVALUATING)
         began = time.monotonic()
-        figures = course.measure(self.model, True, lambda: None)  # type: ignore[attr-defined]
+        try:
+            figures = course.measure(self.model, True, self._between())  # type: ignore[attr-defined]
+        except StopRequestedError:
+            return self._owe()
         course.timings.evaluate = time.monotonic() - began
         # Without it nothing was measured that could be compared: no checkpoint is the best by it, no rate follows it.
         if (loss := figures.get("eval_loss")) is not None:
@@ -142,7 +148,37 @@ class CourseTrainer(StepTrainer):
         print(f"train: step {state.global_step}, {said}", flush=True)
         state.log_history.append({**held_out, "step": state.global_step})
         self.control: Any = self.callback_handler.on_evaluate(self.args, state, self.control, figures)  # type: ignore[attr-defined]
+        if self.steps.owed:
+            self.steps.owed = False
+            self.keeper.make_up(Path(self.args.output_dir) / f"checkpoint-{state.global_step}")  # type: ignore[attr-defined]
         return figures
+
+    def begin(self, steps: Steps, first: int) -> None:
+        """Begin with the evaluation that the attempt before has left out; every rate after it follows from it."""
+        super().begin(steps, first)
+        self.args.eval_on_start = steps.owed  # type: ignore[attr-defined]
+
+    def _between(self) -> Callable[[], None]:
+        """Return what is called between pieces of an evaluation: one that takes long is left on a signal.
+
+        Not the last one, nor one that is made up for: the steps after it would take another course.
+        """
+        course, steps = self.course, self.steps
+        last = self.state.global_step >= steps.plan.total_steps  # type: ignore[attr-defined]
+        if steps.owed or last or course.timings.evaluate <= UNNOTICED_SECONDS:
+            return lambda: None
+        return course.between()
+
+    def _owe(self) -> dict[str, float]:
+        """Leave an evaluation for the next attempt, and have the checkpoint written now."""
+        step = self.state.global_step  # type: ignore[attr-defined]
+        print(f"train: step {step}, the evaluation is left to the next attempt", flush=True)
+        self.steps.owed = True
+        self.course.stop.agree()
+        self.course.progress.enter(RunState.TRAINING)
+        self.control.should_evaluate = False
+        self.control.should_save = self.control.should_training_stop = True
+        return {}
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint, and measure how long that takes."""
