@@ -308,6 +308,6 @@ class _BucketUpload:
             except httpx2.TransportError as error:
                 why = str(error) or type(error).__name__
             if number < network.tries:
-                print(f"submit: {name}: {why}; trying again", flush=True)
+                print(f"store: {name}: {why}; trying again", flush=True)
                 self.interrupt.wait(min(network.retry_wait_seconds * 2**number, 30.0))
         raise TrainerError(ExitCode.RESTART, "NetworkFailed", f"{name}: {why} ({network.tries} tries)")
