@@ -63,8 +63,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say which rungs ran, in this run and in those before it that it is to go on from."""
+    if hasattr(config, "workerinput"):
+        # Whoever shares the files out among such processes hears of each test and counts for all.
+        return
     if file := os.environ.get(EARLIER):
         _climb.add_earlier(Path(file))
     terminalreporter.write_line(_climb.line())

@@ -1,10 +1,14 @@
 """What is said of the rungs at the end of a run, and of several that climb one ladder."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from rungs import LONG, RUNGS, TESTS, Climb, height, rung_of, turn
+from rungs import EARLIER, LONG, RUNGS, TESTS, Climb, height, rung_of, turn
 
 
 def climb(reasons: dict[str, str] | None = None, **outcomes: dict[str, int]) -> Climb:
@@ -39,6 +43,16 @@ def test_the_last_of_several_runs_says_what_all_of_them_have_counted(tmp_path: P
         "rungs: unit ran (4 tests, 1 failed) · kmock not run · lab not run · apiserver not run · "
         "chaos SKIPPED: no Go · trainer ran (5 tests) · node ran (7 tests)"
     )
+
+
+def test_a_test_counts_once_also_where_several_processes_share_the_files(tmp_path: Path) -> None:
+    files = [str(TESTS / "unit" / f"test_{name}.py") for name in ("login", "progress")]
+    command = [sys.executable, "-m", "pytest", "-q", "--numprocesses=2", "--dist=loadfile", *files]
+    environment = {**os.environ, EARLIER: str(tmp_path / "earlier.json")}
+    ended = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=120)
+    passed = re.search(r"^(\d+) passed", ended.stdout, re.MULTILINE)
+    assert passed is not None, ended.stdout + ended.stderr
+    assert f"rungs: unit ran ({passed[1]} tests)" in ended.stdout
 
 
 def test_a_test_file_stands_on_the_rung_of_its_folder_and_anything_else_on_none() -> None:
